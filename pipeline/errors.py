@@ -1,0 +1,13 @@
+"""The errors this package raises on purpose; every message is one sentence that a user can act on."""
+
+
+class PipelineError(Exception):
+    """Base of every error that the command line shows as a sentence instead of a traceback."""
+
+
+class InputError(PipelineError, ValueError):
+    """Something a user gave is wrong: names the value, the place and what would be right (exit code 2)."""
+
+
+class RunError(PipelineError, RuntimeError):
+    """A run failed after its input was accepted: a lost worker, a rank that raised, a timeout (exit code 1)."""
