@@ -1,0 +1,42 @@
+# The four commands of the README; each makes the environment first if it is missing or older than pyproject.toml.
+PYTHON ?= python3
+VENV ?= .venv
+CORES ?= all
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help environment reproduce test lint clean distclean
+
+help:
+	@echo 'make reproduce   the whole study: measurements, figures, report and notebook into outputs/'
+	@echo 'make test        the tests (PYTEST_ARGS="-k name" for some of them)'
+	@echo 'make lint        style, formatting and types'
+	@echo 'make clean       remove results and caches (outputs/reference stays); make distclean: the environment too'
+
+environment: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, %s is %s; name another with PYTHON=..." % (sys.executable, sys.version.split()[0]))'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+reproduce: $(STAMP)
+	PATH="$(abspath $(VENV))/bin:$$PATH" snakemake --cores $(CORES)
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	find outputs -mindepth 1 -maxdepth 1 ! -name .gitkeep ! -name reference -exec rm -rf {} +
+	rm -rf .snakemake .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist dask-worker-space
+	find pipeline tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,21 @@
+"""What every test relies on: GPU tests skip visibly without a GPU, and property tests give the same verdict twice."""
+
+from __future__ import annotations
+
+import hypothesis
+import pytest
+
+# A fixed seed and no time limit per example: a shared machine must not turn a property into a flaky test.
+hypothesis.settings.register_profile("pipeline", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("pipeline")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_tests:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_tests:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none here"))
