@@ -1,0 +1,1 @@
+"""Statistics, figures, tables and report: what the stores say."""

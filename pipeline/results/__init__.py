@@ -1,0 +1,1 @@
+"""Data contracts, provenance and stores of every result."""

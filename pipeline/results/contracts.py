@@ -1,0 +1,227 @@
+"""The data contracts: which variables each store holds, over which dimensions, in which units.
+
+Every time is in seconds, every size in bytes. Text is dimensionless and says so (units "1"). NaN, or '' for text, fills
+whatever does not exist: a rank that took no part in an instruction, a repetition that was not made.
+
+**Cell**, one point of the timing grid, one zarr zip file. Scalar coordinates `network`, `batch_size`, `device_set`,
+`link`, `strategy`; dimensions `device` (the rank), `repetition`, `instruction`:
+
+    step_time(repetition)  loss(repetition)  convolution_time(repetition: only strategy `single`, NaN otherwise)
+    compute_time, exchange_time, idle_time(device, repetition)
+    predicted_step_time()  status(): "ok", "out of memory: ...", "failed: ..."
+    device_label, device_throughput, share, peak_memory(device)
+    instruction_name, instruction_kind, instruction_phase, instruction_bytes(instruction)
+    instruction_start, instruction_end(instruction, device): timeline of the last repetition, from the step's start
+
+**Timing grid** (`timing.zarr`; `simulation.zarr` has the same names): the cells over the dense product of `network`,
+`batch_size`, `device_set`, `link`, `strategy`, and these dimensions in front of those above. `device_label` is
+(device_set, device). `status` is "not planned" where no cell was asked for. The timeline, `loss`, `share`,
+`peak_memory` and `convolution_time` may be absent from a simulation.
+
+**Calibration** (`calibration.zarr`), per `network` and `batch_size` (scalars) or, of several, along `calibration`:
+
+    forward_time, backward_time(device, segment, share, repetition)  kernels(segment, share)  device_label(device)
+    link_time(source, destination, message_bytes, repetition)  link_latency, link_bandwidth(source, destination)
+
+**Accuracy** (`accuracy.zarr`): accuracy(strategy, epoch) and loss(strategy, step); `network`, `device_set` and `data`
+among the attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import xarray as xr
+
+from pipeline.errors import InputError
+
+OK = "ok"
+NOT_PLANNED = "not planned"
+OUT_OF_MEMORY = "out of memory"
+FAILED = "failed"
+
+
+class CellIndex(NamedTuple):
+    """Where a cell lies in the grid."""
+
+    network: str
+    batch_size: int
+    device_set: str
+    link: str
+    strategy: str
+
+    def __str__(self) -> str:
+        return f"{self.network}, batch {self.batch_size}, {self.device_set}, {self.link}, {self.strategy}"
+
+
+INDEX = CellIndex._fields
+
+
+class Variable(NamedTuple):
+    """What one variable is; `dims` are those it has in a single cell, calibration or accuracy data set."""
+
+    dims: tuple[str, ...]
+    units: str
+    long_name: str
+    text: bool = False
+    measured: bool = False
+    """Whether only a measurement has it: a simulated grid may do without."""
+
+
+CELL: Mapping[str, Variable] = {
+    "step_time": Variable(("repetition",), "s", "time of one training step"),
+    "compute_time": Variable(("device", "repetition"), "s", "time a device computes within one step"),
+    "exchange_time": Variable(("device", "repetition"), "s", "time a device sends and receives within one step"),
+    "idle_time": Variable(("device", "repetition"), "s", "time a device waits within one step"),
+    "predicted_step_time": Variable((), "s", "time of one training step predicted by the planner"),
+    "status": Variable((), "1", "how the cell ended", text=True),
+    "device_label": Variable(("device",), "1", "device of a rank", text=True),
+    "device_throughput": Variable(("device",), "images/s", "calibrated training throughput of a device on its own"),
+    "share": Variable(("device",), "1", "fraction of the split convolution work of a device", measured=True),
+    "peak_memory": Variable(("device",), "bytes", "peak memory of a rank", measured=True),
+    "convolution_time": Variable(("repetition",), "s", "time in convolutions within one step", measured=True),
+    "loss": Variable(("repetition",), "1", "training loss of the step", measured=True),
+    "instruction_name": Variable(("instruction",), "1", "name of an instruction", text=True, measured=True),
+    "instruction_kind": Variable(("instruction",), "1", "compute, exchange or update", text=True, measured=True),
+    "instruction_phase": Variable(("instruction",), "1", "forward, backward or update", text=True, measured=True),
+    "instruction_bytes": Variable(("instruction",), "bytes", "bytes moved between ranks", measured=True),
+    "instruction_start": Variable(("instruction", "device"), "s", "start since the step's start", measured=True),
+    "instruction_end": Variable(("instruction", "device"), "s", "end since the step's start", measured=True),
+}
+
+_SEGMENT_TIME = ("device", "segment", "share", "repetition")
+CALIBRATION: Mapping[str, Variable] = {
+    "forward_time": Variable(_SEGMENT_TIME, "s", "forward time of a segment"),
+    "backward_time": Variable(_SEGMENT_TIME, "s", "backward time of a segment"),
+    "kernels": Variable(("segment", "share"), "1", "kernels of a segment at a share"),
+    "device_label": Variable(("device",), "1", "device of a rank", text=True),
+    "link_time": Variable(("source", "destination", "message_bytes", "repetition"), "s", "time of one message"),
+    "link_latency": Variable(("source", "destination"), "s", "latency of a link"),
+    "link_bandwidth": Variable(("source", "destination"), "bytes/s", "bandwidth of a link"),
+}
+
+ACCURACY: Mapping[str, Variable] = {
+    "accuracy": Variable(("strategy", "epoch"), "1", "fraction of the test images classified correctly"),
+    "loss": Variable(("strategy", "step"), "1", "training loss of the step"),
+}
+
+COORDINATES: Mapping[str, tuple[str, str]] = {
+    "network": ("1", "network, kernels of its two convolutions or torchvision name"),
+    "batch_size": ("1", "images per step over all devices"),
+    "device_set": ("1", "devices that train together"),
+    "link": ("1", "link between the devices"),
+    "strategy": ("1", "how the network is split"),
+    "repetition": ("1", "repetition of the measurement"),
+    "device": ("1", "rank of a device in its set"),
+    "instruction": ("1", "position of an instruction in the program"),
+    "segment": ("1", "operations between two exchanges"),
+    "share": ("1", "fraction of a segment's kernels"),
+    "source": ("1", "rank that sends"),
+    "destination": ("1", "rank that receives"),
+    "message_bytes": ("bytes", "size of a message"),
+    "calibration": ("1", "one network calibrated on one device set"),
+    "epoch": ("1", "passes over the training data"),
+    "step": ("1", "training steps taken"),
+}
+
+
+def grid_dims(name: str) -> tuple[str, ...]:
+    """Dimensions of a cell's variable in the combined grid."""
+    if name == "device_label":
+        return ("device_set", "device")
+    return (*INDEX, *CELL[name].dims)
+
+
+def describe(dataset: xr.Dataset) -> xr.Dataset:
+    """A shallow copy whose known variables and coordinates carry `units` and `long_name`, set anew."""
+    described = dataset.copy(deep=False)
+    for name in map(str, described.variables):
+        contracts = () if name in described.coords else (CELL, CALIBRATION, ACCURACY)
+        known = next((contract[name] for contract in contracts if name in contract), None)
+        units, long_name = (known.units, known.long_name) if known else COORDINATES.get(name, (None, None))
+        if units is not None:
+            described[name].attrs.update(units=units, long_name=long_name)
+    return described
+
+
+def cell_index(cell: xr.Dataset, source: str = "the data set") -> CellIndex:
+    """Where the cell lies in the grid; raises InputError when a coordinate is missing."""
+    for name in INDEX:
+        if name not in cell.coords or cell[name].ndim:
+            raise InputError(f"{source} is not a cell: it has no scalar coordinate {name}.")
+    text = {name: str(cell[name].item()) for name in INDEX}
+    return CellIndex(
+        text["network"], int(cell["batch_size"].item()), text["device_set"], text["link"], text["strategy"]
+    )
+
+
+def unmeasured_cell(index: CellIndex, device_labels: Sequence[str], status: str) -> xr.Dataset:
+    """The cell of a run that gave no times: every number NaN, no repetition, no instruction, and `status` says why."""
+    sizes = {"device": len(device_labels), "repetition": 0, "instruction": 0}
+    cell = xr.Dataset(coords={**index._asdict(), **{dim: np.arange(size) for dim, size in sizes.items()}})
+    for name, variable in CELL.items():
+        shape = tuple(sizes[dim] for dim in variable.dims)
+        cell[name] = (variable.dims, np.full(shape, "", object) if variable.text else np.full(shape, np.nan))
+    cell["status"] = status
+    cell["device_label"] = ("device", np.array(device_labels, object))
+    return describe(cell)
+
+
+def validate_cell(dataset: xr.Dataset, source: str = "the data set") -> None:
+    """Raise InputError, in one sentence that names `source`, unless the data set is a cell."""
+    cell_index(dataset, source)
+    _validate(dataset, {name: variable.dims for name, variable in CELL.items()}, CELL, f"{source} is not a cell")
+
+
+def validate_timing(dataset: xr.Dataset, source: str = "the data set") -> None:
+    """Raise InputError, in one sentence that names `source`, unless the data set is a (measured or simulated) grid."""
+    needed = {n: grid_dims(n) for n, variable in CELL.items() if n in dataset or not variable.measured}
+    _validate(dataset, needed, CELL, f"{source} is not a timing grid", coordinates=INDEX)
+
+
+def validate_calibration(dataset: xr.Dataset, source: str = "the data set") -> None:
+    """Raise InputError, in one sentence that names `source`, unless the data set is a calibration."""
+    several = ("calibration",) if "calibration" in dataset.dims else ()
+    needed = {name: (*several, *variable.dims) for name, variable in CALIBRATION.items()}
+    _validate(
+        dataset, needed, CALIBRATION, f"{source} is not a calibration", coordinates=("network", "batch_size", "segment")
+    )
+
+
+def validate_accuracy(dataset: xr.Dataset, source: str = "the data set") -> None:
+    """Raise InputError, in one sentence that names `source`, unless the data set holds accuracies."""
+    what = f"{source} holds no accuracies"
+    _validate(
+        dataset, {name: v.dims for name, v in ACCURACY.items()}, ACCURACY, what, coordinates=("strategy", "epoch")
+    )
+    for name in ("network", "device_set", "data"):
+        if name not in dataset.attrs:
+            raise InputError(f"{what}: attribute {name} is missing.")
+
+
+def _validate(
+    dataset: xr.Dataset,
+    dims: Mapping[str, tuple[str, ...]],
+    contract: Mapping[str, Variable],
+    what: str,
+    coordinates: Sequence[str] = (),
+) -> None:
+    for name in coordinates:
+        if name not in dataset.coords:
+            raise InputError(f"{what}: coordinate {name} is missing (it has {_listed(dataset.coords)}).")
+    for name, expected in dims.items():
+        if name not in dataset.data_vars:
+            raise InputError(f"{what}: variable {name} is missing (it has {_listed(dataset.data_vars)}).")
+        found = tuple(str(dim) for dim in dataset[name].dims)
+        if set(found) != set(expected):
+            raise InputError(f"{what}: variable {name} has dimensions {_listed(found)} instead of {_listed(expected)}.")
+        is_text = dataset[name].dtype.kind in "OTU"
+        if is_text != contract[name].text:
+            wanted = "text" if contract[name].text else "numbers"
+            raise InputError(f"{what}: variable {name} is of type {dataset[name].dtype} where {wanted} belong.")
+
+
+def _listed(names: object) -> str:
+    return ", ".join(str(name) for name in names) or "none"  # type: ignore[attr-defined]
