@@ -1,0 +1,1 @@
+"""Devices, clusters of them, and gangs of ranks that run on a cluster together."""
