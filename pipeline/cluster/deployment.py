@@ -59,9 +59,9 @@ def local_cluster(devices: Sequence[Device] | None = None, *, dashboard: bool = 
         stack.enter_context(dask.config.set(_CONFIGURATION))
         with _without_interrupts():
             cluster = _start(chosen, dashboard=dashboard)
-            stack.callback(cluster.close, timeout=_CLOSE_S)
+            stack.callback(_close, cluster)
             client = Client(cluster, timeout=_CLOSE_S, set_as_default=False)
-            stack.callback(client.close, timeout=_CLOSE_S)
+            stack.callback(_close, client)
         yield client
 
 
@@ -81,7 +81,7 @@ def connect(address: str | Path, timeout_s: float = 10.0) -> Iterator[Client]:
                 f"no Dask scheduler answers at {scheduler!r} within {timeout_s:g} s; "
                 "give the address or the scheduler file of a running one."
             ) from error
-        stack.callback(client.close, timeout=_CLOSE_S)
+        stack.callback(_close, client)
         yield client
 
 
@@ -106,6 +106,11 @@ def _start(devices: Sequence[Device], *, dashboard: bool) -> SpecCluster:
         silence_logs=logging.CRITICAL,
         name="pipeline",
     )
+
+
+def _close(closable: Client | SpecCluster) -> None:
+    with _without_interrupts():
+        closable.close(timeout=_CLOSE_S)
 
 
 def _worker_options(device: Device) -> dict[str, Any]:
@@ -170,7 +175,7 @@ def _worker_environment() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Hold Ctrl-C back until the block has ended.
+    """Hold Ctrl-C back until the block has ended, so that a cluster is either there with a handle to it, or not.
 
     Threads and processes that start in the block inherit the blocked signal for good: Ctrl-C in a terminal then
     reaches this process only, and the workers end as their cluster closes, without a traceback each.
@@ -180,11 +185,17 @@ def _without_interrupts() -> Iterator[None]:
         return
     # Multiprocessing starts this helper with the first process, and unblocks the signal as it does so.
     resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # A thread that is older than the block may still take the signal, so the handler has to wait too.
+    held: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 @contextlib.contextmanager
