@@ -1,0 +1,294 @@
+"""Images to train on: CIFAR-10, any folder of images, or the digits that ship with scikit-learn.
+
+`load` resolves what was asked for into arrays and says which data they really are. `prepare` does that once and writes
+the prepared store, one zarr zip file that every job of the study reads through `StoredImages`:
+
+    train_image(train, channel, row, column), test_image(test, channel, row, column)  uint8
+    train_label(train), test_label(test)  int64, positions in class_name(class)
+    mean(channel), std(channel)  of the training images, pixel values taken as 0 to 1
+
+and as attributes, beside the provenance: `data` (its real name), `source`, `warning` ("" or why these data replace the
+ones asked for). A folder's images lie in a random order fixed by the seed, so that the first n images are a sample.
+
+Shape suffixes: N images, C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+from zipfile import BadZipFile, is_zipfile
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xarray as xr
+from torch.utils.data import Dataset
+from zarr.storage import ZipStore
+
+from pipeline.errors import InputError
+from pipeline.image_sources import (
+    Choices,
+    Int64,
+    RawImages,
+    UInt8,
+    UnavailableError,
+    read_cifar10,
+    read_digits,
+    read_folder,
+)
+from pipeline.results.provenance import provenance, usable_cores
+from pipeline.results.stores import PathLike, write_zip
+
+Float64 = npt.NDArray[np.float64]
+_IMAGES_PER_COUNT = 4096
+
+
+class DataWarning(UserWarning):
+    """Other data than those asked for are used."""
+
+
+class ImageArrays(Dataset[tuple[torch.Tensor, int]]):
+    """Images in memory as uint8, given out as float32 normalised per channel: (x/255 - mean) / std, shape (C, H, W).
+
+    Args:
+        images_NCHW: Pixels from 0 to 255.
+        labels_N: Class of each image.
+        mean_C: Per channel, of pixel values taken as 0 to 1.
+        std_C: As `mean_C`; above 0.
+    """
+
+    def __init__(self, images_NCHW: UInt8, labels_N: Int64, mean_C: Float64, std_C: Float64) -> None:
+        self.images_NCHW, self.labels_N, self.mean_C, self.std_C = images_NCHW, labels_N, mean_C, std_C
+        self._scale_C11 = torch.from_numpy(1 / (255 * std_C)).to(torch.float32)[:, None, None]
+        self._shift_C11 = torch.from_numpy(-mean_C / std_C).to(torch.float32)[:, None, None]
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        (sample,) = self.__getitems__([index])
+        return sample
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
+        """Several samples at once, as torch's DataLoader asks for them."""
+        x_NCHW, y_N = self.batch(indices)
+        return list(zip(x_NCHW, y_N.tolist(), strict=True))
+
+    def batch(self, indices: Sequence[int] | Int64 | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images float32 (len(indices), C, H, W) and labels int64 (len(indices),)."""
+        where = np.asarray(indices, dtype=np.int64)
+        x_NCHW = torch.from_numpy(self.images_NCHW[where]).to(torch.float32)
+        return x_NCHW.mul_(self._scale_C11).add_(self._shift_C11), torch.from_numpy(self.labels_N[where])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Images:
+    """Training and test images, and what they really are."""
+
+    name: str
+    """"CIFAR-10", "digits (scikit-learn)" or "folder NAME"."""
+    train: ImageArrays
+    test: ImageArrays
+    classes: tuple[str, ...]
+    """Names of the labels 0, 1, ..."""
+    source: str
+    """Where they came from: a folder, or the package that ships them."""
+    warning: str | None = None
+    """Why these replace the data asked for, if they do."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width, the same for all images."""
+        channels, height, width = self.train.images_NCHW.shape[1:]
+        return channels, height, width
+
+
+def load(
+    data: str | PathLike = "auto",
+    *,
+    root: PathLike,
+    image_size: int | tuple[int, int] | None = None,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+    progress: bool = True,
+) -> Images:
+    """Resolve a choice of data into arrays in memory.
+
+    Args:
+        data: "cifar10"; "digits"; the path of a folder of images, either class folders or train/ and test/ with class
+            folders in them (val/, valid/ and validation/ are taken as test/); or "auto": CIFAR-10, and where it is
+            neither in `root` nor reachable the digits, with a DataWarning.
+        root: Folder in which CIFAR-10 lies or is downloaded to.
+        image_size: Resize all images to this height and width, in pixels; one number makes squares.
+        test_fraction: Share of every class that becomes test images where a folder has no test/ of its own, and for
+            the digits.
+        seed: Of that split and of the order of a folder's images.
+        progress: Show progress bars on standard error.
+
+    Raises:
+        InputError: The data cannot be had, an image cannot be read, or images differ in size without an `image_size`.
+    """
+    choices = Choices(size_HW=_checked_size(image_size), test_fraction=test_fraction, seed=seed, progress=progress)
+    if not 0 < test_fraction < 1:
+        raise InputError(
+            f"A test fraction of {test_fraction} leaves no images to train or to test: give one in (0, 1)."
+        )
+    if data == "digits":
+        return _normalised(read_digits(choices))
+    if data not in ("auto", "cifar10"):
+        return _normalised(read_folder(Path(data).expanduser(), choices))
+    try:
+        return _normalised(read_cifar10(Path(root).expanduser(), choices))
+    except UnavailableError as error:
+        if data == "cifar10":
+            raise InputError(f"{error}: put its archive for Python there, or choose 'digits' or a folder.") from error
+        warning = f"{error}: the digits that ship with scikit-learn are used instead."
+    warnings.warn(warning, DataWarning, stacklevel=2)
+    return _normalised(read_digits(choices), warning)
+
+
+def prepare(
+    data: str | PathLike,
+    path: PathLike,
+    *,
+    root: PathLike,
+    image_size: int | tuple[int, int] | None = None,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+    progress: bool = True,
+) -> Images:
+    """Resolve the data once and write the prepared store to `path`, whole or not at all; arguments as for `load`.
+
+    Raises:
+        InputError: As `load`.
+    """
+    choice = {"data": str(data), "image_size": image_size, "test_fraction": test_fraction, "seed": seed}
+    images = load(data, root=root, image_size=image_size, test_fraction=test_fraction, seed=seed, progress=progress)
+    write_zip(_store(images, choice), path)
+    return images
+
+
+class StoredImages(Dataset[tuple[torch.Tensor, int]]):
+    """One split of a prepared store as a torch data set; samples and batches as `ImageArrays` gives them.
+
+    Travels between processes as its path: pixels are read on first use, in the process that uses them.
+
+    Args:
+        path: The prepared store.
+        split: "train" or "test".
+        limit: Use at most so many images, the first ones; all when None.
+
+    Raises:
+        InputError: The file is missing or no prepared store, or the limit is below 1.
+    """
+
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    source_name: str
+    warning: str | None
+
+    def __init__(self, path: PathLike, split: Literal["train", "test"], limit: int | None = None) -> None:
+        if split not in ("train", "test"):
+            raise InputError(f"Split '{split}' is unknown: give 'train' or 'test'.")
+        if limit is not None and limit < 1:
+            raise InputError(f"A limit of {limit} images leaves no {split} images: give at least 1.")
+        # Absolute: a worker need not share the working directory.
+        self.path, self.split, self.limit = Path(path).absolute(), split, limit
+        with _opened(self.path) as store:
+            count, channels, height, width = store[f"{split}_image"].shape
+            self.image_shape = (channels, height, width)
+            self.classes = tuple(map(str, store["class_name"].values))
+            self.source_name = store.attrs["data"]
+            self.warning = store.attrs["warning"] or None
+        self._length = count if limit is None else min(limit, count)
+
+    @cached_property
+    def _arrays(self) -> ImageArrays:
+        with _opened(self.path) as store:
+            images, labels = (store[f"{self.split}_{part}"][: self._length].values for part in ("image", "label"))
+            return ImageArrays(images, labels, store["mean"].values, store["std"].values)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_arrays"}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self._arrays[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
+        """Several samples at once, as torch's DataLoader asks for them."""
+        return self._arrays.__getitems__(indices)
+
+    def batch(self, indices: Sequence[int] | Int64 | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images float32 (len(indices), C, H, W) and labels int64 (len(indices),)."""
+        return self._arrays.batch(indices)
+
+
+def _checked_size(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    if image_size is None:
+        return None
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if min(height, width) < 1:
+        raise InputError(f"An image_size of {image_size} is too small: height and width must be at least 1 pixel.")
+    return height, width
+
+
+def _normalised(raw: RawImages, warning: str | None = None) -> Images:
+    mean_C, std_C = _statistics(raw.train[0])
+    train, test = (ImageArrays(images, labels, mean_C, std_C) for images, labels in (raw.train, raw.test))
+    return Images(name=raw.name, train=train, test=test, classes=raw.classes, source=raw.source, warning=warning)
+
+
+def _statistics(images_NCHW: UInt8) -> tuple[Float64, Float64]:
+    """Mean and standard deviation per channel of pixel values taken as 0 to 1; 1 for a channel that is constant."""
+    counts_CV = np.zeros((images_NCHW.shape[1], 256))
+    for start in range(0, len(images_NCHW), _IMAGES_PER_COUNT):
+        for channel in range(len(counts_CV)):
+            values = images_NCHW[start : start + _IMAGES_PER_COUNT, channel].ravel()
+            counts_CV[channel] += np.bincount(values, minlength=256)
+    values_V = np.arange(256) / 255
+    share_CV = counts_CV / counts_CV.sum(axis=1, keepdims=True)
+    mean_C = share_CV @ values_V
+    std_C = np.sqrt((share_CV * (values_V - mean_C[:, None]) ** 2).sum(axis=1))
+    return mean_C, np.where(std_C > 0, std_C, 1.0)
+
+
+def _store(images: Images, choice: dict[str, Any]) -> xr.Dataset:
+    pixel, label, value = (
+        {"units": "1", "long_name": "pixel value, 0 to 255"},
+        {"units": "1", "long_name": "class of the image"},
+        {"units": "1", "comment": "of the training images, pixel values taken as 0 to 1"},
+    )
+    variables: dict[str, Any] = {
+        "class_name": ("class", np.array(images.classes, object), {"units": "1", "long_name": "name of the class"}),
+        "mean": ("channel", images.train.mean_C, {**value, "long_name": "mean of the channel"}),
+        "std": ("channel", images.train.std_C, {**value, "long_name": "standard deviation of the channel"}),
+    }
+    for split, arrays in (("train", images.train), ("test", images.test)):
+        variables[f"{split}_image"] = ((split, "channel", "row", "column"), arrays.images_NCHW, pixel)
+        variables[f"{split}_label"] = (split, arrays.labels_N, label)
+    origin = provenance(choice, emulated=False, data=images.name, threads={"decoding": usable_cores()})
+    return xr.Dataset(variables, attrs={**origin, "source": images.source, "warning": images.warning or ""})
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[xr.Dataset]:
+    """The prepared store, read lazily."""
+    if not path.is_file():
+        raise InputError(f"Prepared images {path} do not exist: prepare them first.")
+    # zarr closes what it could not open: an AttributeError that would hide the reason.
+    if not is_zipfile(path):
+        raise InputError(f"{path} is not a store of prepared images: prepare it anew.")
+    try:
+        with ZipStore(path, mode="r") as zipped, xr.open_zarr(zipped, consolidated=False, chunks=None) as store:
+            yield store
+    except (BadZipFile, KeyError, ValueError, OSError) as error:
+        raise InputError(f"{path} is not a store of prepared images ({error}): prepare it anew.") from error
