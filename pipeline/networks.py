@@ -16,6 +16,7 @@ from pipeline.errors import InputError
 STUDY_NETWORKS = ("50:500", "150:800", "300:1000", "500:1500")
 """Widths of the two convolutions; only the last is the paper's, the others are this project's choice."""
 
+_WIDTHS = re.compile(r"([+-]?\d+):([+-]?\d+)")
 _KERNEL_SIZE = 5
 _POOL_SIZE = 2
 
@@ -46,20 +47,37 @@ def network(
     if classes < 1:
         raise InputError(f"A network with {classes} classes cannot be built: it needs at least 1.")
     name = name.strip()
-    widths = re.fullmatch(r"([+-]?\d+):([+-]?\d+)", name)
+    check_name(name)
     # Not torch.manual_seed: that also reseeds every CUDA device.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        if widths:
+        if widths := _WIDTHS.fullmatch(name):
             return _study_network(name, int(widths[1]), int(widths[2]), classes, image_shape)
         return _torchvision_network(name, classes, image_shape)
+
+
+def check_name(name: str) -> None:
+    """Raise InputError, as `network` does, where no network has the name; builds nothing."""
+    if widths := _WIDTHS.fullmatch(name):
+        if min(int(widths[1]), int(widths[2])) < 1:
+            raise InputError(f"Network '{name}' has a convolution without kernels: both widths must be at least 1.")
+        return
+    make_importable()
+    from torchvision import models
+
+    names = models.list_models(module=models)
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean '{close[0]}'" if close else "such as resnet18"
+        raise InputError(
+            f"Network '{name}' is unknown: give the widths of two convolutions as K1:K2, such as 50:500, "
+            f"or the name of a torchvision classification network ({hint})."
+        )
 
 
 def _study_network(
     name: str, width1: int, width2: int, classes: int, image_shape: tuple[int, int, int]
 ) -> nn.Sequential:
-    if min(width1, width2) < 1:
-        raise InputError(f"Network '{name}' has a convolution without kernels: both widths must be at least 1.")
     channels, *size = image_shape
     for _ in range(2):
         size = [(length - _KERNEL_SIZE + 1) // _POOL_SIZE for length in size]
@@ -80,17 +98,8 @@ def _study_network(
 
 
 def _torchvision_network(name: str, classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
-    make_importable()
     from torchvision import models
 
-    names = models.list_models(module=models)
-    if name not in names:
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean '{close[0]}'" if close else "such as resnet18"
-        raise InputError(
-            f"Network '{name}' is unknown: give the widths of two convolutions as K1:K2, such as 50:500, "
-            f"or the name of a torchvision classification network ({hint})."
-        )
     options: dict[str, Any] = {"weights": None, "num_classes": classes}
     if name in ("googlenet", "inception_v3"):
         options |= _WITHOUT_AUXILIARY_HEAD
