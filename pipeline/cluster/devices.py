@@ -49,12 +49,10 @@ class Device:
     def __post_init__(self) -> None:
         if self.kind not in ("cpu", "gpu"):
             raise InputError(f"device kind {self.kind!r} is unknown; use 'cpu' or 'gpu'.")
-        if isinstance(self.threads, bool) or not isinstance(self.threads, int) or self.threads < 1:
-            raise InputError(f"device threads must be a whole number of at least 1, not {self.threads!r}.")
-        if isinstance(self.speed, bool) or not isinstance(self.speed, int | float) or not 0 < self.speed <= 1:
+        _require_whole("threads", self.threads, least=1)
+        _require_whole("index", self.index, least=0)
+        if not _is_number(self.speed) or not 0 < self.speed <= 1:
             raise InputError(f"device speed must lie in (0, 1], not {self.speed!r}: a device can only be slowed down.")
-        if isinstance(self.index, bool) or not isinstance(self.index, int) or self.index < 0:
-            raise InputError(f"device index must be a whole number of at least 0, not {self.index!r}.")
         if self.kind == "cpu" and self.index:
             raise InputError(f"device index {self.index} is only for GPUs; leave it out for a CPU.")
 
@@ -226,6 +224,15 @@ def _parse_term(term: str, text: str) -> Iterator[Device]:
         yield dataclasses.replace(first, index=first.index + position) if kind == "gpu" else first
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _require_whole(name: str, value: object, *, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"device {name} must be a whole number of at least {least}, not {value!r}.")
+
+
 def _natural_order(name: str) -> list[tuple[bool, int, str]]:
     parts = re.split(r"(\d+)", name)
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
@@ -244,12 +251,14 @@ def scheduler_workers(client: Client, timeout_s: float) -> dict[str, dict[str, A
     """Dask's own description of every worker by address, fresh from the scheduler; RunError where it is lost."""
 
     async def ask() -> dict[str, Any]:
+        if client.scheduler is None:
+            raise OSError("the client is closed")
         return cast("dict[str, Any]", await asyncio.wait_for(client.scheduler.identity(n_workers=-1), timeout_s))
 
     try:
         return cast("dict[str, dict[str, Any]]", client.sync(ask)["workers"])
-    except (OSError, TimeoutError, AttributeError) as error:  # AttributeError: the client is closed.
-        raise RunError(f"the scheduler of the cluster does not answer: {error or type(error).__name__}.") from error
+    except OSError as error:  # A timeout is one too.
+        raise RunError(f"the scheduler of the cluster does not answer: {error!r}.") from error
 
 
 def _ask_workers(client: Client, addresses: list[str], timeout_s: float) -> dict[str, Mapping[str, str]]:
