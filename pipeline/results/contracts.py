@@ -21,6 +21,7 @@ whatever does not exist: a rank that took no part in an instruction, a repetitio
 **Calibration** (`calibration.zarr`), per `network` and `batch_size` (scalars) or, of several, along `calibration`:
 
     forward_time, backward_time(device, segment, share, repetition)  kernels(segment, share)  device_label(device)
+    update_time(device, repetition)
     link_time(source, destination, message_bytes, repetition)  link_latency, link_bandwidth(source, destination)
 
 **Accuracy** (`accuracy.zarr`): accuracy(strategy, epoch) and loss(strategy, step); `network`, `device_set` and `data`
@@ -96,6 +97,7 @@ CALIBRATION: Mapping[str, Variable] = {
     "forward_time": Variable(_SEGMENT_TIME, "s", "forward time of a segment"),
     "backward_time": Variable(_SEGMENT_TIME, "s", "backward time of a segment"),
     "kernels": Variable(("segment", "share"), "1", "kernels of a segment at a share"),
+    "update_time": Variable(("device", "repetition"), "s", "time of the optimiser per parameter"),
     "device_label": Variable(("device",), "1", "device of a rank", text=True),
     "link_time": Variable(("source", "destination", "message_bytes", "repetition"), "s", "time of one message"),
     "link_latency": Variable(("source", "destination"), "s", "latency of a link"),

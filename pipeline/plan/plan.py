@@ -1,0 +1,123 @@
+"""A plan: a layout for every operation, with shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.graph.effects import Effect
+from pipeline.graph.trace import Graph, Operation, Parameter
+from pipeline.plan.layouts import Layout, master, replicated
+
+Strategy = Literal["auto", "single", "ddp", "equal", "paper", "kernel"]
+STRATEGIES: tuple[Strategy, ...] = ("single", "ddp", "equal", "paper", "kernel", "auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperationPlan:
+    """Where one operation runs."""
+
+    name: str
+    input: Layout
+    """Layout in which it takes every input."""
+    output: Layout
+    home: Literal["master", "shard"]
+    """Where its parameters and their optimiser state live between steps."""
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks that take part."""
+        return self.output.holders
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterPlan:
+    """Where one parameter lives and where it is used; the two differ only if it travels in every step."""
+
+    parameter: Parameter
+    channel_axis: int
+    """The axis that a K layout splits."""
+    home: Layout
+    work: Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A layout per operation. Ranks are positions in ``devices``; all shares are in global kernels (or features)."""
+
+    strategy: Strategy
+    batch_size: int
+    devices: tuple[int, ...]
+    """For each rank, the index of its device in the list the plan was made for."""
+    labels: tuple[str, ...]
+    """For each rank, its device in words, e.g. ``cpu@0.5``."""
+    operations: tuple[OperationPlan, ...]
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks."""
+        return len(self.devices)
+
+    def __getitem__(self, name: str) -> OperationPlan:
+        for operation in self.operations:
+            if operation.name == name:
+                return operation
+        raise KeyError(name)
+
+    def convolution_shares(self, graph: Graph) -> tuple[float, ...]:
+        """For each rank its fraction of all convolution FLOPs; equal parts of the batch under ``ddp``."""
+        if self.strategy == "ddp":
+            return (1 / self.ranks,) * self.ranks
+        flops = [0.0] * self.ranks
+        for operation in graph.convolutions:
+            output = self[operation.name].output
+            for rank, share in enumerate(output.shares):
+                flops[rank] += operation.flops_per_image * share / sum(output.shares)
+        total = sum(flops)
+        return tuple(one / total if total else float(rank == 0) for rank, one in enumerate(flops))
+
+    def table(self) -> str:
+        """The plan as text: one line per operation."""
+        header = f"{self.strategy} over {', '.join(self.labels)}, batch {self.batch_size}"
+        if self.strategy == "ddp":
+            return f"{header}\n  every rank runs the whole network on an equal part of the batch"
+        width = max(len(operation.name) for operation in self.operations)
+        lines = [f"  {one.name:{width}}  {one.input!s:>14} -> {one.output!s}" for one in self.operations]
+        return "\n".join([header, *lines])
+
+
+def parameter_plans(operation: Operation, plan: OperationPlan) -> tuple[ParameterPlan, ...]:
+    """Where the parameters and buffers of ``operation`` live and work, which follows from its layouts."""
+    ranks = len(plan.output.shares)
+    found = []
+    for parameter in operation.parameters:
+        axis, work = _work_layout(operation, plan, parameter)
+        home = work if plan.home == "shard" else master(ranks)
+        found.append(ParameterPlan(parameter=parameter, channel_axis=axis, home=home, work=work))
+    return tuple(found)
+
+
+def _work_layout(operation: Operation, plan: OperationPlan, parameter: Parameter) -> tuple[int, Layout]:
+    leaf = parameter.name.rpartition(".")[2]
+    if operation.effect is Effect.KERNEL and plan.input.kind == "K":
+        # Input channels are split: rank i needs w[:, its channels]; the bias is added once, by the first of the ranks.
+        if leaf == "weight":
+            return 1, plan.input
+        first = plan.input.holders[0]
+        return 0, replicated(tuple(int(rank == first) for rank in range(len(plan.input.shares))))
+    if plan.output.kind == "K":
+        if parameter.shape and parameter.shape[0] == operation.channels:
+            return 0, plan.output
+        return 0, replicated(plan.output.shares)  # a scalar such as BatchNorm's count of batches: each rank keeps one
+    return 0, plan.output
+
+
+def parameters_of(graph: Graph, plan: Plan) -> Iterable[tuple[Operation, ParameterPlan]]:
+    """All parameters and buffers of the network, in the order of its operations, each once."""
+    seen: set[str] = set()
+    for operation in graph.operations:
+        for parameter in parameter_plans(operation, plan[operation.name]):
+            if parameter.parameter.name not in seen:
+                seen.add(parameter.parameter.name)
+                yield operation, parameter

@@ -1,0 +1,323 @@
+"""A plan compiled to instructions: the one list that the run executes and the simulator times.
+
+The forward half computes segments and exchanges tensors between them; the backward half is its mirror image, segment by
+segment and exchange by exchange, so every rank knows from the list alone what it sends and receives next. That is why the
+order never depends on the autograd engine and no two ranks can wait for each other.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from pipeline.graph.trace import Graph, Operation
+from pipeline.plan.layouts import Box, Layout, Message, master, messages, transposed
+from pipeline.plan.plan import ParameterPlan, Plan, parameter_plans
+
+Direction = Literal["forward", "backward"]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A tensor in a layout: what a rank looks up when it needs "the output of conv1, split by kernels"."""
+
+    name: str
+    layout: Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """Global shape of a tensor and the two axes a layout may split."""
+
+    shape: tuple[int, ...]
+    channel_axis: int
+    images_axis: int | None
+    """None for parameters: they have no images."""
+
+    @property
+    def view(self) -> tuple[int, int, int]:
+        """The shape as (images, channels, rest); what lies before the channels counts as images."""
+        if not self.shape:
+            return (1, 1, 1)
+        before, after = self.shape[: self.channel_axis], self.shape[self.channel_axis + 1 :]
+        return math.prod(before), self.shape[self.channel_axis], math.prod(after)
+
+    def local_shape(self, box: Box) -> tuple[int, ...]:
+        """Shape of the part of the tensor in ``box``."""
+        if not self.shape:
+            return ()
+        shape = list(self.shape)
+        shape[self.channel_axis] = len(box.channels)
+        if self.images_axis is not None:
+            shape[self.images_axis] = len(box.images)
+        return tuple(shape)
+
+    def boxes(self, layout: Layout) -> tuple[Box, ...]:
+        """The box of every rank."""
+        images, channels, _ = self.view
+        return layout.boxes(images, channels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """Run the operations of one segment on the ranks that hold its outputs."""
+
+    name: str
+    direction: Direction
+    segment: int
+    """Its number in the forward half; the backward instruction carries the same."""
+    operations: tuple[str, ...]
+    """Empty for the loss."""
+    inputs: tuple[Placed, ...]
+    outputs: tuple[Placed, ...]
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """Move a tensor from one layout to another; backward, its gradient the other way, with sums for copies."""
+
+    name: str
+    direction: Direction
+    source: Placed
+    target: Placed
+    spec: TensorSpec
+    parameter: bool
+    """Whether it moves a parameter from its home to where it works, rather than an activation."""
+
+    @cached_property
+    def messages(self) -> tuple[Message, ...]:
+        """What travels in this direction, local copies included."""
+        images, channels, _ = self.spec.view
+        forward = messages(self.source.layout, self.target.layout, images, channels)
+        return forward if self.direction == "forward" else transposed(forward)
+
+    @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks that send or receive."""
+        return tuple(sorted({rank for message in self.messages for rank in (message.source, message.target)}))
+
+    @property
+    def elements(self) -> int:
+        """Elements that travel between different ranks."""
+        rest = self.spec.view[2]
+        return sum(message.box.size * rest for message in self.messages if message.source != message.target)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """Let the optimiser update the parameters whose home is on the rank."""
+
+    name: str
+    ranks: tuple[int, ...]
+
+
+Instruction = Compute | Exchange | Update
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """The instructions of one training step for batches of ``batch_size`` images."""
+
+    batch_size: int
+    ranks: int
+    forward: tuple[Compute | Exchange, ...]
+    """Up to and including the loss."""
+    backward: tuple[Compute | Exchange, ...]
+    update: Update
+    gradients: frozenset[Placed]
+    """The activations that need a gradient."""
+    parameters: tuple[ParameterPlan, ...]
+    """Every parameter and buffer, in the order of the operations."""
+    output: Placed
+
+    @property
+    def instructions(self) -> tuple[Instruction, ...]:
+        """The whole step in order."""
+        return (*self.forward, *self.backward, self.update)
+
+    @property
+    def inference(self) -> tuple[Compute | Exchange, ...]:
+        """The forward half without the loss."""
+        return self.forward[:-1]
+
+
+LOSS = "loss"
+
+
+def compile_program(graph: Graph, plan: Plan, batch_size: int) -> Program:
+    """Compile ``plan`` for batches of ``batch_size`` images."""
+    return _Compiler(graph, plan, batch_size).compile()
+
+
+class _Compiler:
+    def __init__(self, graph: Graph, plan: Plan, batch_size: int) -> None:
+        self.graph, self.plan, self.batch_size = graph, plan, batch_size
+        self.instructions: list[Compute | Exchange] = []
+        self.produced: dict[str, Layout] = {graph.input: master(plan.ranks)}
+        self.available: set[Placed] = {Placed(graph.input, master(plan.ranks))}
+        self.segment: list[Operation] = []
+        self.segments = 0
+        self.parameters: list[ParameterPlan] = []
+
+    def compile(self) -> Program:
+        for operation in self.graph.operations:
+            self._place(operation)
+        output = self._available_as(self.graph.output, master(self.plan.ranks))
+        self._close_segment()
+        forward = self._forward_with_outputs(output)
+        gradients = self._gradients(forward)
+        forward.append(
+            Compute(
+                name=LOSS, direction="forward", segment=self.segments, operations=(), inputs=(output,), outputs=(), ranks=(0,)
+            )
+        )
+        homes = {rank for one in self.parameters if one.parameter.trained for rank in one.home.holders}
+        return Program(
+            batch_size=self.batch_size,
+            ranks=self.plan.ranks,
+            forward=tuple(forward),
+            backward=_mirrored(forward, gradients, self._trained()),
+            update=Update(name="update", ranks=tuple(sorted(homes))),
+            gradients=gradients,
+            parameters=tuple(self.parameters),
+            output=output,
+        )
+
+    def _place(self, operation: Operation) -> None:
+        planned = self.plan[operation.name]
+        for value in operation.inputs:
+            self._available_as(value, planned.input)
+        known = {one.parameter.name for one in self.parameters}
+        for parameter in parameter_plans(operation, planned):
+            if parameter.parameter.name in known:
+                continue
+            self.parameters.append(parameter)
+            if parameter.home != parameter.work:
+                self._close_segment()
+                self._exchange_parameter(parameter)
+        if self.segment and self.plan[self.segment[-1].name].ranks != planned.ranks:
+            self._close_segment()
+        self.segment.append(operation)
+        self.produced[operation.name] = planned.output
+        self.available.add(Placed(operation.name, planned.output))
+
+    def _available_as(self, value: str, layout: Layout) -> Placed:
+        """Make sure that ``value`` is there in ``layout``, by an exchange if need be."""
+        target = Placed(value, layout)
+        if target in self.available:
+            return target
+        self._close_segment()
+        source = Placed(value, self.produced[value])
+        self.instructions.append(
+            Exchange(
+                name=f"{value} {source.layout.kind}→{layout.kind}",
+                direction="forward",
+                source=source,
+                target=target,
+                spec=activation_spec(self.graph, value, self.batch_size),
+                parameter=False,
+            )
+        )
+        self.available.add(target)
+        return target
+
+    def _exchange_parameter(self, one: ParameterPlan) -> None:
+        name = one.parameter.name
+        self.instructions.append(
+            Exchange(
+                name=f"{name} {one.home.kind}→{one.work.kind}",
+                direction="forward",
+                source=Placed(name, one.home),
+                target=Placed(name, one.work),
+                spec=parameter_spec(one),
+                parameter=True,
+            )
+        )
+
+    def _close_segment(self) -> None:
+        if not self.segment:
+            return
+        inside = {operation.name for operation in self.segment}
+        inputs: dict[Placed, None] = {}
+        for operation in self.segment:
+            for value in operation.inputs:
+                if value not in inside or self.plan[operation.name].input != self.produced[value]:
+                    inputs[Placed(value, self.plan[operation.name].input)] = None
+        self.instructions.append(
+            Compute(
+                name="+".join(operation.name for operation in self.segment),
+                direction="forward",
+                segment=self.segments,
+                operations=tuple(operation.name for operation in self.segment),
+                inputs=tuple(inputs),
+                outputs=tuple(Placed(operation.name, self.produced[operation.name]) for operation in self.segment),
+                ranks=self.plan[self.segment[-1].name].ranks,
+            )
+        )
+        self.segments += 1
+        self.segment = []
+
+    def _forward_with_outputs(self, output: Placed) -> list[Compute | Exchange]:
+        """The forward half with each segment's outputs cut down to those that something outside it uses."""
+        wanted = {output}
+        for instruction in self.instructions:
+            wanted.update(instruction.inputs if isinstance(instruction, Compute) else (instruction.source,))
+        forward: list[Compute | Exchange] = []
+        for instruction in self.instructions:
+            if isinstance(instruction, Compute):
+                outputs = tuple(one for one in instruction.outputs if one in wanted)
+                instruction = replace(instruction, outputs=outputs)
+            forward.append(instruction)
+        return forward
+
+    def _trained(self) -> frozenset[str]:
+        return frozenset(one.parameter.name for one in self.parameters if one.parameter.trained)
+
+    def _gradients(self, forward: list[Compute | Exchange]) -> frozenset[Placed]:
+        """The activations that depend on something that is trained."""
+        found: set[Placed] = set()
+        for instruction in forward:
+            if isinstance(instruction, Exchange):
+                if instruction.source in found:
+                    found.add(instruction.target)
+                continue
+            inside = {placed.name for placed in instruction.inputs if placed in found}
+            for name in instruction.operations:
+                operation = self.graph[name]
+                if any(one.trained for one in operation.parameters) or any(value in inside for value in operation.inputs):
+                    inside.add(name)
+            found.update(placed for placed in instruction.outputs if placed.name in inside)
+        return frozenset(found)
+
+
+def _mirrored(
+    forward: list[Compute | Exchange], gradients: frozenset[Placed], trained: frozenset[str]
+) -> tuple[Compute | Exchange, ...]:
+    """The backward half: the forward half in reverse, without what no gradient flows through."""
+    backward: list[Compute | Exchange] = []
+    for instruction in reversed(forward):
+        if isinstance(instruction, Compute):
+            needed = instruction.name == LOSS or any(placed in gradients for placed in instruction.outputs)
+        elif instruction.parameter:
+            needed = instruction.source.name in trained
+        else:
+            needed = instruction.source in gradients
+        if needed:
+            backward.append(replace(instruction, direction="backward"))
+    return tuple(backward)
+
+
+def activation_spec(graph: Graph, value: str, batch_size: int) -> TensorSpec:
+    """Shape and axes of an operation's output for ``batch_size`` images."""
+    shape = graph.shape_of(value)
+    if shape is None:
+        raise ValueError(f"{value} is not a tensor of images and cannot leave the master")
+    return TensorSpec(shape=(batch_size, *shape), channel_axis=1, images_axis=0)
+
+
+def parameter_spec(one: ParameterPlan) -> TensorSpec:
+    """Shape and axes of a parameter."""
+    return TensorSpec(shape=one.parameter.shape, channel_axis=one.channel_axis, images_axis=None)

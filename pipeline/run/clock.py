@@ -1,0 +1,84 @@
+"""When each instruction ran on this rank, on a clock that all ranks share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from pipeline.cluster.gang import RankContext
+
+_PINGS = 20
+
+
+def clock_offset(context: RankContext) -> float:
+    """Seconds to add to this rank's ``perf_counter`` to get the master's.
+
+    Each rank in turn asks the master for its time; the answer with the shortest round trip counts, its error being at most
+    half of that trip. Every rank must call this at the same point.
+    """
+    offset = 0.0
+    if context.group is None:
+        return offset
+    stamp = torch.zeros(1, dtype=torch.float64)
+    for rank in range(1, context.size):
+        best = float("inf")
+        for _ in range(_PINGS):
+            if context.rank == 0:
+                dist.recv(stamp, rank, context.group)
+                stamp[0] = time.perf_counter()
+                dist.send(stamp, rank, context.group)
+            elif context.rank == rank:
+                sent = time.perf_counter()
+                dist.send(stamp, 0, context.group)
+                dist.recv(stamp, 0, context.group)
+                trip = time.perf_counter() - sent
+                if trip < best:
+                    best, offset = trip, float(stamp[0]) - (sent + trip / 2)
+    return offset
+
+
+class Clock:
+    """Start and end of every instruction of the last steps.
+
+    ``times`` has the shape (step, instruction, 2) in seconds of the master's ``perf_counter``; NaN where the rank took no
+    part. Only the last ``keep`` steps are held; ``steps`` has (start, end) of every step.
+    """
+
+    def __init__(self, instructions: int, *, offset: float = 0.0, keep: int = 16) -> None:
+        self._offset, self._keep = offset, keep
+        self._blank = np.full((instructions, 2), np.nan)
+        self._current = self._blank.copy()
+        self._kept: list[NDArray[np.float64]] = []
+        self.steps: list[tuple[float, float]] = []
+
+    @property
+    def times(self) -> NDArray[np.float64]:
+        """The timeline of the kept steps, (step, instruction, 2) in seconds."""
+        return np.stack(self._kept) if self._kept else np.empty((0, *self._blank.shape))
+
+    def now(self) -> float:
+        """The time on the shared clock in seconds."""
+        return time.perf_counter() + self._offset
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Time one step."""
+        self._current = self._blank.copy()
+        start = self.now()
+        yield
+        self.steps.append((start, self.now()))
+        self._kept.append(self._current)
+        del self._kept[: -self._keep]
+
+    @contextmanager
+    def instruction(self, index: int) -> Iterator[None]:
+        """Time one instruction of the current step."""
+        self._current[index, 0] = self.now()
+        yield
+        self._current[index, 1] = self.now()

@@ -1,0 +1,46 @@
+"""Make a device slower than it is, in proportion to the work it does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pipeline.cluster.devices import Device
+
+
+class Throttle:
+    """Stretches work to ``1 / speed`` of its processor time by sleeping after it.
+
+    Processor time, not wall time, is what a device of full speed would need if it had its core to itself; so several
+    emulated devices can share one core as long as their speeds add up to no more than the cores. A sleep that ends late, or
+    a core that was taken away for longer than the slower device would have needed, is carried over as a debt (in seconds,
+    bounded, so that waiting for others never pays for later work).
+    """
+
+    _BOUND_S = 0.05
+
+    def __init__(self, device: Device) -> None:
+        self._slowdown = 1 / device.speed
+        self._threads = device.threads
+        self._debt = 0.0
+
+    @contextmanager
+    def work(self) -> Iterator[None]:
+        """Run the body and then sleep for what a device of the emulated speed would still be busy."""
+        if self._slowdown <= 1:
+            yield
+            return
+        wall, busy = time.perf_counter(), self._processor_time()
+        yield
+        spent = time.perf_counter() - wall
+        self._debt += (self._processor_time() - busy) * self._slowdown - spent
+        if self._debt > 0:
+            before = time.perf_counter()
+            time.sleep(self._debt)
+            self._debt -= time.perf_counter() - before
+        self._debt = max(-self._BOUND_S, min(self._debt, self._BOUND_S))
+
+    def _processor_time(self) -> float:
+        # With one thread the operators run in the caller; with more, their share of the whole process is the best measure.
+        return time.thread_time() if self._threads == 1 else time.process_time() / self._threads

@@ -1,0 +1,85 @@
+"""Start a plan on the devices it names: one job per rank, and back come their accounts."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from distributed import Client
+from torch import nn
+from torch.utils.data import Dataset
+
+from pipeline.cluster.devices import Member
+from pipeline.cluster.gang import run_gang
+from pipeline.errors import InputError
+from pipeline.graph.trace import Graph
+from pipeline.plan.plan import Plan
+from pipeline.run.execution import Loss, OptimizerFactory
+from pipeline.run.worker import Account, Job, run_rank
+
+SGD: OptimizerFactory = functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)
+
+OnProgress = Callable[[int, dict[str, float]], None]
+
+
+def run_plan(
+    client: Client,
+    members: Sequence[Member],
+    plan: Plan,
+    graph: Graph,
+    model: nn.Module,
+    dataset: Dataset[Any],
+    *,
+    validation: Dataset[Any] | None = None,
+    loss: Loss | None = None,
+    optimizer: OptimizerFactory = SGD,
+    indices: list[list[list[int]]],
+    seed: int,
+    label: str,
+    synchronised: bool = False,
+    profiled: bool = False,
+    keep_weights: bool = True,
+    on_progress: OnProgress | None = None,
+) -> list[Account]:
+    """Run ``plan`` on the devices it names, one long task per rank; the account of every rank.
+
+    ``members`` are the devices that the plan was made for. Raises ``RunError`` when a rank fails or is lost.
+    """
+    ranks = [members[device] for device in plan.devices]
+    skeleton = copy.deepcopy(model).to("meta")
+    common = {
+        "graph": graph, "plan": plan, "loss": loss or nn.CrossEntropyLoss(), "optimizer": optimizer, "indices": indices,
+        "seed": seed, "synchronised": synchronised, "profiled": profiled, "keep_weights": keep_weights,
+        "validation_images": len(validation) if validation is not None else 0,  # type: ignore[arg-type]
+    }  # fmt: skip
+    arguments = []
+    for rank in range(len(ranks)):
+        whole = rank == 0 or plan.strategy == "ddp"
+        job = Job(
+            model=model if whole else skeleton,
+            dataset=dataset if whole else None,
+            validation=validation if rank == 0 else None,
+            **common,  # type: ignore[arg-type]
+        )
+        # Scattered, because a job with a model and images is too large to travel within a task graph.
+        arguments.append((client.scatter(job, workers=[ranks[rank].address], hash=False),))
+    accounts: list[Account] = run_gang(client, ranks, run_rank, arguments, label=label, on_progress=on_progress)
+    return accounts
+
+
+def example_batch(dataset: Dataset[Any], images: int = 2) -> torch.Tensor:
+    """The first ``images`` images of a data set as ``x_BCHW``, the same one again where it has fewer.
+
+    Raises ``InputError`` unless it gives pairs of an image and a label.
+    """
+    item = dataset[0]
+    if not isinstance(item, tuple | list) or len(item) != 2 or not isinstance(item[0], torch.Tensor):
+        raise InputError(
+            f"{type(dataset).__name__}[0] is {type(item).__name__}: a data set must give pairs of an image tensor "
+            "(C, H, W) and a label"
+        )
+    last = len(dataset) - 1  # type: ignore[arg-type]
+    return torch.stack([dataset[min(index, last)][0] for index in range(images)])

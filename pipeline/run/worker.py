@@ -1,0 +1,230 @@
+"""What every rank of a training or timing run does, from its job to its account of it."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils.data import Dataset
+
+from pipeline.cluster.gang import RankContext
+from pipeline.errors import RunError
+from pipeline.graph.trace import Graph
+from pipeline.plan.plan import Plan
+from pipeline.run.batches import Batch, batches, part_of
+from pipeline.run.clock import Clock, clock_offset
+from pipeline.run.ddp import INSTRUCTIONS, DataParallel
+from pipeline.run.execution import Execution, Loss, OptimizerFactory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """All that a rank needs to know; equal on all ranks but for the model and the data."""
+
+    model: nn.Module
+    """The real model where the rank needs its weights, a skeleton on the meta device elsewhere."""
+    dataset: Dataset[Any] | None
+    """On the master, and under ``ddp`` on every rank."""
+    validation: Dataset[Any] | None
+    """Images to classify after each epoch, on the master."""
+    validation_images: int
+    graph: Graph
+    plan: Plan
+    loss: Loss
+    optimizer: OptimizerFactory
+    indices: list[list[list[int]]]
+    """Image indices by epoch and step."""
+    seed: int
+    synchronised: bool = False
+    """Whether all ranks begin each step together, as a timing needs."""
+    profiled: bool = False
+    """Whether one more step runs under the profiler, to tell the time in convolutions."""
+    keep_weights: bool = True
+    """Whether the trained weights are wanted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """What a rank did."""
+
+    weights: dict[str, torch.Tensor] | None
+    """The state dict of the trained model, from the master."""
+    losses: list[float]
+    """Per step: of the batch on the master, under ``ddp`` of this rank's images."""
+    images: list[int]
+    """Per step, how many images ``losses`` averages over."""
+    accuracies: list[float]
+    """Per epoch, on the master."""
+    steps: NDArray[np.float64]
+    """(step, 2): start and end in s on the clock all ranks share."""
+    times: NDArray[np.float64]
+    """(step, instruction, 2) of the last steps."""
+    peak_memory: int
+    """Most memory the rank held during the run, in bytes: resident memory, or on a GPU the allocated one."""
+    convolution_s: float
+    """Time in convolutions of the profiled step; NaN without one."""
+
+
+def run_rank(context: RankContext, job: Job) -> Account:
+    """Train as the job says; every rank of the gang runs this.
+
+    Raises ``RunError`` when the loss is no finite number.
+    """
+    torch.manual_seed(job.seed)
+    _reset_peak_memory(context)
+    offset = clock_offset(context)
+    runner = _DataParallelRun(context, job, offset) if job.plan.strategy == "ddp" else _ProgramRun(context, job, offset)
+    losses: list[float] = []
+    images: list[int] = []
+    accuracies: list[float] = []
+    for epoch in job.indices:
+        for batch_size, batch in runner.batches(epoch):
+            if job.synchronised:
+                context.barrier()
+            with runner.clock.step():
+                loss = runner.step(batch_size, batch)
+            if loss is not None:
+                if not math.isfinite(loss):
+                    raise RunError(f"the loss is {loss} at step {len(losses) + 1}; try a smaller learning rate")
+                losses.append(loss)
+                images.append(runner.images(batch_size))
+            context.report(len(runner.clock.steps), loss=math.nan if loss is None else loss)
+        if job.validation_images:
+            accuracy = runner.accuracy()
+            accuracies += [] if accuracy is None else [accuracy]
+    convolution_s = _convolution_time(context, runner, job) if job.profiled else math.nan
+    return Account(
+        weights=runner.weights() if job.keep_weights else None,
+        losses=losses,
+        images=images,
+        accuracies=accuracies,
+        steps=np.array(runner.clock.steps).reshape(-1, 2),
+        times=runner.clock.times,
+        peak_memory=_peak_memory(context),
+        convolution_s=convolution_s,
+    )
+
+
+class _ProgramRun:
+    """A rank that executes a program; only the master has images."""
+
+    def __init__(self, context: RankContext, job: Job, offset: float) -> None:
+        self._job = job
+        self._execution = Execution(context, job.model, job.graph, job.plan)
+        self._execution.prepare(job.loss, job.optimizer)
+        largest = max(len(batch) for epoch in job.indices for batch in epoch)
+        self.clock = Clock(len(self._execution.program(largest).instructions), offset=offset)
+
+    def batches(self, epoch: Sequence[Sequence[int]]) -> Any:
+        """(images in the batch, the batch or None) for every step."""
+        if self._job.dataset is None:
+            return ((len(batch), None) for batch in epoch)
+        return zip(map(len, epoch), batches(self._job.dataset, epoch), strict=True)
+
+    def step(self, batch_size: int, batch: Batch | None) -> float | None:
+        x_BCHW, y_B = batch or (None, None)
+        return self._execution.train_step(batch_size, x_BCHW, y_B, self.clock)
+
+    def images(self, batch_size: int) -> int:
+        """How many images of a batch the loss of this rank averages over."""
+        return batch_size
+
+    def accuracy(self) -> float | None:
+        size, correct = len(self._job.indices[0][0]), 0
+        total = self._job.validation_images
+        parts = [list(range(start, min(start + size, total))) for start in range(0, total, size)]
+        source = batches(self._job.validation, parts) if self._job.validation is not None else ((None, None) for _ in parts)
+        for part, (x_BCHW, y_B) in zip(parts, source, strict=True):
+            output = self._execution.predict(len(part), x_BCHW)
+            if output is not None and y_B is not None:
+                correct += int((output.argmax(1).cpu() == y_B).sum())
+        return correct / total if self._job.validation is not None else None
+
+    def weights(self) -> dict[str, torch.Tensor] | None:
+        return self._execution.gather()
+
+
+class _DataParallelRun:
+    """A rank under ``ddp``: it has the whole model and all the images, and takes its part of each batch."""
+
+    def __init__(self, context: RankContext, job: Job, offset: float) -> None:
+        self._context, self._job = context, job
+        self._parallel = DataParallel(context, job.model, job.loss, job.optimizer)
+        self.clock = Clock(len(INSTRUCTIONS), offset=offset)
+
+    def batches(self, epoch: Sequence[Sequence[int]]) -> Any:
+        rank, ranks = self._context.rank, self._context.size
+        assert self._job.dataset is not None
+        # A rank without an image of a small last batch still has to take part: with one image, which counts for nothing.
+        mine = [part_of(rank, ranks, batch) or batch[:1] for batch in epoch]
+        return zip(map(len, epoch), batches(self._job.dataset, mine), strict=True)
+
+    def step(self, batch_size: int, batch: Batch) -> float:
+        return self._parallel.train_step(self.images(batch_size) / batch_size, *batch, self.clock)
+
+    def images(self, batch_size: int) -> int:
+        """How many images of a batch the loss of this rank averages over."""
+        return len(part_of(self._context.rank, self._context.size, range(batch_size)))
+
+    def accuracy(self) -> float | None:
+        if self._job.validation is None:
+            return None
+        model, correct, size = self._parallel.model.eval(), 0, len(self._job.indices[0][0])
+        total = self._job.validation_images
+        parts = [list(range(start, min(start + size, total))) for start in range(0, total, size)]
+        with torch.no_grad():
+            for x_BCHW, y_B in batches(self._job.validation, parts):
+                output = model(x_BCHW.to(self._parallel.device, self._parallel.dtype))
+                correct += int((output.argmax(1).cpu() == y_B).sum())
+        return correct / total
+
+    def weights(self) -> dict[str, torch.Tensor] | None:
+        if self._context.rank != 0:
+            return None
+        return {name: tensor.detach().cpu().clone() for name, tensor in self._parallel.model.state_dict().items()}
+
+
+def _convolution_time(context: RankContext, runner: _ProgramRun | _DataParallelRun, job: Job) -> float:
+    """Time in convolutions, forward and backward, of one more step, by the profiler's events."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+    for batch_size, batch in runner.batches(job.indices[-1][-1:]):
+        with profile(activities=activities) as profiler, runner.clock.step():
+            runner.step(batch_size, batch)
+    convolutions = [event for event in profiler.key_averages() if event.key in _CONVOLUTION_EVENTS]
+    microseconds = sum(max(event.cpu_time_total, event.device_time_total) for event in convolutions)
+    return microseconds / 1e6 / context.device.speed  # the profiler does not see the sleep of an emulated device
+
+
+_CONVOLUTION_EVENTS = ("aten::convolution", "aten::convolution_backward")
+
+
+def _reset_peak_memory(context: RankContext) -> None:
+    if context.torch_device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(context.torch_device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        pass  # not Linux, or not allowed: the peak since the worker began is what can be told
+
+
+def _peak_memory(context: RankContext) -> int:
+    if context.torch_device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(context.torch_device))
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,151 @@
+"""Train a model over the devices of a cluster: from a model and a data set to the trained model and its account."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from distributed import Client
+from torch import nn
+from torch.utils.data import Dataset
+
+from pipeline.calibration.measure import calibrate
+from pipeline.cluster.deployment import local_cluster
+from pipeline.cluster.devices import Member, discover
+from pipeline.errors import InputError
+from pipeline.graph.trace import trace
+from pipeline.plan.plan import Plan, Strategy
+from pipeline.plan.planner import plan_graph
+from pipeline.plan.strategies import Shares
+from pipeline.results.contracts import describe
+from pipeline.run.batches import batch_indices
+from pipeline.run.execution import Loss, OptimizerFactory
+from pipeline.run.timeline import timing_dataset
+from pipeline.run.launch import SGD, OnProgress, example_batch, run_plan
+from pipeline.run.worker import Account
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """What ``fit`` gives back."""
+
+    model: nn.Module
+    """The trained model on the CPU; the one that was given is left as it was."""
+    history: xr.Dataset
+    """``loss(step)``, and ``accuracy(epoch)`` where there were validation images."""
+    timing: xr.Dataset
+    """``step_time(step)`` in s, and the timeline of the last steps by instruction and device."""
+    plan: Plan
+
+
+def fit(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    client: Client | None = None,
+    *,
+    members: Sequence[Member] | None = None,
+    batch_size: int = 64,
+    epochs: int = 1,
+    max_steps: int | None = None,
+    strategy: Strategy = "auto",
+    optimizer: OptimizerFactory = SGD,
+    loss: Loss | None = None,
+    shuffle: bool = True,
+    seed: int = 0,
+    validation: Dataset[Any] | None = None,
+    checkpoint: str | Path | None = None,
+    calibration: xr.Dataset | None = None,
+    shares: Shares | None = None,
+    label: str | None = None,
+    on_progress: OnProgress | None = None,
+) -> FitResult:
+    """Train ``model`` on ``dataset`` over the devices of ``client``, with the result that one device would give.
+
+    ``dataset`` gives pairs of an image ``(C, H, W)`` and a label. Without a client, a local cluster of this machine's
+    devices is used; ``members`` limits the run to some devices of the cluster. ``batch_size`` counts the images of a step
+    over all devices. ``optimizer`` makes an optimiser from parameters, and must update element by element (SGD, Adam and
+    the like), as devices update shards. ``loss`` (cross-entropy by default) averages over a batch. ``validation`` images
+    are classified after each epoch. The devices are calibrated first, in seconds, unless a ``calibration`` or ``shares``
+    (fractions per device, or kernels per layer and device) are given. ``checkpoint`` is a file for the trained weights,
+    which ``torch.load(..., weights_only=True)`` reads. ``label`` names the run on the dashboard.
+
+    Raises ``InputError`` for input that cannot work, before anything runs, and ``RunError`` when a run fails.
+    """
+    images = _checked_length(dataset, batch_size, epochs, max_steps)
+    if checkpoint is not None and not Path(checkpoint).resolve().parent.is_dir():
+        raise InputError(f"checkpoint '{checkpoint}' cannot be written: its folder does not exist")
+    example_BCHW = example_batch(dataset)
+    graph = trace(model, example_BCHW)
+    with _cluster(client) as connected:
+        chosen = tuple(members or discover(connected))
+        if calibration is None and shares is None and strategy not in ("ddp", "equal") and len(chosen) > 1:
+            calibration = calibrate(model, example_BCHW, connected, members=chosen, batch_size=batch_size)
+        labels = [member.device.label for member in chosen]
+        plan = plan_graph(
+            graph, calibration, batch_size=batch_size, strategy=strategy, labels=labels, shares=shares
+        )
+        indices = batch_indices(images, batch_size, epochs=epochs, max_steps=max_steps, shuffle=shuffle, seed=seed)
+        accounts = run_plan(
+            connected, chosen, plan, graph, model, dataset,
+            validation=validation, loss=loss, optimizer=optimizer, indices=indices, seed=seed,
+            label=label or f"{plan.strategy} {type(model).__name__}", on_progress=on_progress,
+        )  # fmt: skip
+    trained = copy.deepcopy(model).cpu()
+    assert accounts[0].weights is not None
+    trained.load_state_dict(accounts[0].weights)
+    if checkpoint is not None:
+        write_weights(accounts[0].weights, Path(checkpoint))
+    return FitResult(
+        model=trained,
+        history=_history(accounts),
+        timing=timing_dataset(graph, plan, batch_size, accounts),
+        plan=plan,
+    )
+
+
+def write_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a state dict so that the file is either whole or not there."""
+    aside = path.with_name(f".{path.name}.partial")
+    torch.save(weights, aside)
+    aside.replace(path)
+
+
+def _checked_length(dataset: Dataset[Any], batch_size: int, epochs: int, max_steps: int | None) -> int:
+    images = len(dataset)  # type: ignore[arg-type]
+    for name, value in (("batch size", batch_size), ("epochs", epochs), ("max_steps", max_steps)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} {value} must be at least 1")
+    if batch_size > images:
+        raise InputError(f"batch size {batch_size} is larger than the data set, which has {images} images")
+    return images
+
+
+@contextmanager
+def _cluster(client: Client | None) -> Iterator[Client]:
+    if client is not None:
+        yield client
+        return
+    with local_cluster() as own:
+        yield own
+
+
+def _history(accounts: Sequence[Account]) -> xr.Dataset:
+    """Loss of every step, weighted by images where ranks have their own (``ddp``), and accuracy of every epoch."""
+    told = [account for account in accounts if account.losses]
+    losses = np.array([account.losses for account in told])
+    images = np.array([account.images for account in told])
+    history = xr.Dataset(
+        {"loss": ("step", (losses * images).sum(axis=0) / images.sum(axis=0))},
+        coords={"step": np.arange(losses.shape[1])},
+    )
+    if accounts[0].accuracies:
+        history["accuracy"] = ("epoch", np.array(accounts[0].accuracies))
+        history.coords["epoch"] = np.arange(1, len(accounts[0].accuracies) + 1)
+    return describe(history)
