@@ -157,7 +157,7 @@ def combine_calibrations(calibrations: Sequence[xr.Dataset]) -> xr.Dataset:
         if name in combined.coords and "calibration" not in combined[name].dims:
             combined = combined.assign_coords({name: combined[name].expand_dims(calibration=combined.calibration)})
     combined.attrs = merged_attributes(calibrations)
-    return describe(combined)
+    return describe(_with_text(combined, object))
 
 
 def merged_attributes(datasets: Iterable[xr.Dataset]) -> dict[str, Any]:

@@ -1,0 +1,170 @@
+"""What each figure shows, in sentences whose every number is read from the stores (reStructuredText)."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from pipeline.analysis import paper, selection
+from pipeline.analysis.calibration_figure import largest
+from pipeline.analysis.statistics import baseline, convolution_share, speedup, summary
+from pipeline.analysis.style import is_emulated
+from pipeline.results.contracts import NOT_PLANNED, OK
+
+
+def speedup_finding(timing: xr.Dataset) -> str:
+    """The best split of every network on the largest set of each kind of device, beside its bound."""
+    ratios, link, sentences = speedup(timing), selection.main_link(timing), []
+    for label, sets in selection.families(timing).items():
+        for network in selection.networks(timing):
+            batch_size = selection.main_batch_size(timing, network, link, sets)
+            cell = ratios.sel(network=network, batch_size=batch_size, link=link, device_set=sets[-1])
+            cell = cell.drop_sel(strategy="single", errors="ignore")
+            if not cell["speedup"].notnull().any():
+                continue
+            best = cell.isel(strategy=int(np.nanargmax(cell["speedup"].values)))
+            bound = (
+                f", {best['efficiency'].item():.0%} of the aggregate throughput of {best['aggregate_bound'].item():.2f}"
+            )
+            sentences.append(
+                f"{network}, batch {batch_size}, on {_named(sets[-1])}: ``{best['strategy'].item()}`` is "
+                f"{best['speedup'].item():.2f} times as fast as one {label} (95 % interval "
+                f"{best['speedup_low'].item():.2f} to {best['speedup_high'].item():.2f})"
+                f"{bound if best['efficiency'].notnull() else ''}{_literal(cell)}."
+            )
+    return _listed(sentences, "No set of several equal devices was measured.")
+
+
+def _literal(cell: xr.Dataset) -> str:
+    if "paper" not in cell["strategy"].values:
+        return ""
+    literal = cell["speedup"].sel(strategy="paper")
+    return f"; the paper's literal method reaches {literal.item():.2f}" if literal.notnull() else ""
+
+
+def step_time_finding(timing: xr.Dataset) -> str:
+    """The fastest strategy on every set for the largest network, and how far the numbers can be trusted."""
+    names, link, sentences = selection.networks(timing), selection.main_link(timing), []
+    for device_set in selection.device_sets(timing) if names else []:
+        batch_size = selection.main_batch_size(timing, names[-1], link, [device_set])
+        place = {"network": names[-1], "batch_size": batch_size, "device_set": device_set, "link": link}
+        times = summary(timing["step_time"].where(timing["status"] == OK).sel(place))
+        if times["median"].notnull().sum() > 1:
+            best = times.isel(strategy=int(np.nanargmin(times["median"].values)))
+            sentences.append(
+                f"{names[-1]}, batch {batch_size}, on {_named(device_set)}: ``{best['strategy'].item()}`` is fastest, "
+                f"{best['median'].item():.3g} s per step (quartiles {best['lower'].item():.3g} to "
+                f"{best['upper'].item():.3g} s)."
+            )
+    return _listed([*sentences, _quality(timing)], "No cell was measured.")
+
+
+def _quality(timing: xr.Dataset) -> str:
+    status = timing["status"].values
+    measured, planned = int((status == OK).sum()), int((status != NOT_PLANNED).sum())
+    noisy = int(summary(timing["step_time"].where(timing["status"] == OK))["noisy"].sum())
+    ended = "all ended well" if measured == planned else f"{planned - measured} did not end well"
+    return f"Of {planned} cells {ended}; in {noisy} of the {measured} measured ones IQR / median exceeds 0.1."
+
+
+def convolution_finding(timing: xr.Dataset) -> str:
+    """The range of the share of convolutions on each kind of device, beside the paper's."""
+    if "single" not in timing["strategy"].values:
+        return "No ``single`` cell was measured."
+    shares = summary(convolution_share(timing))["median"]
+    devices, sentences = baseline(timing)["baseline_device"], []
+    low, high = paper.CONVOLUTION_SHARE
+    for label in dict.fromkeys(str(device) for device in devices.values.flat if device):
+        known = shares.where(devices == label).stack(cell=shares.dims).dropna("cell")
+        if known.size:
+            least, most = known.isel(cell=int(np.argmin(known.values))), known.isel(cell=int(np.argmax(known.values)))
+            sentences.append(
+                f"On one {_named(label)} convolutions take {least.item():.0%} of a step ({least['network'].item()}, "
+                f"batch {least['batch_size'].item()}) to {most.item():.0%} ({most['network'].item()}, batch "
+                f"{most['batch_size'].item()}); the paper says {low:.0%} to {high:.0%}."
+            )
+    return _listed(sentences, "No convolution time was measured.")
+
+
+def activity_finding(timing: xr.Dataset) -> str:
+    """Mean fractions of compute, exchange and idle time over the devices, for the largest network on each shown set."""
+    names, link, sentences = selection.networks(timing), selection.main_link(timing), []
+    for device_set in selection.showcase_sets(timing):
+        batch_size = selection.main_batch_size(timing, names[-1], link, [device_set])
+        place = {"network": names[-1], "batch_size": batch_size, "device_set": device_set, "link": link}
+        cells = timing.where(timing["status"] == OK).sel(place)
+        for strategy in cells["strategy"].values:
+            cell = cells.sel(strategy=strategy)
+            if strategy == "single" or not cell["step_time"].notnull().any():
+                continue
+            part = {n: (cell[f"{n}_time"] / cell["step_time"]).mean().item() for n in ("compute", "exchange", "idle")}
+            sentences.append(
+                f"{names[-1]}, batch {batch_size}, on {_named(device_set)}, ``{strategy}``: the devices "
+                f"compute {part['compute']:.0%} of the step, exchange {part['exchange']:.0%} and "
+                f"idle {part['idle']:.0%} (mean)."
+            )
+    return _listed(sentences, "No set of several devices was measured.")
+
+
+def timeline_finding(timing: xr.Dataset) -> str:
+    """The longest instruction and the bytes moved of every strategy in the shown step."""
+    sets, names, link, sentences = selection.showcase_sets(timing), selection.networks(timing), None, []
+    if not sets or "instruction_start" not in timing:
+        return "No timeline of several devices was recorded."
+    link = selection.main_link(timing)
+    batch_size = selection.main_batch_size(timing, names[-1], link, [sets[0]])
+    cells = timing.sel(network=names[-1], batch_size=batch_size, device_set=sets[0], link=link)
+    for strategy in map(str, cells["strategy"].values):
+        cell = cells.sel(strategy=strategy)
+        length = (cell["instruction_end"] - cell["instruction_start"]).max("device")
+        if strategy == "single" or not length.notnull().any():
+            continue
+        longest = cell.isel(instruction=int(np.nanargmax(length.values)))
+        sentences.append(
+            f"``{strategy}``: the longest of {int(length.notnull().sum())} instructions is "
+            f"{longest['instruction_name'].item()} ({longest['instruction_phase'].item()}), "
+            f"{length.max().item():.3g} s; {cell['instruction_bytes'].sum().item() / 1e6:.3g} MB move between "
+            "the devices."
+        )
+    return _listed(sentences, f"No timeline was recorded for {names[-1]} on {_named(sets[0])}.")
+
+
+def accuracy_finding(accuracy: xr.Dataset) -> str:
+    """Final accuracies and the largest differences from one device's."""
+    final = accuracy["accuracy"].isel(epoch=-1)
+    reached = ", ".join(f"``{s}`` {final.sel(strategy=s).item():.2%}" for s in map(str, final["strategy"].values))
+    sentences = [f"After epoch {accuracy['epoch'].values[-1]} on {accuracy.attrs['data']}: {reached}."]
+    if "single" in accuracy["strategy"].values and accuracy.sizes["strategy"] > 1:
+        reference, others = accuracy.sel(strategy="single"), accuracy.drop_sel(strategy="single")
+        apart = 100 * np.abs(others["accuracy"] - reference["accuracy"]).max().item()
+        loss = (np.abs(others["loss"] - reference["loss"]) / np.abs(reference["loss"])).max().item()
+        sentences.append(
+            f"Split and single accuracy differ by at most {apart:.3g} percentage points in any epoch, their training "
+            f"losses by at most {loss:.1e} of the loss in any step."
+        )
+    return _listed(sentences, "")
+
+
+def calibration_finding(calibration: xr.Dataset) -> str:
+    """The time of the whole network on every device, and the links."""
+    chosen = largest(calibration)
+    whole = (chosen["forward_time"] + chosen["backward_time"]).median("repetition").max("share").sum("segment")
+    labels = [str(label) for label in chosen["device_label"].values if label]
+    times = ", ".join(f"{_named(label)} {whole.values[rank]:.3g} s" for rank, label in enumerate(labels))
+    sentences = [f"Forward and backward of {chosen['network'].item()}, batch {chosen['batch_size'].item()}: {times}."]
+    latency, bandwidth = chosen["link_latency"].median().item(), chosen["link_bandwidth"].median().item()
+    if np.isfinite(latency) and np.isfinite(bandwidth):
+        sentences.append(
+            f"The median link has {latency * 1e3:.3g} ms latency and {bandwidth / 1e9:.3g} GB/s bandwidth."
+        )
+    return _listed(sentences, "")
+
+
+def _named(device_set: str) -> str:
+    return f"{device_set} (emulated)" if is_emulated([device_set]) else device_set
+
+
+def _listed(sentences: list[str], otherwise: str) -> str:
+    if len(sentences) > 1:
+        return "\n".join(f"- {sentence}" for sentence in sentences) + "\n"
+    return (sentences[0] if sentences else otherwise) + "\n"

@@ -1,0 +1,157 @@
+"""Figures of what happens within one step: compute, exchange and idle time per device, and the timeline."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pipeline.analysis import selection
+from pipeline.analysis.statistics import summary
+from pipeline.analysis.style import (
+    ACTIVITIES,
+    INK,
+    canvas,
+    emulation_note,
+    is_emulated,
+    legend,
+    nothing,
+    only_left,
+    patch,
+    source_line,
+    style,
+    subtitle,
+    time_scale,
+)
+from pipeline.results.contracts import OK
+
+_STORE = "timing.zarr"
+_ACTIVITY_TIMES = {"compute": "compute_time", "exchange": "exchange_time", "idle": "idle_time"}
+
+
+def time_per_device(timing: xr.Dataset, *, store: str = _STORE) -> Figure:
+    """Median compute, exchange and idle time of every device by strategy; a row per set, a column per network.
+
+    Whiskers are the quartiles of the step.
+    """
+    title, source = "What the devices do during a step", source_line(timing, store)
+    sets, names, link = selection.showcase_sets(timing), selection.networks(timing), selection.main_link(timing)
+    if not sets:
+        return nothing(title, "The grid has no set of several devices.", source)
+    note = subtitle("medians, quartiles of the step as whisker", f"link {link}", emulation_note(sets))
+    shown = {s: _split_strategies(timing, s, link) for s in sets}
+    lanes = {s: len(shown[s]) * (len(selection.device_labels(timing, s)) + 0.9) for s in sets}
+    with style():
+        figure, axes = canvas(
+            len(sets), len(names), title=title, subtitle=note, source=source,
+            panel=(2.6, 0.6 + 0.17 * sum(lanes.values()) / len(sets)), width=8.6, sharey="row",
+            height_ratios=[4 + lanes[s] for s in sets],
+        )  # fmt: skip
+        for row, device_set in zip(axes, sets, strict=True):
+            for axis, network in zip(row, names, strict=True):
+                batch_size = selection.main_batch_size(timing, network, link, [device_set])
+                cells = timing.sel(network=network, batch_size=batch_size, link=link, device_set=device_set)
+                _activity_panel(axis, cells, shown[device_set])
+                axis.set_title(f"{network}, batch {batch_size}")
+            row[0].set_ylabel(device_set + (" (emulated)" if is_emulated([device_set]) else ""), weight="bold")
+        only_left(axes)
+        legend(figure, [patch(ACTIVITIES[name], name) for name in _ACTIVITY_TIMES])
+    return figure
+
+
+def _split_strategies(timing: xr.Dataset, device_set: str, link: str) -> list[str]:
+    status = timing["status"].sel(device_set=device_set, link=link)
+    return [s for s in selection.strategies(timing) if s != "single" and (status.sel(strategy=s) == OK).any()]
+
+
+def _activity_panel(axis: Axes, cells: xr.Dataset, shown: list[str]) -> None:
+    labels = [str(label) for label in cells["device_label"].values if label]
+    scale, unit = time_scale(cells["step_time"].sel(strategy=shown).values)
+    ticks: dict[float, str] = {}
+    y = 0.0
+    for strategy in shown:
+        cell = cells.sel(strategy=strategy)
+        medians = {name: scale * summary(cell[source])["median"].values for name, source in _ACTIVITY_TIMES.items()}
+        step = (
+            scale * cell["step_time"].quantile([0.25, 0.5, 0.75], "repetition").values if cell["status"] == OK else None
+        )
+        for rank, label in enumerate(labels):
+            left = 0.0
+            for name, values in medians.items():
+                look = ACTIVITIES[name]
+                axis.barh(y, values[rank], left=left, height=0.9, color=look.color, hatch=look.hatch, linewidth=0,
+                          edgecolor="white")  # fmt: skip
+                left += float(np.nan_to_num(values[rank]))
+            ticks[y] = f"{strategy}   {label}" if rank == 0 else label
+            y += 1
+        if step is not None:
+            middle, spread = y - len(labels) / 2 - 0.5, [[step[1] - step[0]], [step[2] - step[1]]]
+            axis.errorbar(step[1], middle, xerr=spread, color=INK, elinewidth=1.1, capsize=2.2, zorder=3)
+            axis.plot([step[1]] * 2, [y - len(labels) - 0.5, y - 0.5], color=INK, linewidth=0.9)
+        y += 0.9
+    axis.set_yticks(list(ticks), list(ticks.values()), size=7.5)
+    axis.set_ylim(y - 1.2, -0.8)
+    axis.grid(visible=False, axis="y")
+    axis.set_xlabel(f"time / {unit}")
+    axis.set_xlim(left=0)
+
+
+def step_timeline(
+    timing: xr.Dataset, *, network: str | None = None, device_set: str | None = None, store: str = _STORE
+) -> Figure:
+    """One measured step as a Gantt chart, a panel per strategy, a lane per device; what is not covered is idle.
+
+    Shows the largest network and the largest set of equal devices unless told otherwise.
+    """
+    title, source = "One step, instruction by instruction", source_line(timing, store)
+    sets, names, link = selection.showcase_sets(timing), selection.networks(timing), selection.main_link(timing)
+    if "instruction_start" not in timing or not sets:
+        return nothing(title, "The grid has no timeline of several devices.", source)
+    network, device_set = network or names[-1], device_set or sets[0]
+    batch_size = selection.main_batch_size(timing, network, link, [device_set])
+    cells = timing.sel(network=network, batch_size=batch_size, link=link, device_set=device_set)
+    cells = cells.transpose("strategy", "instruction", "device", ...)
+    shown = [
+        s
+        for s in _split_strategies(timing, device_set, link)
+        if cells["instruction_end"].sel(strategy=s).notnull().any()
+    ]
+    if not shown:
+        return nothing(title, f"No timeline was recorded for {network} on {device_set}.", source)
+    labels = selection.device_labels(timing, device_set)
+    note = subtitle(
+        f"{network}, batch {batch_size}, {device_set}, link {link}", "last repetition", emulation_note(labels)
+    )
+    scale, unit = time_scale(cells["instruction_end"].sel(strategy=shown).values)
+    with style():
+        figure, axes = canvas(
+            len(shown), 1, title=title, subtitle=note, source=source, panel=(10, 0.62 + 0.22 * len(labels)), sharex=True
+        )
+        for axis, strategy in zip(axes[:, 0], shown, strict=True):
+            _lanes(axis, cells.sel(strategy=strategy), labels, scale)
+            axis.set_title(strategy)
+        axes[-1, 0].set_xlim(0, 1.01 * scale * float(cells["instruction_end"].sel(strategy=shown).max()))
+        axes[-1, 0].set_xlabel(f"time since the start of the step / {unit}")
+        legend(figure, [patch(ACTIVITIES[n], n) for n in ("forward", "backward", "update", "exchange", "idle")])
+    return figure
+
+
+def _lanes(axis: Axes, cell: xr.Dataset, labels: list[str], scale: float) -> None:
+    start, end = scale * cell["instruction_start"].values, scale * cell["instruction_end"].values
+    length = float(np.nanmax(end))
+    axis.barh(range(len(labels)), length, height=0.82, color=ACTIVITIES["idle"].color, linewidth=0)
+    for number, (name, kind, phase) in enumerate(
+        zip(*(cell[f"instruction_{part}"].values for part in ("name", "kind", "phase")), strict=True)
+    ):
+        look = ACTIVITIES["exchange" if kind == "exchange" else phase if phase in ACTIVITIES else "compute"]
+        for rank in np.flatnonzero(np.isfinite(start[number, : len(labels)])):
+            width = end[number, rank] - start[number, rank]
+            axis.barh(rank, width, left=start[number, rank], height=0.82, color=look.color, hatch=look.hatch,
+                      edgecolor="white", linewidth=0.3)  # fmt: skip
+            if kind != "exchange" and width > 0.012 * length * (len(str(name)) + 1):
+                axis.text(start[number, rank] + width / 2, float(rank), str(name), color="white", size=7, ha="center",
+                          va="center", clip_on=True)  # fmt: skip
+    axis.set_yticks(range(len(labels)), [f"{rank}  {label}" for rank, label in enumerate(labels)], size=8)
+    axis.set_ylim(len(labels) - 0.4, -0.6)
+    axis.grid(visible=False, axis="y")

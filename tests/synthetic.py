@@ -1,0 +1,169 @@
+"""Synthetic grids for the tests of results and analysis: invented by a formula, never measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+
+from pipeline.results.contracts import CellIndex, describe, unmeasured_cell
+from pipeline.results.stores import combine
+
+STRATEGIES = ("single", "ddp", "equal", "paper", "kernel")
+PROVENANCE = {
+    "configuration": "{}",
+    "versions": "python 3, torch 2",
+    "hardware": "synthetic machine, 2 cores",
+    "threads": "1",
+    "emulated": True,
+    "data": "synthetic images",
+    "code_version": "synthetic",
+    "created": "2026-01-01T00:00:00+00:00",
+}
+_OVERHEAD = {"single": 1.0, "ddp": 1.06, "equal": 1.04, "paper": 1.3, "kernel": 1.02}
+_SERIAL = {"single": 0.0, "ddp": 0.02, "equal": 0.05, "paper": 0.12, "kernel": 0.04}
+
+
+def labels_of(device_set: str) -> list[str]:
+    labels: list[str] = []
+    for part in device_set.split(" + "):
+        count, _, label = part.rpartition(" x ")
+        labels += [label] * int(count or 1)
+    return labels
+
+
+def cell(index: CellIndex, *, repetitions: int = 5, seed: int = 0) -> xr.Dataset:
+    """One synthetic cell: work in proportion to K1 * K2 * batch, split by speed, plus a serial part per strategy."""
+    generator = np.random.default_rng([seed, *(ord(c) for c in str(index))])
+    labels = labels_of(index.device_set)
+    speeds = np.array([float(label.partition("@")[2] or (8.0 if label == "gpu" else 1.0)) for label in labels])
+    k1, k2 = (int(k) for k in index.network.split(":"))
+    work = index.batch_size * (k1 * k2 * 1.3e-7 + (k1 + k2) * 1.5e-5 + 1e-3)
+    fastest = int(np.argmax(speeds))
+    shares = np.zeros(len(labels))
+    if index.strategy == "single":
+        shares[fastest] = 1
+    elif index.strategy in ("equal", "ddp"):
+        shares[:] = 1 / len(labels)
+    else:
+        shares[:] = speeds / speeds.sum()
+    noise = 1 + 0.02 * np.abs(generator.standard_normal((len(labels), repetitions)))
+    compute = (shares / speeds * work)[:, None] * noise
+    exchange = np.full_like(compute, _SERIAL[index.strategy] * work / speeds[fastest] if len(labels) > 1 else 0.0)
+    step = (compute + exchange).max(axis=0) * _OVERHEAD[index.strategy]
+    result = unmeasured_cell(index, labels, "ok").drop_dims(["repetition", "instruction"])
+    result = result.assign_coords(repetition=np.arange(repetitions))
+    devices = ("device", "repetition")
+    result["step_time"] = ("repetition", step)
+    result["compute_time"], result["exchange_time"] = (devices, compute), (devices, exchange)
+    result["idle_time"] = (devices, step - compute - exchange)
+    result["predicted_step_time"] = float(np.median(step)) * 0.97
+    result["device_throughput"] = ("device", index.batch_size * speeds / work)
+    result["share"] = ("device", shares)
+    result["peak_memory"] = ("device", shares * 1e9 + 2e8)
+    convolution = step * (0.62 + 0.08 * np.log10(k1 * k2 / 25000 + 1)) if index.strategy == "single" else step * np.nan
+    result["convolution_time"] = ("repetition", convolution)
+    result["loss"] = ("repetition", np.linspace(2.3, 2.2, repetitions))
+    result = _with_timeline(result, compute[:, -1], exchange[:, -1], float(step[-1]))
+    result.attrs = {**PROVENANCE, "emulated": any("@" in label for label in labels)}
+    return describe(result)
+
+
+def _with_timeline(result: xr.Dataset, compute: np.ndarray, exchange: np.ndarray, step: float) -> xr.Dataset:
+    parts = [("conv1", "compute", "forward", 0.08), ("conv1 output", "exchange", "forward", 0.25),
+             ("conv2", "compute", "forward", 0.25), ("conv2 output", "exchange", "forward", 0.25),
+             ("dense, loss", "compute", "forward", 0.04), ("conv2 output", "exchange", "backward", 0.25),
+             ("conv2", "compute", "backward", 0.45), ("conv1 output", "exchange", "backward", 0.25),
+             ("conv1", "compute", "backward", 0.14), ("update", "update", "update", 0.04)]  # fmt: skip
+    start = np.full((len(parts), compute.size), np.nan)
+    end = start.copy()
+    now = np.zeros(compute.size)
+    for i, (name, kind, _, fraction) in enumerate(parts):
+        if kind == "exchange":
+            now[:] = now.max()
+        length = fraction * (exchange if kind == "exchange" else compute)
+        took_part = length > 0 if name != "dense, loss" else np.arange(compute.size) == 0
+        start[i], end[i] = np.where(took_part, now, np.nan), np.where(took_part, now + length, np.nan)
+        now = np.where(took_part, now + length, now)
+    scale = step / max(now.max(), step)
+    result = result.assign_coords(instruction=np.arange(len(parts)))
+    for column, name in enumerate(("instruction_name", "instruction_kind", "instruction_phase")):
+        result[name] = ("instruction", np.array([part[column] for part in parts], object))
+    result["instruction_bytes"] = ("instruction", [4e6 if part[1] == "exchange" else 0.0 for part in parts])
+    result["instruction_start"] = (("instruction", "device"), start * scale)
+    result["instruction_end"] = (("instruction", "device"), end * scale)
+    return result
+
+
+def indices(
+    networks: Sequence[str] = ("50:500", "150:800", "300:1000", "500:1500"),
+    batch_sizes: Sequence[int] = (32, 64),
+    device_sets: Sequence[str] = ("cpu@0.45", "2 x cpu@0.45", "3 x cpu@0.45", "4 x cpu@0.45", "cpu + cpu@0.5"),
+    strategies: Sequence[str] = STRATEGIES,
+    links: Sequence[str] = ("loopback",),
+) -> list[CellIndex]:
+    """The product of the axes, only `single` on sets of one device."""
+    return [
+        CellIndex(network, batch_size, device_set, link, strategy)
+        for network in networks
+        for batch_size in batch_sizes
+        for device_set in device_sets
+        for link in links
+        for strategy in strategies
+        if strategy == "single" or len(labels_of(device_set)) > 1
+    ]
+
+
+def timing(wanted: Sequence[CellIndex] | None = None) -> xr.Dataset:
+    wanted = indices() if wanted is None else wanted
+    return combine([cell(index) for index in wanted], wanted)
+
+
+def accuracy(epochs: int = 6, steps: int = 60) -> xr.Dataset:
+    generator = np.random.default_rng(1)
+    strategies = ("single", "paper", "kernel")
+    learned = 0.62 - 0.5 * np.exp(-np.arange(epochs + 1) / 2.0)
+    losses = 1.2 + 1.1 * np.exp(-np.arange(1, steps + 1) / 25) + 0.05 * generator.standard_normal(steps)
+    rounding = 1e-7 * np.arange(1, steps + 1) * np.array([0, 1.0, 1.6])[:, None]
+    dataset = xr.Dataset(
+        {
+            "accuracy": (("strategy", "epoch"), np.stack([learned, learned, learned + 0.0005])),
+            "loss": (("strategy", "step"), losses * (1 + rounding * generator.random((3, steps)))),
+        },
+        {"strategy": np.array(strategies, object), "epoch": np.arange(epochs + 1), "step": np.arange(1, steps + 1)},
+        {**PROVENANCE, "network": "50:500", "device_set": "4 x cpu@0.45", "batch_size": 32},
+    )
+    return describe(dataset)
+
+
+def calibration() -> xr.Dataset:
+    segments, shares = ["conv1", "relu1", "conv2", "dense"], [0.25, 0.5, 1.0]
+    work = np.array([0.1, 0.01, 1.0, 0.05])[None, :, None, None] * np.array(shares)[None, None, :, None]
+    slowness = np.array([1.0, 2.0])[:, None, None, None]
+    forward = work * slowness * np.ones((1, 1, 1, 3))
+    sizes = np.array([1e3, 1e6])
+    dataset = xr.Dataset(
+        {
+            "forward_time": (("device", "segment", "share", "repetition"), forward),
+            "backward_time": (("device", "segment", "share", "repetition"), 2 * forward),
+            "kernels": (("segment", "share"), np.outer([50, 50, 500, 10], shares).round()),
+            "device_label": ("device", np.array(["cpu", "cpu@0.5"], object)),
+            "link_time": (
+                ("source", "destination", "message_bytes", "repetition"),
+                (1e-4 + sizes / 2e9)[None, None, :, None] * np.ones((2, 2, 1, 3)),
+            ),
+            "link_latency": (("source", "destination"), np.full((2, 2), 1e-4)),
+            "link_bandwidth": (("source", "destination"), np.full((2, 2), 2e9)),
+        },
+        {
+            "network": "50:500",
+            "batch_size": 32,
+            "device_set": "cpu + cpu@0.5",
+            "segment": np.array(segments, object),
+            "share": shares,
+            "message_bytes": sizes,
+        },
+        PROVENANCE,
+    )
+    return describe(dataset)
