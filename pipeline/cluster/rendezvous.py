@@ -19,7 +19,7 @@ from datetime import timedelta
 
 from distributed import Client
 from distributed.comm.addressing import get_address_host
-from torch.distributed.distributed_c10d import PrefixStore, TCPStore
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch re-exports them silently
 
 from pipeline.cluster.devices import Member
 
