@@ -33,7 +33,7 @@ Int64 = npt.NDArray[np.int64]
 CIFAR10_NAME = "CIFAR-10"
 DIGITS_NAME = "digits (scikit-learn)"
 
-_CONNECT_TIMEOUT_S = 8.0
+_SILENCE_LIMIT_S = 8.0
 _DOWNLOAD_CHUNK_BYTES = 1 << 18
 _DIGITS_SIZE = (32, 32)
 _TEST_FOLDERS = ("test", "val", "valid", "validation")
@@ -320,15 +320,15 @@ def _answer(url: str) -> HTTPResponse:
     def ask() -> None:
         request = urllib.request.Request(url, headers={"User-Agent": "pytorch/vision"})
         try:
-            answers.put(urllib.request.urlopen(request, timeout=_CONNECT_TIMEOUT_S))
+            answers.put(urllib.request.urlopen(request, timeout=_SILENCE_LIMIT_S))
         except Exception as error:  # noqa: BLE001 - handed to the thread that waits
             answers.put(error)
 
     threading.Thread(target=ask, name="download", daemon=True).start()
     try:
-        answer = answers.get(timeout=_CONNECT_TIMEOUT_S)
+        answer = answers.get(timeout=_SILENCE_LIMIT_S)
     except queue.Empty:
-        raise TimeoutError(f"no answer within {_CONNECT_TIMEOUT_S:g} s") from None
+        raise TimeoutError(f"no answer within {_SILENCE_LIMIT_S:g} s") from None
     if isinstance(answer, BaseException):
         raise answer
     return answer

@@ -113,9 +113,13 @@ def test_folder_with_train_and_test_keeps_them_apart(tmp_path):
     assert (images.train.images_NCHW[:, 1, 0, 0] == 100 * images.train.labels_N).all()
 
 
-def test_first_images_of_a_folder_are_a_sample_of_all_classes(tmp_path):
-    images = load(write_classes(tmp_path, per_class=40), root="unused")
-    assert 5 < images.train.labels_N[:20].sum() < 15
+@pytest.mark.parametrize("layout", ["one folder", "train and test"])
+def test_first_images_of_a_folder_are_a_sample_of_all_classes(tmp_path, layout):
+    for name in [""] if layout == "one folder" else ["train", "test"]:
+        write_classes(tmp_path / name, per_class=40)
+    images = load(tmp_path, root="unused")
+    for split in (images.train, images.test):
+        assert 4 <= split.labels_N[:14].sum() <= 10
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
@@ -325,10 +329,11 @@ def cifar10_archive(monkeypatch) -> bytes:
 
 @pytest.fixture
 def serve(monkeypatch):
-    """Serve bytes on loopback where CIFAR-10 is looked for; gives the list of requests."""
+    """Serve bytes on loopback where CIFAR-10 is looked for, or only half of them; gives the list of requests."""
     servers = []
+    finished = threading.Event()
 
-    def start(content: bytes) -> list[str]:
+    def start(content: bytes, *, stalls: bool = False) -> list[str]:
         requests = []
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -337,7 +342,10 @@ def serve(monkeypatch):
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                self.wfile.write(content)
+                self.wfile.write(content[: len(content) // 2] if stalls else content)
+                if stalls:
+                    self.wfile.flush()
+                    finished.wait(10)
 
             def log_message(self, *_):
                 """Silent."""
@@ -349,6 +357,7 @@ def serve(monkeypatch):
         return requests
 
     yield start
+    finished.set()
     for server in servers:
         server.shutdown()
         server.server_close()
@@ -377,7 +386,32 @@ def test_damaged_download_is_refused_and_the_digits_used_with_a_warning(tmp_path
     with pytest.warns(DataWarning, match=r"CIFAR-10 is not in .*corrupted.*digits that ship with scikit-learn"):
         images = load("auto", root=tmp_path)
     assert images.name == "digits (scikit-learn)"
-    assert not list(tmp_path.glob(".*"))
+
+
+def test_download_that_stalls_is_given_up_and_leaves_nothing_behind(tmp_path, monkeypatch, serve):
+    monkeypatch.setattr(image_sources, "_SILENCE_LIMIT_S", 0.3)
+    serve(cifar10_archive(monkeypatch), stalls=True)
+    start = time.monotonic()
+    with pytest.raises(InputError, match=r"cannot be had from .*timed out"):
+        load("cifar10", root=tmp_path)
+    assert time.monotonic() - start < 5
+    assert not list(tmp_path.iterdir())
+
+
+def test_look_up_of_the_name_that_takes_for_ever_is_given_up_in_bounded_time(tmp_path, monkeypatch):
+    released = threading.Event()
+
+    def stuck(*_args, **_options):
+        released.wait(10)
+        raise OSError("released")
+
+    monkeypatch.setattr(image_sources, "_SILENCE_LIMIT_S", 0.3)
+    monkeypatch.setattr(socket, "getaddrinfo", stuck)
+    start = time.monotonic()
+    with pytest.raises(InputError, match=r"no answer within 0\.3 s"):
+        load("cifar10", root=tmp_path)
+    released.set()
+    assert time.monotonic() - start < 5
 
 
 def test_unreachable_cifar10_is_an_error_when_it_was_asked_for(tmp_path):
@@ -386,7 +420,7 @@ def test_unreachable_cifar10_is_an_error_when_it_was_asked_for(tmp_path):
 
 
 def test_server_that_never_answers_is_given_up_in_bounded_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_sources, "_CONNECT_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(image_sources, "_SILENCE_LIMIT_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{silent.getsockname()[1]}/")
         start = time.monotonic()
