@@ -16,7 +16,7 @@ def speedup_finding(timing: xr.Dataset) -> str:
     """The best split of every network on the largest set of each kind of device, beside its bound."""
     ratios, link, sentences = speedup(timing), selection.main_link(timing), []
     for label, sets in selection.families(timing).items():
-        for network in selection.networks(timing):
+        for network in selection.networks(timing, sets):
             batch_size = selection.main_batch_size(timing, network, link, sets)
             cell = ratios.sel(network=network, batch_size=batch_size, link=link, device_set=sets[-1])
             cell = cell.drop_sel(strategy="single", errors="ignore")
@@ -44,8 +44,11 @@ def _literal(cell: xr.Dataset) -> str:
 
 def step_time_finding(timing: xr.Dataset) -> str:
     """The fastest strategy on every set for the largest network, and how far the numbers can be trusted."""
-    names, link, sentences = selection.networks(timing), selection.main_link(timing), []
-    for device_set in selection.device_sets(timing) if names else []:
+    link, sentences = selection.main_link(timing), []
+    for device_set in selection.device_sets(timing):
+        names = selection.networks(timing, [device_set])
+        if not names:
+            continue
         batch_size = selection.main_batch_size(timing, names[-1], link, [device_set])
         place = {"network": names[-1], "batch_size": batch_size, "device_set": device_set, "link": link}
         times = summary(timing["step_time"].where(timing["status"] == OK).sel(place))
@@ -70,7 +73,7 @@ def _quality(timing: xr.Dataset) -> str:
 def convolution_finding(timing: xr.Dataset) -> str:
     """The range of the share of convolutions on each kind of device, beside the paper's."""
     if "single" not in timing["strategy"].values:
-        return "No ``single`` cell was measured."
+        return "No ``single`` cell was measured.\n"
     shares = summary(convolution_share(timing))["median"]
     devices, sentences = baseline(timing)["baseline_device"], []
     low, high = paper.CONVOLUTION_SHARE
@@ -87,13 +90,14 @@ def convolution_finding(timing: xr.Dataset) -> str:
 
 
 def activity_finding(timing: xr.Dataset) -> str:
-    """Mean fractions of compute, exchange and idle time over the devices, for the largest network on each shown set."""
-    names, link, sentences = selection.networks(timing), selection.main_link(timing), []
+    """Mean fractions of compute, exchange and idle time over the devices, for the largest network on each set."""
+    link, sentences = selection.main_link(timing), []
     for device_set in selection.showcase_sets(timing):
+        names = selection.networks(timing, [device_set])
         batch_size = selection.main_batch_size(timing, names[-1], link, [device_set])
         place = {"network": names[-1], "batch_size": batch_size, "device_set": device_set, "link": link}
         cells = timing.where(timing["status"] == OK).sel(place)
-        for strategy in cells["strategy"].values:
+        for strategy in selection.strategies(timing):
             cell = cells.sel(strategy=strategy)
             if strategy == "single" or not cell["step_time"].notnull().any():
                 continue
@@ -108,13 +112,11 @@ def activity_finding(timing: xr.Dataset) -> str:
 
 def timeline_finding(timing: xr.Dataset) -> str:
     """The longest instruction and the bytes moved of every strategy in the shown step."""
-    sets, names, link, sentences = selection.showcase_sets(timing), selection.networks(timing), None, []
-    if not sets or "instruction_start" not in timing:
-        return "No timeline of several devices was recorded."
-    link = selection.main_link(timing)
-    batch_size = selection.main_batch_size(timing, names[-1], link, [sets[0]])
-    cells = timing.sel(network=names[-1], batch_size=batch_size, device_set=sets[0], link=link)
-    for strategy in map(str, cells["strategy"].values):
+    place, sentences = selection.showcase(timing), []
+    if place is None or "instruction_start" not in timing:
+        return "No timeline of several devices was recorded.\n"
+    cells = timing.sel(place)
+    for strategy in selection.strategies(timing):
         cell = cells.sel(strategy=strategy)
         length = (cell["instruction_end"] - cell["instruction_start"]).max("device")
         if strategy == "single" or not length.notnull().any():
@@ -126,7 +128,7 @@ def timeline_finding(timing: xr.Dataset) -> str:
             f"{length.max().item():.3g} s; {cell['instruction_bytes'].sum().item() / 1e6:.3g} MB move between "
             "the devices."
         )
-    return _listed(sentences, f"No timeline was recorded for {names[-1]} on {_named(sets[0])}.")
+    return _listed(sentences, f"No timeline was recorded for {place['network']} on {place['device_set']}.")
 
 
 def accuracy_finding(accuracy: xr.Dataset) -> str:

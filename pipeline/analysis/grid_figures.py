@@ -29,6 +29,7 @@ from pipeline.analysis.style import (
     style,
     subtitle,
     time_scale,
+    unmeasured,
 )
 from pipeline.results.contracts import OK
 
@@ -56,7 +57,11 @@ def speedup_over_devices(timing: xr.Dataset, *, store: str = _STORE) -> Figure:
             sharex="row", sharey="row",
         )  # fmt: skip
         for row, (label, sets) in zip(axes, families.items(), strict=True):
+            split = selection.networks(timing, sets)
             for axis, network in zip(row, names, strict=True):
+                if network not in split:
+                    unmeasured(axis, network)
+                    continue
                 batch_size = selection.main_batch_size(timing, network, link, sets)
                 cells = ratios.sel(network=network, batch_size=batch_size, link=link, device_set=sets)
                 _speedup_panel(axis, cells, shown, label)
@@ -70,7 +75,15 @@ def speedup_over_devices(timing: xr.Dataset, *, store: str = _STORE) -> Figure:
 def _speedup_panel(axis: Axes, cells: xr.Dataset, shown: list[str], label: str) -> None:
     counts = cells["device_count"].values
     axis.plot([1, counts.max()], [1, counts.max()], color="#b4bac2", linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
-    axis.plot(counts, cells["aggregate_bound"], color=INK, linewidth=1.2, linestyle=(0, (1, 1.6)), zorder=1)
+    bound = cells["aggregate_bound"].values
+    axis.plot(
+        counts[np.isfinite(bound)],
+        bound[np.isfinite(bound)],
+        color=INK,
+        linewidth=1.2,
+        linestyle=(0, (1, 1.6)),
+        zorder=1,
+    )
     for position, strategy in enumerate(shown):
         look, line = strategy_look(strategy), cells.sel(strategy=strategy)
         measured = line["speedup"].notnull().values

@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 
 from pipeline.analysis.statistics import device_count
+from pipeline.analysis.style import STRATEGIES
 from pipeline.results.contracts import OK
 
 
@@ -15,9 +16,12 @@ def network_size(network: str) -> tuple[float, str]:
     return (float(first) * float(second), "") if first.isdigit() and second.isdigit() else (np.inf, network)
 
 
-def networks(timing: xr.Dataset) -> list[str]:
-    """Networks that were measured at all, small to large."""
-    ok = (timing["status"] == OK).any([d for d in timing["status"].dims if d != "network"])
+def networks(timing: xr.Dataset, sets: list[str] | None = None) -> list[str]:
+    """Networks that were measured at all, or split on one of the sets, small to large."""
+    status = timing["status"]
+    if sets is not None:
+        status = status.sel(device_set=sets).drop_sel(strategy="single", errors="ignore")
+    ok = (status == OK).any([d for d in status.dims if d != "network"])
     return sorted(map(str, timing["network"].values[ok.values]), key=network_size)
 
 
@@ -34,20 +38,22 @@ def device_sets(timing: xr.Dataset) -> list[str]:
 
 
 def strategies(timing: xr.Dataset) -> list[str]:
-    """Strategies that were measured at all, in the order of the grid."""
+    """Strategies that were measured at all, in one order everywhere; unknown ones come last."""
     ok = (timing["status"] == OK).any([d for d in timing["status"].dims if d != "strategy"])
-    return list(map(str, timing["strategy"].values[ok.values]))
+    found, known = list(map(str, timing["strategy"].values[ok.values])), list(STRATEGIES)
+    return sorted(found, key=lambda name: known.index(name) if name in known else len(known))
 
 
 def families(timing: xr.Dataset) -> dict[str, list[str]]:
-    """Sets of equal devices by the label of their device, each by number of devices; only families of several sizes."""
+    """Sets of equal devices by the label of their device, each by number of devices, the largest family first."""
     found: dict[str, list[str]] = {}
     for device_set in device_sets(timing):
         labels = device_labels(timing, device_set)
         if len(set(labels)) == 1:
             found.setdefault(labels[0], []).append(device_set)
     count = device_count(timing)
-    return {label: sets for label, sets in found.items() if count.sel(device_set=sets).max() > 1}
+    several = {label: sets for label, sets in found.items() if count.sel(device_set=sets).max() > 1}
+    return dict(sorted(several.items(), key=lambda family: -len(family[1])))
 
 
 def main_link(timing: xr.Dataset) -> str:
@@ -63,11 +69,21 @@ def main_batch_size(timing: xr.Dataset, network: str, link: str, sets: list[str]
     return int(timing["batch_size"].values[np.flatnonzero(ok == ok.max())[-1]])
 
 
+def showcase(timing: xr.Dataset) -> dict[str, str | int] | None:
+    """Coordinates of the step that is shown in detail: the largest split network on the first showcase set."""
+    for device_set in showcase_sets(timing):
+        split, link = networks(timing, [device_set]), main_link(timing)
+        if split:
+            batch_size = main_batch_size(timing, split[-1], link, [device_set])
+            return {"network": split[-1], "batch_size": batch_size, "device_set": device_set, "link": link}
+    return None
+
+
 def showcase_sets(timing: xr.Dataset) -> list[str]:
     """The largest set of equal devices and the largest of unequal ones, where there are such with several devices."""
     chosen: dict[bool, str] = {}
     for device_set in device_sets(timing):
         labels = device_labels(timing, device_set)
-        if len(labels) > 1:
+        if len(labels) > 1 and networks(timing, [device_set]):
             chosen[len(set(labels)) > 1] = device_set
     return [chosen[unequal] for unequal in sorted(chosen)]

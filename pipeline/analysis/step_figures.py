@@ -23,6 +23,7 @@ from pipeline.analysis.style import (
     style,
     subtitle,
     time_scale,
+    unmeasured,
 )
 from pipeline.results.contracts import OK
 
@@ -49,7 +50,11 @@ def time_per_device(timing: xr.Dataset, *, store: str = _STORE) -> Figure:
             height_ratios=[4 + lanes[s] for s in sets],
         )  # fmt: skip
         for row, device_set in zip(axes, sets, strict=True):
+            split = selection.networks(timing, [device_set])
             for axis, network in zip(row, names, strict=True):
+                if network not in split:
+                    unmeasured(axis, network)
+                    continue
                 batch_size = selection.main_batch_size(timing, network, link, [device_set])
                 cells = timing.sel(network=network, batch_size=batch_size, link=link, device_set=device_set)
                 _activity_panel(axis, cells, shown[device_set])
@@ -97,33 +102,27 @@ def _activity_panel(axis: Axes, cells: xr.Dataset, shown: list[str]) -> None:
     axis.set_xlim(left=0)
 
 
-def step_timeline(
-    timing: xr.Dataset, *, network: str | None = None, device_set: str | None = None, store: str = _STORE
-) -> Figure:
+def step_timeline(timing: xr.Dataset, *, store: str = _STORE) -> Figure:
     """One measured step as a Gantt chart, a panel per strategy, a lane per device; what is not covered is idle.
 
-    Shows the largest network and the largest set of equal devices unless told otherwise.
+    Shows the largest network on the largest set of equal devices, or of unequal ones where there are no equal ones.
     """
     title, source = "One step, instruction by instruction", source_line(timing, store)
-    sets, names, link = selection.showcase_sets(timing), selection.networks(timing), selection.main_link(timing)
-    if "instruction_start" not in timing or not sets:
+    place = selection.showcase(timing)
+    if "instruction_start" not in timing or place is None:
         return nothing(title, "The grid has no timeline of several devices.", source)
-    network, device_set = network or names[-1], device_set or sets[0]
-    batch_size = selection.main_batch_size(timing, network, link, [device_set])
-    cells = timing.sel(network=network, batch_size=batch_size, link=link, device_set=device_set)
-    cells = cells.transpose("strategy", "instruction", "device", ...)
+    cells = timing.sel(place).transpose("strategy", "instruction", "device", ...)
+    device_set = str(place["device_set"])
+    ends = cells["instruction_end"]
     shown = [
-        s
-        for s in _split_strategies(timing, device_set, link)
-        if cells["instruction_end"].sel(strategy=s).notnull().any()
+        s for s in _split_strategies(timing, device_set, str(place["link"])) if ends.sel(strategy=s).notnull().any()
     ]
     if not shown:
-        return nothing(title, f"No timeline was recorded for {network} on {device_set}.", source)
+        return nothing(title, f"No timeline was recorded for {place['network']} on {device_set}.", source)
     labels = selection.device_labels(timing, device_set)
-    note = subtitle(
-        f"{network}, batch {batch_size}, {device_set}, link {link}", "last repetition", emulation_note(labels)
-    )
-    scale, unit = time_scale(cells["instruction_end"].sel(strategy=shown).values)
+    where = f"{place['network']}, batch {place['batch_size']}, {device_set}, link {place['link']}"
+    note = subtitle(where, "last repetition", emulation_note(labels))
+    scale, unit = time_scale(ends.sel(strategy=shown).values)
     with style():
         figure, axes = canvas(
             len(shown), 1, title=title, subtitle=note, source=source, panel=(10, 0.62 + 0.22 * len(labels)), sharex=True
@@ -131,7 +130,7 @@ def step_timeline(
         for axis, strategy in zip(axes[:, 0], shown, strict=True):
             _lanes(axis, cells.sel(strategy=strategy), labels, scale)
             axis.set_title(strategy)
-        axes[-1, 0].set_xlim(0, 1.01 * scale * float(cells["instruction_end"].sel(strategy=shown).max()))
+        axes[-1, 0].set_xlim(0, 1.01 * scale * float(ends.sel(strategy=shown).max()))
         axes[-1, 0].set_xlabel(f"time since the start of the step / {unit}")
         legend(figure, [patch(ACTIVITIES[n], n) for n in ("forward", "backward", "update", "exchange", "idle")])
     return figure

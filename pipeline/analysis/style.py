@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import xarray as xr
 from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -196,6 +197,13 @@ def only_left(axes: npt.NDArray[Any]) -> None:
     for axis in axes[:, 1:].flat:
         axis.set_ylabel("")
         axis.tick_params(labelleft=False)
+
+
+def unmeasured(axis: Axes, network: str) -> None:
+    """Say in a panel that its network was not measured there."""
+    axis.set_title(network)
+    axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=MUTED)
+    axis.set_axis_off()
 
 
 def save(figure: Figure, stem: Path) -> tuple[Path, Path]:
