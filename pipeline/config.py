@@ -202,6 +202,9 @@ class Cell:
     link: str
     strategy: str
 
+    def __str__(self) -> str:
+        return f"{self.strategy} on {self.device_set}: {self.network}, batch {self.batch_size}, {self.link}"
+
     @property
     def path(self) -> str:
         """Relative path, without suffix, of the file that holds the cell: one folder per coordinate."""

@@ -26,5 +26,5 @@ def of_devices(calibration: xr.Dataset, labels: Sequence[str]) -> xr.Dataset:
             )
         free.remove(place)
         chosen.append(place)
-    part = calibration.isel({dim: chosen for dim in ("device", "source", "destination")})
+    part = calibration.isel(dict.fromkeys(("device", "source", "destination"), chosen))
     return part.assign_coords({dim: range(len(chosen)) for dim in ("device", "source", "destination")})

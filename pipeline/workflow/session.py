@@ -22,8 +22,13 @@ _POLL_S = 0.5
 _GRACE_S = 20.0
 
 
-def begin(state: Path = Path(".snakemake")) -> bool:
-    """Join the runs that are alive in this folder until this process ends; the only one removes stale locks first.
+def adopt_jobs() -> None:
+    """In Snakemake: let the jobs it starts from now on know whom they belong to."""
+    os.environ[_SNAKEMAKE_PID] = str(os.getpid())
+
+
+def clear_stale_locks(state: Path = Path(".snakemake")) -> bool:
+    """Join the runs that are alive in this folder until this process ends; the only one removes locks left behind.
 
     Args:
         state: Snakemake's own folder.
@@ -31,7 +36,6 @@ def begin(state: Path = Path(".snakemake")) -> bool:
     Returns:
         Whether no other run is alive.
     """
-    os.environ[_SNAKEMAKE_PID] = str(os.getpid())
     state.mkdir(exist_ok=True)
     # Never closed, and not inherited by jobs: the lock lives exactly as long as this process.
     descriptor = os.open(state / "alive", os.O_RDWR | os.O_CREAT, 0o666)

@@ -1,0 +1,63 @@
+"""The command line, `python -m pipeline`: one command per stage of the study.
+
+Bad input ends with exit code 2, a failed run with 1, Ctrl-C with 130; each says why in one sentence on standard error.
+What a command imports beyond this package it imports when it runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+
+import typer
+
+from pipeline.cli import accuracy, benchmark, calibrate, data, devices, results, train
+from pipeline.errors import InputError, PipelineError
+from pipeline.workflow.session import end_with_snakemake
+
+app = typer.Typer(
+    name="python -m pipeline",
+    help="Train one CNN on all the machines you have: measure devices, split every layer over them, compare.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command()(devices.devices)
+app.command()(data.data)
+app.command()(calibrate.calibrate)
+app.command()(train.train)
+app.command()(benchmark.benchmark)
+app.command()(accuracy.accuracy)
+app.command()(results.combine)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; `arguments` are those of the process if not given."""
+    end_with_snakemake()
+    warnings.showwarning = _show_warning
+    try:
+        app(arguments)
+    except InputError as error:
+        return _fail(error, 2)
+    except PipelineError as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("Interrupted.", 130)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+    return 0
+
+
+def _fail(reason: object, code: int) -> int:
+    logging.shutdown()
+    sentence = str(reason).strip()
+    print(f"{sentence[:1].upper()}{sentence[1:].rstrip('.')}.", file=sys.stderr)
+    return code
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning as a sentence: where in the code it was raised is of no use on a command line."""
+    print(f"Warning: {message}", file=sys.stderr)

@@ -1,0 +1,137 @@
+"""`benchmark`: the time of a training step, by strategy."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from pipeline.cli.common import (
+    BatchSizeOption,
+    CalibrationOption,
+    DataOption,
+    DevicesOption,
+    ImageSizeOption,
+    LearningRateOption,
+    MomentumOption,
+    NetworkOption,
+    Progress,
+    SchedulerOption,
+    SeedOption,
+    cluster,
+    costs_of,
+    device_set_of,
+    optimizer_of,
+    prepared_images,
+)
+from pipeline.errors import InputError
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from pipeline.plan.plan import Strategy
+
+_ALL = ["single", "ddp", "equal", "paper", "kernel"]
+
+
+def benchmark(
+    network: NetworkOption,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option("--strategy", help=f"{', '.join(_ALL)}; repeat for several, all of them if not given."),
+    ] = None,
+    data: DataOption = "auto",
+    image_size: ImageSizeOption = None,
+    devices: DevicesOption = None,
+    scheduler: SchedulerOption = None,
+    batch_size: BatchSizeOption = 64,
+    calibration: CalibrationOption = None,
+    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Steps before the clock starts.")] = 2,
+    repetitions: Annotated[int, typer.Option("--repetitions", min=1, help="Timed steps.")] = 5,
+    learning_rate: LearningRateOption = 0.01,
+    momentum: MomentumOption = 0.9,
+    seed: SeedOption = 0,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Also time a plain torch loop with as many threads as the first device.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Write the one strategy's cell to this file, such as cell.zarr.zip.")
+    ] = None,
+) -> None:
+    """Time the training step of a network, one or several strategies on the same devices."""
+    from pipeline.networks import network as build
+    from pipeline.results.provenance import provenance
+    from pipeline.results.stores import write_cell
+    from pipeline.run.benchmark import measure_cell
+    from pipeline.run.reference import plain_step_times
+
+    strategies = strategy or _ALL
+    if output is not None and len(strategies) != 1:
+        raise InputError("--output takes one cell: give one --strategy with it")
+    optimizer = optimizer_of(learning_rate, momentum)
+    cells: dict[str, xr.Dataset] = {}
+    with prepared_images(data, image_size) as (images, _):
+        model = build(network, classes=len(images.classes), image_shape=images.image_shape, seed=seed)
+        with cluster(devices, scheduler) as (client, members):
+            measure = partial(
+                measure_cell,
+                model=model,
+                dataset=images,
+                client=client,
+                members=members,
+                network=network,
+                batch_size=batch_size,
+                device_set=device_set_of(members),
+                calibration=costs_of(calibration, network, model, images, client, members, batch_size),
+                repetitions=repetitions,
+                warmup=warmup,
+                seed=seed,
+                optimizer=optimizer,
+            )
+            for name in strategies:
+                with Progress(f"{name} {network}", warmup + repetitions) as progress:
+                    cells[name] = measure(strategy=cast("Strategy", name), on_progress=progress)
+        if output is not None:
+            (cell,) = cells.values()
+            cell.attrs |= provenance(
+                {"warmup": warmup, "repetitions": repetitions, "seed": seed, "learning_rate": learning_rate}
+                | {"momentum": momentum, "optimizer": "SGD"},
+                emulated=any(member.device.emulated for member in members),
+                data=images.source_name,
+                threads={member.name: member.device.threads for member in members},
+                hardware=[member.hardware for member in members],
+            )
+            write_cell(cell, output)
+        plain = None
+        if reference:
+            x_BCHW, y_B = images.batch(range(batch_size))
+            threads = members[0].device.threads
+            plain = plain_step_times(
+                model, x_BCHW, y_B, optimizer, threads=threads, warmup=warmup, repetitions=repetitions
+            )
+    print(f"{network}, batch {batch_size}, {device_set_of(members)}, {images.source_name}")
+    _print_table(cells, plain)
+
+
+def _print_table(cells: dict[str, xr.Dataset], plain: list[float] | None) -> None:
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    times = {name: cell.step_time.values for name, cell in cells.items()}
+    if plain is not None:
+        times["plain torch loop"] = np.array(plain)
+    medians = {name: float(np.median(values)) for name, values in times.items() if len(values)}
+    bases = {name: medians[name] for name in ("single", "plain torch loop") if name in medians}
+    table = Table("strategy", "step in s", "quartiles in s", *(f"speedup over {name}" for name in bases), "status")
+    for name, values in times.items():
+        status = str(cells[name].status.item()) if name in cells else "ok"
+        if name in medians:
+            lower, upper = np.quantile(values, (0.25, 0.75))
+            speedups = (f"{base / medians[name]:.2f}" for base in bases.values())
+            table.add_row(name, f"{medians[name]:.4f}", f"{lower:.4f} to {upper:.4f}", *speedups, status)
+        else:
+            table.add_row(name, "", "", *("" for _ in bases), status)
+    Console().print(table)

@@ -1,0 +1,73 @@
+"""The checked configuration, how its values reach the commands, and an orderly start."""
+
+import re
+import sys
+from pathlib import Path
+from shlex import quote
+
+import yaml
+
+from pipeline.config import calibration_source, calibrations, grid, load_config, slug
+from pipeline.errors import InputError
+from pipeline.workflow import session
+from pipeline.workflow.code import code_digest
+
+try:
+    STUDY = load_config(config)
+except InputError as error:
+    print(error, file=sys.stderr)
+    sys.exit(2)
+
+session.adopt_jobs()
+if workflow.is_main_process and workflow.dag_settings is not None:
+    session.clear_stale_locks()
+    # What a killed run left unfinished is done again, as --rerun-incomplete would.
+    workflow.dag_settings.force_incomplete = True
+
+OUT = STUDY.outputs
+LOGS = f"{OUT}/logs"
+ENVIRONMENT = workflow.source_path("../../../envs/cpu.yaml")
+
+CELLS = {cell.path: (cell, timed_steps) for cell, timed_steps in grid(STUDY).items()}
+CALIBRATIONS = {f"{slug(network)}/{slug(devices)}": (network, devices) for network, devices in calibrations(STUDY)}
+
+
+def options(**values):
+    """The values as command line options: `image_size=32` is `--image-size 32`; none for None, several for a tuple."""
+    listed = ((name, value if isinstance(value, tuple) else (value,)) for name, value in values.items())
+    given = ((name, one) for name, several in listed for one in several if one is not None)
+    return " ".join(f"--{name.replace('_', '-')} {quote(str(one))}" for name, one in given)
+
+
+def calibration_of(network, device_set):
+    """The file of the calibration that serves the device set."""
+    source = calibration_source(STUDY, device_set)
+    return f"{OUT}/calibration/{slug(network)}/{slug(source)}.zarr.zip"
+
+
+def cell_calibration(wildcards):
+    """The file of the calibration that serves the cell's devices."""
+    cell, _ = CELLS[wildcards.cell]
+    return calibration_of(cell.network, cell.device_set)
+
+
+def cell_options(wildcards):
+    """All that the measurement of a cell depends on."""
+    cell, timed_steps = CELLS[wildcards.cell]
+    return options(
+        network=cell.network,
+        batch_size=cell.batch_size,
+        devices=cell.device_set,
+        strategy=cell.strategy,
+        warmup=STUDY.timing.warmup,
+        repetitions=timed_steps,
+        seed=STUDY.timing.seed,
+        learning_rate=STUDY.training.learning_rate,
+        momentum=STUDY.training.momentum,
+        scheduler=STUDY.scheduler,
+    )
+
+
+wildcard_constraints:
+    cell="|".join(map(re.escape, CELLS)),
+    calibration="|".join(map(re.escape, CALIBRATIONS)),
