@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.errors import InputError
-from pipeline.networks import STUDY_NETWORKS, network
+from pipeline.networks import STUDY_NETWORKS, check_name, network
 
 
 def test_study_network_is_two_convolutions_with_relu_and_pooling_and_one_dense_layer():
@@ -90,6 +90,14 @@ def test_what_cannot_be_built_is_one_clear_sentence(name, options, sentence):
     with pytest.raises(InputError, match=sentence) as raised:
         network(name, **options)
     assert "\n" not in str(raised.value)
+
+
+def test_name_can_be_checked_without_building_the_network():
+    for name in (*STUDY_NETWORKS, "resnet18"):
+        check_name(name)
+    for name, sentence in (("0:5", "without kernels"), ("resnet", "is unknown"), ("", "is unknown")):
+        with pytest.raises(InputError, match=sentence):
+            check_name(name)
 
 
 def test_torchvision_model_can_be_unpickled_in_a_process_that_only_made_torchvision_importable(tmp_path):
