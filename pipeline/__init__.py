@@ -32,8 +32,8 @@ _HOMES = {
     "make_plan": "pipeline.plan.planner",
 }
 __all__ = [
-    "Device", "FitResult", "InputError", "PipelineError", "Plan", "RunError", "calibrate", "connect", "fit", "local_cluster",
-    "make_plan",
+    "Device", "FitResult", "InputError", "PipelineError", "Plan", "RunError",
+    "calibrate", "connect", "fit", "local_cluster", "make_plan",
 ]  # fmt: skip
 
 

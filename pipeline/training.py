@@ -27,8 +27,8 @@ from pipeline.plan.strategies import Shares
 from pipeline.results.contracts import describe
 from pipeline.run.batches import batch_indices
 from pipeline.run.execution import Loss, OptimizerFactory
-from pipeline.run.timeline import timing_dataset
 from pipeline.run.launch import SGD, OnProgress, example_batch, run_plan
+from pipeline.run.timeline import merged_losses, timing_dataset
 from pipeline.run.worker import Account
 
 
@@ -69,12 +69,13 @@ def fit(
     """Train ``model`` on ``dataset`` over the devices of ``client``, with the result that one device would give.
 
     ``dataset`` gives pairs of an image ``(C, H, W)`` and a label. Without a client, a local cluster of this machine's
-    devices is used; ``members`` limits the run to some devices of the cluster. ``batch_size`` counts the images of a step
-    over all devices. ``optimizer`` makes an optimiser from parameters, and must update element by element (SGD, Adam and
-    the like), as devices update shards. ``loss`` (cross-entropy by default) averages over a batch. ``validation`` images
-    are classified after each epoch. The devices are calibrated first, in seconds, unless a ``calibration`` or ``shares``
-    (fractions per device, or kernels per layer and device) are given. ``checkpoint`` is a file for the trained weights,
-    which ``torch.load(..., weights_only=True)`` reads. ``label`` names the run on the dashboard.
+    devices is used; ``members`` limits the run to some devices of the cluster. ``batch_size`` counts the images of a
+    step over all devices. ``optimizer`` makes an optimiser from parameters, and must update element by element (SGD,
+    Adam and the like), as devices update shards. ``loss`` (cross-entropy by default) averages over a batch.
+    ``validation`` images are classified after each epoch. The devices are calibrated first, in seconds, unless a
+    ``calibration`` or ``shares`` (fractions per device, or kernels per layer and device) are given. ``checkpoint`` is a
+    file for the trained weights, which ``torch.load(..., weights_only=True)`` reads. ``label`` names the run on the
+    dashboard.
 
     Raises ``InputError`` for input that cannot work, before anything runs, and ``RunError`` when a run fails.
     """
@@ -88,9 +89,7 @@ def fit(
         if calibration is None and shares is None and strategy not in ("ddp", "equal") and len(chosen) > 1:
             calibration = calibrate(model, example_BCHW, connected, members=chosen, batch_size=batch_size)
         labels = [member.device.label for member in chosen]
-        plan = plan_graph(
-            graph, calibration, batch_size=batch_size, strategy=strategy, labels=labels, shares=shares
-        )
+        plan = plan_graph(graph, calibration, batch_size=batch_size, strategy=strategy, labels=labels, shares=shares)
         indices = batch_indices(images, batch_size, epochs=epochs, max_steps=max_steps, shuffle=shuffle, seed=seed)
         accounts = run_plan(
             connected, chosen, plan, graph, model, dataset,
@@ -137,14 +136,9 @@ def _cluster(client: Client | None) -> Iterator[Client]:
 
 
 def _history(accounts: Sequence[Account]) -> xr.Dataset:
-    """Loss of every step, weighted by images where ranks have their own (``ddp``), and accuracy of every epoch."""
-    told = [account for account in accounts if account.losses]
-    losses = np.array([account.losses for account in told])
-    images = np.array([account.images for account in told])
-    history = xr.Dataset(
-        {"loss": ("step", (losses * images).sum(axis=0) / images.sum(axis=0))},
-        coords={"step": np.arange(losses.shape[1])},
-    )
+    """Loss of every step and accuracy of every epoch."""
+    losses = merged_losses(accounts)
+    history = xr.Dataset({"loss": ("step", losses)}, coords={"step": np.arange(len(losses))})
     if accounts[0].accuracies:
         history["accuracy"] = ("epoch", np.array(accounts[0].accuracies))
         history.coords["epoch"] = np.arange(1, len(accounts[0].accuracies) + 1)

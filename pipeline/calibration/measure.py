@@ -1,7 +1,7 @@
 """Measure what devices and links can do: the time of each segment against its share, of messages against their size.
 
-All devices measure the same thing at the same time, so what they take from each other (memory bandwidth, caches, turbo) is
-in the numbers, as it will be in training.
+All devices measure the same thing at the same time, so what they take from each other (memory bandwidth, caches, turbo)
+is in the numbers, as it will be in training.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def calibrate(
     """Measure every segment of ``model`` on every device at several shares, and every link.
 
     ``example_input`` is a batch ``x_BCHW``; it gives the shape of the images and, unless ``batch_size`` is given, the
-    number for which the times are wanted. Networks with much work per image are measured with fewer images, and the data
-    set says with how many. Returns the calibration data set of ``pipeline.results.contracts``.
+    number for which the times are wanted. Networks with much work per image are measured with fewer images, and the
+    data set says with how many. Returns the calibration data set of ``pipeline.results.contracts``.
 
     Raises ``InputError`` if the model does not take such images and ``RunError`` when a device is lost.
     """

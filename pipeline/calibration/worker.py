@@ -139,16 +139,20 @@ def _measure_chain(context: RankContext, execution: Execution, chain: Chain, tas
         outputs=outputs,
         ranks=(0,),
     )
+    values = {placed: _made_up(execution, placed, task).requires_grad_(placed in gradients) for placed in inputs}
+    incoming: dict[Placed, torch.Tensor] = {}
     times = []
     for _ in range(1 + task.repetitions):
         execution.values.clear()
         execution.parameters.clear_gradients()
-        for placed in inputs:
-            execution.values[placed] = _made_up(execution, placed, task).requires_grad_(placed in gradients)
+        for placed, value in values.items():
+            value.grad = None
+            execution.values[placed] = value
         context.barrier()
         ahead = _timed(context, functools.partial(execution.compute, instruction, gradients))
         for placed in outputs:
-            execution.values[placed].grad = torch.rand_like(execution.values[placed])
+            incoming.setdefault(placed, torch.rand_like(execution.values[placed]))
+            execution.values[placed].grad = incoming[placed]
         back = _timed(
             context, functools.partial(execution.compute, replace(instruction, direction="backward"), gradients)
         )

@@ -98,7 +98,7 @@ def traced(model: nn.Module) -> fx.GraphModule:
     """
     try:
         return fx.GraphModule(model, _Tracer().trace(model))
-    except Exception:  # fx fails in as many ways as there are models; all of them mean "keep it whole"
+    except Exception:  # noqa: BLE001 - fx fails in as many ways as there are models; all mean "keep it whole"
         whole = _Whole(model)
         return fx.GraphModule(whole, _Tracer().trace(whole))
 
@@ -191,7 +191,8 @@ def _image_shape(result: Any, images: int) -> tuple[int, ...] | None:
 def _same_shape_inputs(node: fx.Node, results: dict[str, Any]) -> bool:
     """Whether all tensor inputs have one shape, so that one split serves them all; false if one is no tensor."""
     inputs = [results.get(argument.name) for argument in node.all_input_nodes]
-    return all(isinstance(one, torch.Tensor) and one.shape == inputs[0].shape for one in inputs)
+    shapes = {one.shape if isinstance(one, torch.Tensor) else None for one in inputs}
+    return len(shapes) == 1 and None not in shapes
 
 
 def _state(module: nn.Module) -> list[torch.Tensor]:

@@ -1,0 +1,1 @@
+"""Who computes what: layouts, shares, strategies, and the program they compile to."""

@@ -1,9 +1,9 @@
 """Layouts and the messages between them: the one mechanism behind every exchange.
 
-A *layout* gives every rank a *box* of a tensor, a range of images times a range of channels, possibly empty. Tensors are
-seen as ``(images, channels, rest)``: an activation ``x_BCHW`` is ``(B, C, H*W)``, and a weight ``w_KCRS`` whose kernels are
-split is ``(1, K, C*R*S)``. All sizes in this module are global, and all of it is arithmetic on integers: no tensor is
-touched, nothing is sent.
+A *layout* gives every rank a *box* of a tensor, a range of images times a range of channels, possibly empty. Tensors
+are seen as ``(images, channels, rest)``: an activation ``x_BCHW`` is ``(B, C, H*W)``, and a weight ``w_KCRS`` whose
+kernels are split is ``(1, K, C*R*S)``. All sizes in this module are global, and all of it is arithmetic on integers: no
+tensor is touched, nothing is sent.
 
 ====  =========================================================  ==============
 kind  what a rank with share ``s`` holds                         its adjoint
@@ -122,7 +122,9 @@ class Layout:
         extent, noun = (channels, "channels") if self.kind == "K" else (images, "images")
         if sum(self.shares) != extent:
             equation = " + ".join(map(str, self.shares))
-            raise InputError(f"shares {equation} = {sum(self.shares)} do not add up to the {extent} {noun} of the layer")
+            raise InputError(
+                f"shares {equation} = {sum(self.shares)} do not add up to the {extent} {noun} of the layer"
+            )
         stops = tuple(accumulate(self.shares))
         ranges = [Range(stop - share, stop) for share, stop in zip(self.shares, stops, strict=True)]
         if self.kind == "K":

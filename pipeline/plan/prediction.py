@@ -48,9 +48,7 @@ def predict_timeline(
 def _work(graph: Graph, plan: Plan, program: Program, instruction: Instruction, costs: Costs, rank: int) -> float:
     if isinstance(instruction, Compute):
         return sum(
-            costs.seconds(
-                name, rank, _fraction(graph, plan, name, rank), instruction.direction, program.batch_size
-            )
+            costs.seconds(name, rank, _fraction(graph, plan, name, rank), instruction.direction, program.batch_size)
             for name in instruction.operations
         )
     elements = 0.0

@@ -1,8 +1,8 @@
 """A plan compiled to instructions: the one list that the run executes and the simulator times.
 
 The forward half computes segments and exchanges tensors between them; the backward half is its mirror image, segment by
-segment and exchange by exchange, so every rank knows from the list alone what it sends and receives next. That is why the
-order never depends on the autograd engine and no two ranks can wait for each other.
+segment and exchange by exchange, so every rank knows from the list alone what it sends and receives next. That is why
+the order never depends on the autograd engine and no two ranks can wait for each other.
 """
 
 from __future__ import annotations
@@ -171,7 +171,13 @@ class _Compiler:
         gradients = self._gradients(forward)
         forward.append(
             Compute(
-                name=LOSS, direction="forward", segment=self.segments, operations=(), inputs=(output,), outputs=(), ranks=(0,)
+                name=LOSS,
+                direction="forward",
+                segment=self.segments,
+                operations=(),
+                inputs=(output,),
+                outputs=(),
+                ranks=(0,),
             )
         )
         homes = {rank for one in self.parameters if one.parameter.trained for rank in one.home.holders}
@@ -269,8 +275,9 @@ class _Compiler:
         for instruction in self.instructions:
             if isinstance(instruction, Compute):
                 outputs = tuple(one for one in instruction.outputs if one in wanted)
-                instruction = replace(instruction, outputs=outputs)
-            forward.append(instruction)
+                forward.append(replace(instruction, outputs=outputs))
+            else:
+                forward.append(instruction)
         return forward
 
     def _trained(self) -> frozenset[str]:
@@ -287,7 +294,9 @@ class _Compiler:
             inside = {placed.name for placed in instruction.inputs if placed in found}
             for name in instruction.operations:
                 operation = self.graph[name]
-                if any(one.trained for one in operation.parameters) or any(value in inside for value in operation.inputs):
+                if any(one.trained for one in operation.parameters) or any(
+                    value in inside for value in operation.inputs
+                ):
                     inside.add(name)
             found.update(placed for placed in instruction.outputs if placed.name in inside)
         return frozenset(found)

@@ -17,7 +17,9 @@ def proportional(total: int, weights: Sequence[float]) -> tuple[int, ...]:
     """
     weight = np.asarray(weights, dtype=float)
     if not np.all(np.isfinite(weight)) or np.any(weight < 0) or weight.sum() <= 0:
-        raise InputError(f"weights {list(weights)} cannot share out {total}: they must be finite, >= 0 and not all zero")
+        raise InputError(
+            f"weights {list(weights)} cannot share out {total}: they must be finite, >= 0 and not all zero"
+        )
     exact = total * weight / weight.sum()
     share = np.floor(exact).astype(int)
     by_remainder = np.argsort(-(exact - share), kind="stable")
@@ -30,15 +32,17 @@ def equal(total: int, ranks: int) -> tuple[int, ...]:
     return proportional(total, [1.0] * ranks)
 
 
-def balanced(total: int, points: Sequence[NDArray[np.float64]], times: Sequence[NDArray[np.float64]]) -> tuple[int, ...]:
+def balanced(
+    total: int, points: Sequence[NDArray[np.float64]], times: Sequence[NDArray[np.float64]]
+) -> tuple[int, ...]:
     """The integer shares that minimise the time of the slowest device.
 
     ``points[i]`` (ascending, positive) and ``times[i]`` (seconds) are device i's measured cost curve: the time of
-    ``points[i][j]`` kernels. Between the points the curve is linear, before the first it is flat at the first time (a few
-    kernels cost what the smallest measured share costs, unless there are none), beyond the last it goes on with the last
-    slope; it is made monotone first. Bisection on the finish time T gives k_i(T), the most kernels device i ends by T; the
-    least T with sum k_i(T) >= total is optimal, as every k_i is monotone in T. What is over is taken from the devices
-    that finish last, so one that would only run for a handful may end with none.
+    ``points[i][j]`` kernels. Between the points the curve is linear, before the first it is flat at the first time (a
+    few kernels cost what the smallest measured share costs, unless there are none), beyond the last it goes on with the
+    last slope; it is made monotone first. Bisection on the finish time T gives k_i(T), the most kernels device i ends
+    by T; the least T with sum k_i(T) >= total is optimal, as every k_i is monotone in T. What is over is taken from the
+    devices that finish last, so one that would only run for a handful may end with none.
     """
     curves = [_monotone(point, time) for point, time in zip(points, times, strict=True)]
 
@@ -59,9 +63,13 @@ def balanced(total: int, points: Sequence[NDArray[np.float64]], times: Sequence[
     return tuple(share)
 
 
-def _monotone(points: NDArray[np.float64], times: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _monotone(
+    points: NDArray[np.float64], times: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     if len(points) == 0 or np.any(~np.isfinite(times)) or np.any(np.diff(points) <= 0) or np.any(times <= 0):
-        raise InputError(f"a cost curve with points {list(points)} and times {list(times)} is empty, unordered or not positive")
+        raise InputError(
+            f"a cost curve with points {list(points)} and times {list(times)} is empty, unordered or not positive"
+        )
     return np.asarray(points, dtype=float), np.maximum.accumulate(np.asarray(times, dtype=float))
 
 

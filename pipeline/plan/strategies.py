@@ -122,9 +122,7 @@ def _convolutions_only(graph: Graph, ranks: int, split: Split) -> tuple[Operatio
         if operation.convolution and operation.effect is Effect.KERNEL:
             shares = split(operation, operation.channels)
             plans.append(
-                OperationPlan(
-                    name=operation.name, input=replicated(shares), output=kernels(shares), home="master"
-                )
+                OperationPlan(name=operation.name, input=replicated(shares), output=kernels(shares), home="master")
             )
         else:
             plans.append(_on_master(operation, ranks))
@@ -132,7 +130,7 @@ def _convolutions_only(graph: Graph, ranks: int, split: Split) -> tuple[Operatio
 
 
 def _kernel_split(graph: Graph, ranks: int, split: Split) -> tuple[OperationPlan, ...]:
-    """``kernel``: convolutions by kernels, dense layers by the features that are already split, the rest on the shard."""
+    """``kernel``: convolutions by kernels, dense layers by the features they find split, the rest on the shard."""
     plans: list[OperationPlan] = []
     layout_of: dict[str, Layout] = {graph.input: master(ranks)}
     for operation in graph.operations:

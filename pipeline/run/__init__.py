@@ -1,0 +1,1 @@
+"""Execute a program on the ranks of a gang, and tell what happened when."""

@@ -33,8 +33,7 @@ def batch_indices(
 def batches(dataset: Dataset[Any], indices: Sequence[Sequence[int]]) -> Iterator[Batch]:
     """The batches themselves, collated as torch's own loader does."""
     loader = DataLoader(dataset, batch_sampler=[list(one) for one in indices])
-    for x_BCHW, y_B in loader:
-        yield x_BCHW, y_B
+    yield from loader
 
 
 def part_of(rank: int, ranks: int, batch: Sequence[int]) -> list[int]:

@@ -19,8 +19,8 @@ _PINGS = 20
 def clock_offset(context: RankContext) -> float:
     """Seconds to add to this rank's ``perf_counter`` to get the master's.
 
-    Each rank in turn asks the master for its time; the answer with the shortest round trip counts, its error being at most
-    half of that trip. Every rank must call this at the same point.
+    Each rank in turn asks the master for its time; the answer with the shortest round trip counts, its error being at
+    most half of that trip. Every rank must call this at the same point.
     """
     offset = 0.0
     if context.group is None:
@@ -46,11 +46,11 @@ def clock_offset(context: RankContext) -> float:
 class Clock:
     """Start and end of every instruction of the last steps.
 
-    ``times`` has the shape (step, instruction, 2) in seconds of the master's ``perf_counter``; NaN where the rank took no
-    part. Only the last ``keep`` steps are held; ``steps`` has (start, end) of every step.
+    ``times`` has the shape (step, instruction, 2) in seconds of the master's ``perf_counter``; NaN where the rank took
+    no part. Only the last ``keep`` steps are held; ``steps`` has (start, end) of every step.
     """
 
-    def __init__(self, instructions: int, *, offset: float = 0.0, keep: int = 16) -> None:
+    def __init__(self, instructions: int, *, offset: float, keep: int) -> None:
         self._offset, self._keep = offset, keep
         self._blank = np.full((instructions, 2), np.nan)
         self._current = self._blank.copy()
@@ -67,14 +67,15 @@ class Clock:
         return time.perf_counter() + self._offset
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """Time one step."""
+    def step(self, *, recorded: bool = True) -> Iterator[None]:
+        """Time one step; one that is not recorded leaves no trace."""
         self._current = self._blank.copy()
         start = self.now()
         yield
-        self.steps.append((start, self.now()))
-        self._kept.append(self._current)
-        del self._kept[: -self._keep]
+        if recorded:
+            self.steps.append((start, self.now()))
+            self._kept.append(self._current)
+            del self._kept[: -self._keep]
 
     @contextmanager
     def instruction(self, index: int) -> Iterator[None]:

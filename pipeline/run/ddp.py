@@ -31,8 +31,8 @@ class DataParallel:
     def train_step(self, part: float, x_BCHW: torch.Tensor, y_B: torch.Tensor, clock: Clock) -> float:
         """One step on this rank's images, which are ``part`` of the whole batch; the mean loss over them.
 
-        DistributedDataParallel averages gradients over ranks. Where the batch does not divide evenly the loss is weighted,
-        so that every image still counts the same.
+        DistributedDataParallel averages gradients over ranks. Where the batch does not divide evenly the loss is
+        weighted, so that every image still counts the same.
         """
         self._parallel.train()
         self._optimizer.zero_grad()

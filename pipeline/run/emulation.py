@@ -13,9 +13,9 @@ class Throttle:
     """Stretches work to ``1 / speed`` of its processor time by sleeping after it.
 
     Processor time, not wall time, is what a device of full speed would need if it had its core to itself; so several
-    emulated devices can share one core as long as their speeds add up to no more than the cores. A sleep that ends late, or
-    a core that was taken away for longer than the slower device would have needed, is carried over as a debt (in seconds,
-    bounded, so that waiting for others never pays for later work).
+    emulated devices can share one core as long as their speeds add up to no more than the cores. A sleep that ends
+    late, or a core that was taken away for longer than the slower device would have needed, is carried over as a debt
+    (in seconds, bounded, so that waiting for others never pays for later work).
     """
 
     _BOUND_S = 0.05
@@ -42,5 +42,6 @@ class Throttle:
         self._debt = max(-self._BOUND_S, min(self._debt, self._BOUND_S))
 
     def _processor_time(self) -> float:
-        # With one thread the operators run in the caller; with more, their share of the whole process is the best measure.
+        # With one thread the operators run in the caller; with more, their share of the whole process is the best
+        # measure.
         return time.thread_time() if self._threads == 1 else time.process_time() / self._threads

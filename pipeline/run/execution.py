@@ -127,7 +127,8 @@ class Execution:
 
     def _forward(self, instruction: Compute, gradients: frozenset[Placed]) -> None:
         if instruction.name == LOSS:
-            assert self._loss_function is not None and self._target is not None
+            assert self._loss_function is not None
+            assert self._target is not None
             self._loss = self._loss_function(self.values[instruction.inputs[0]], self._target)
             return
         local = {placed.name: self.values[placed] for placed in instruction.inputs}
@@ -164,7 +165,9 @@ class Execution:
     def _exchange(self, instruction: Exchange, program: Program) -> None:
         if instruction.parameter:
             parameters = self.parameters
-            (parameters.send_to_work if instruction.direction == "forward" else parameters.send_gradient_home)(instruction)
+            (parameters.send_to_work if instruction.direction == "forward" else parameters.send_gradient_home)(
+                instruction
+            )
         elif instruction.direction == "forward":
             received = self._empty(instruction, instruction.target)
             self.transport.exchange(instruction, self.values.get(instruction.source), received)

@@ -42,6 +42,7 @@ def run_plan(
     synchronised: bool = False,
     profiled: bool = False,
     keep_weights: bool = True,
+    keep_steps: int = 16,
     on_progress: OnProgress | None = None,
 ) -> list[Account]:
     """Run ``plan`` on the devices it names, one long task per rank; the account of every rank.
@@ -53,6 +54,7 @@ def run_plan(
     common = {
         "graph": graph, "plan": plan, "loss": loss or nn.CrossEntropyLoss(), "optimizer": optimizer, "indices": indices,
         "seed": seed, "synchronised": synchronised, "profiled": profiled, "keep_weights": keep_weights,
+        "keep_steps": keep_steps,
         "validation_images": len(validation) if validation is not None else 0,  # type: ignore[arg-type]
     }  # fmt: skip
     arguments = []

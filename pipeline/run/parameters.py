@@ -17,9 +17,9 @@ from pipeline.run.transport import Transport
 class Parameters:
     """One rank's modules with its shards of the parameters.
 
-    On the master an operation that is not split uses the model's own submodule. A split one, and any on another rank, uses
-    a copy of the submodule whose parameters have the size of the shard; ``load`` fills them from the master's model and
-    ``gather`` brings them back.
+    On the master an operation that is not split uses the model's own submodule. A split one, and any on another rank,
+    uses a copy of the submodule whose parameters have the size of the shard; ``load`` fills them from the master's
+    model and ``gather`` brings them back.
     """
 
     def __init__(self, model: fx.GraphModule, graph: Graph, plan: Plan, transport: Transport) -> None:
@@ -32,7 +32,8 @@ class Parameters:
         self._gradients: dict[str, torch.Tensor] = {}
         for module in model.modules():
             if hasattr(module, "inplace"):
-                module.inplace = False  # a segment's input is a leaf of its own, which must not be written to
+                # A segment's input is a leaf of its own, which must not be written to.
+                setattr(module, "inplace", False)  # noqa: B010 - for torch's types a module has only tensors
         for operation in graph.operations:
             self._make_local(operation)
         self.home = {name: tensor for name, one in self._plans.items() if (tensor := self._home(one)) is not None}
@@ -65,8 +66,7 @@ class Parameters:
     def send_to_work(self, exchange: Exchange) -> None:
         """Forward exchange of a parameter from its home to the ranks that work with it."""
         name = exchange.source.name
-        with torch.no_grad():
-            self._transport.exchange(exchange, self.home.get(name), self.work.get(name))
+        self._transport.exchange(exchange, self.home.get(name), self.work.get(name))
 
     def send_gradient_home(self, exchange: Exchange) -> None:
         """Backward exchange of a parameter's gradient to its home."""
@@ -94,8 +94,7 @@ class Parameters:
             spec=parameter_spec(one),
             parameter=True,
         )
-        with torch.no_grad():
-            self._transport.exchange(exchange, start, end)
+        self._transport.exchange(exchange, start, end)
 
     def _original(self, name: str) -> torch.Tensor:
         """The master's own tensor of this name."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -43,11 +43,19 @@ def _label(instruction: Instruction) -> InstructionLabel:
 
 
 def stacked(accounts: Sequence[Account]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Start and end of the kept steps, (step, 2), over all ranks, and of their instructions, (step, instruction, rank, 2)."""
+    """Start and end of the kept steps over all ranks, (step, 2), and of instructions, (step, instruction, rank, 2)."""
     times = np.stack([account.times for account in accounts], axis=2)
     kept = len(times)
     steps = np.stack([account.steps[-kept:] for account in accounts])
     return np.stack([steps[:, :, 0].min(axis=0), steps[:, :, 1].max(axis=0)], axis=-1), times
+
+
+def merged_losses(accounts: Sequence[Account]) -> NDArray[np.float64]:
+    """The loss of every step, (step); weighted by images where ranks have their own (``ddp``)."""
+    told = [account for account in accounts if account.losses]
+    losses, images = (np.array([getattr(account, name) for account in told]) for name in ("losses", "images"))
+    merged: NDArray[np.float64] = (losses * images).sum(axis=0) / images.sum(axis=0)
+    return merged
 
 
 def busy_times(
@@ -68,7 +76,9 @@ def busy_times(
     return {"compute_time": compute.T, "exchange_time": exchange.T, "idle_time": idle.T}
 
 
-def timing_dataset(graph: Graph, plan: Plan, batch_size: int, accounts: Sequence[Account], itemsize: int = 4) -> xr.Dataset:
+def timing_dataset(
+    graph: Graph, plan: Plan, batch_size: int, accounts: Sequence[Account], itemsize: int = 4
+) -> xr.Dataset:
     """``step_time(step)`` of all steps, and the timeline of the last ones by instruction and device."""
     labels = instruction_labels(graph, plan, batch_size)
     starts = np.stack([account.steps[:, 0] for account in accounts]).min(axis=0)
@@ -94,11 +104,11 @@ def timing_dataset(graph: Graph, plan: Plan, batch_size: int, accounts: Sequence
     return describe(dataset)
 
 
-def label_variables(labels: Sequence[InstructionLabel], itemsize: int) -> dict[str, tuple[str, NDArray[np.object_]]]:
+def label_variables(labels: Sequence[InstructionLabel], itemsize: int) -> dict[str, tuple[str, NDArray[Any]]]:
     """The words and bytes of each instruction as variables of a data set."""
-    columns: dict[str, tuple[str, NDArray[np.object_]]] = {
+    columns: dict[str, tuple[str, NDArray[Any]]] = {
         f"instruction_{field}": ("instruction", np.array([getattr(label, field) for label in labels], dtype=object))
         for field in ("name", "kind", "phase")
     }
     sizes = np.array([float(label.elements * itemsize) for label in labels])
-    return {**columns, "instruction_bytes": ("instruction", sizes)}  # type: ignore[dict-item]
+    return {**columns, "instruction_bytes": ("instruction", sizes)}

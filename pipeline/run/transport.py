@@ -1,13 +1,14 @@
 """Carry out an exchange: pack boxes, send and receive them all at once, put them where they belong.
 
-Tensors are seen as ``x_ICE``: images, channels, everything else. gloo wants contiguous CPU memory, so boxes are packed into
-staging buffers that live as long as the transport (pinned where a GPU is involved); a box that is already contiguous in CPU
-memory is sent and received in place.
+Tensors are seen as ``x_ICE``: images, channels, everything else. gloo wants contiguous CPU memory, so boxes are packed
+into staging buffers that live as long as the transport (pinned where a GPU is involved); a box that is already
+contiguous in CPU memory is sent and received in place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,11 +27,12 @@ class Transport:
         self.device = context.torch_device
         self._buffers: dict[tuple[object, ...], torch.Tensor] = {}
 
+    @torch.no_grad()
     def exchange(self, instruction: Exchange, source: torch.Tensor | None, target: torch.Tensor | None) -> None:
         """Carry out ``instruction`` for this rank.
 
-        ``source`` is the local part this rank holds in the layout it comes from (in the direction of the instruction) and
-        ``target`` the local part to be overwritten, each None where the rank holds nothing. A target element that
+        ``source`` is the local part this rank holds in the layout it comes from (in the direction of the instruction)
+        and ``target`` the local part to be overwritten, each None where the rank holds nothing. A target element that
         several messages carry becomes their sum, always in the same order, so that runs repeat bit by bit.
 
         Raises gloo's ``RuntimeError`` if another rank is gone.
@@ -39,47 +41,57 @@ class Transport:
         forward = instruction.direction == "forward"
         held, wanted = (
             spec.boxes(placed.layout)[self.rank]
-            for placed in ((instruction.source, instruction.target) if forward else (instruction.target, instruction.source))
+            for placed in (
+                (instruction.source, instruction.target) if forward else (instruction.target, instruction.source)
+            )
         )
         x_ICE = _view(source, spec, held)
         y_ICE = _view(target, spec, wanted)
-        outgoing = [m for m in instruction.messages if m.source == self.rank and m.target != self.rank]
-        incoming = [m for m in instruction.messages if m.target == self.rank]
-        key = (instruction.name, instruction.direction, spec.view)
+        incoming = [message for message in instruction.messages if message.target == self.rank]
+        outgoing = [message for message in instruction.messages if message.source == self.rank != message.target]
         sums = _overlapping(incoming)
-        arrivals: list[tuple[Message, torch.Tensor | None]] = []
-        operations: list[dist.P2POp] = []
-        for index, message in enumerate(incoming):
-            if message.source == self.rank:
-                arrivals.append((message, None))
-                continue
-            assert y_ICE is not None
-            part = _part(y_ICE, wanted, message.box)
-            in_place = not sums and part.is_contiguous() and part.device.type == "cpu"
-            buffer = part if in_place else self._buffer((*key, "in", index), part.shape, part.dtype)
-            arrivals.append((message, None if in_place else buffer))
-            operations.append(dist.P2POp(dist.irecv, buffer, message.source, self.group))
-        for index, message in enumerate(outgoing):
-            assert x_ICE is not None
-            operations.append(dist.P2POp(dist.isend, self._packed((*key, "out", index), x_ICE, held, message), message.target, self.group))
-        requests = dist.batch_isend_irecv(operations) if operations else []
+        key = (instruction.name, instruction.direction, spec.view)
+        arrivals = self._arrivals(key, incoming, y_ICE, wanted, in_place=not sums)
+        receives = [dist.P2POp(dist.irecv, one.buffer, one.source, self.group) for one in arrivals]
+        sends = [
+            dist.P2POp(dist.isend, self._packed((*key, index), x_ICE, held, message), message.target, self.group)
+            for index, message in enumerate(outgoing)
+        ]
+        requests = dist.batch_isend_irecv(receives + sends) if receives or sends else []
         self._place_own(incoming, x_ICE, held, y_ICE, wanted, sums)
         for request in requests:
             request.wait()
-        for message, buffer in arrivals:
-            if buffer is None or y_ICE is None:
-                continue
-            part = _part(y_ICE, wanted, message.box)
+        for one in arrivals:
             if sums:
-                part.add_(buffer.to(part.device))
-            else:
-                part.copy_(buffer, non_blocking=False)
+                one.part.add_(one.buffer.to(one.part.device))
+            elif one.buffer is not one.part:
+                one.part.copy_(one.buffer)
 
-    def _packed(self, key: tuple[object, ...], x_ICE: torch.Tensor, held: Box, message: Message) -> torch.Tensor:
+    def _arrivals(
+        self,
+        key: tuple[object, ...],
+        incoming: Sequence[Message],
+        y_ICE: torch.Tensor | None,
+        wanted: Box,
+        *,
+        in_place: bool,
+    ) -> list[_Arrival]:
+        """Where each message from another rank arrives, and the part of the target it is for."""
+        found = []
+        for index, message in enumerate(incoming):
+            if message.source != self.rank and y_ICE is not None:
+                part = _part(y_ICE, wanted, message.box)
+                direct = in_place and part.is_contiguous() and part.device.type == "cpu"
+                buffer = part if direct else self._buffer((*key, "in", index), part)
+                found.append(_Arrival(message.source, buffer, part))
+        return found
+
+    def _packed(self, key: tuple[object, ...], x_ICE: torch.Tensor | None, held: Box, message: Message) -> torch.Tensor:
+        assert x_ICE is not None
         part = _part(x_ICE, held, message.box)
         if part.is_contiguous() and part.device.type == "cpu":
             return part
-        return self._buffer(key, part.shape, part.dtype).copy_(part)
+        return self._buffer((*key, "out"), part).copy_(part)
 
     def _place_own(
         self,
@@ -101,12 +113,22 @@ class Transport:
             assert x_ICE is not None
             _part(y_ICE, wanted, box).copy_(_part(x_ICE, held, box))
 
-    def _buffer(self, key: tuple[object, ...], shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        full_key = (*key, tuple(shape), dtype)
+    def _buffer(self, key: tuple[object, ...], like: torch.Tensor) -> torch.Tensor:
+        """A staging buffer in CPU memory of the shape and type of ``like``; the same one for the same key."""
+        full_key = (*key, tuple(like.shape), like.dtype)
         if full_key not in self._buffers:
             pinned = self.device.type == "cuda"
-            self._buffers[full_key] = torch.empty(tuple(shape), dtype=dtype, pin_memory=pinned)
+            self._buffers[full_key] = torch.empty(like.shape, dtype=like.dtype, pin_memory=pinned)
         return self._buffers[full_key]
+
+
+class _Arrival(NamedTuple):
+    """A message under way to this rank."""
+
+    source: int
+    buffer: torch.Tensor
+    part: torch.Tensor
+    """Where its content belongs; ``buffer`` itself if that can be received into."""
 
 
 def _view(tensor: torch.Tensor | None, spec: TensorSpec, box: Box) -> torch.Tensor | None:
@@ -122,6 +144,4 @@ def _part(x_ICE: torch.Tensor, outer: Box, box: Box) -> torch.Tensor:
 
 def _overlapping(incoming: Sequence[Message]) -> bool:
     """Whether some element arrives more than once, so that arrivals have to be summed."""
-    return any(
-        one.box & other.box for index, one in enumerate(incoming) for other in incoming[index + 1 :]
-    )
+    return any(one.box & other.box for index, one in enumerate(incoming) for other in incoming[index + 1 :])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import resource
 import sys
@@ -22,6 +23,7 @@ from pipeline.graph.trace import Graph
 from pipeline.plan.plan import Plan
 from pipeline.run.batches import Batch, batches, part_of
 from pipeline.run.clock import Clock, clock_offset
+from pipeline.run.convolution_timer import ConvolutionTimer
 from pipeline.run.ddp import INSTRUCTIONS, DataParallel
 from pipeline.run.execution import Execution, Loss, OptimizerFactory
 
@@ -47,9 +49,11 @@ class Job:
     synchronised: bool = False
     """Whether all ranks begin each step together, as a timing needs."""
     profiled: bool = False
-    """Whether one more step runs under the profiler, to tell the time in convolutions."""
+    """Whether one more step runs with a timer at every convolution."""
     keep_weights: bool = True
     """Whether the trained weights are wanted."""
+    keep_steps: int = 16
+    """Of how many steps at the end the timeline is wanted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +126,7 @@ class _ProgramRun:
         self._execution = Execution(context, job.model, job.graph, job.plan)
         self._execution.prepare(job.loss, job.optimizer)
         largest = max(len(batch) for epoch in job.indices for batch in epoch)
-        self.clock = Clock(len(self._execution.program(largest).instructions), offset=offset)
+        self.clock = Clock(len(self._execution.program(largest).instructions), offset=offset, keep=job.keep_steps)
 
     def batches(self, epoch: Sequence[Sequence[int]]) -> Any:
         """(images in the batch, the batch or None) for every step."""
@@ -142,7 +146,9 @@ class _ProgramRun:
         size, correct = len(self._job.indices[0][0]), 0
         total = self._job.validation_images
         parts = [list(range(start, min(start + size, total))) for start in range(0, total, size)]
-        source = batches(self._job.validation, parts) if self._job.validation is not None else ((None, None) for _ in parts)
+        source = (
+            batches(self._job.validation, parts) if self._job.validation is not None else ((None, None) for _ in parts)
+        )
         for part, (x_BCHW, y_B) in zip(parts, source, strict=True):
             output = self._execution.predict(len(part), x_BCHW)
             if output is not None and y_B is not None:
@@ -159,12 +165,13 @@ class _DataParallelRun:
     def __init__(self, context: RankContext, job: Job, offset: float) -> None:
         self._context, self._job = context, job
         self._parallel = DataParallel(context, job.model, job.loss, job.optimizer)
-        self.clock = Clock(len(INSTRUCTIONS), offset=offset)
+        self.clock = Clock(len(INSTRUCTIONS), offset=offset, keep=job.keep_steps)
 
     def batches(self, epoch: Sequence[Sequence[int]]) -> Any:
         rank, ranks = self._context.rank, self._context.size
         assert self._job.dataset is not None
-        # A rank without an image of a small last batch still has to take part: with one image, which counts for nothing.
+        # A rank without an image of a small last batch still has to take part: with one image, which counts for
+        # nothing.
         mine = [part_of(rank, ranks, batch) or batch[:1] for batch in epoch]
         return zip(map(len, epoch), batches(self._job.dataset, mine), strict=True)
 
@@ -194,29 +201,21 @@ class _DataParallelRun:
 
 
 def _convolution_time(context: RankContext, runner: _ProgramRun | _DataParallelRun, job: Job) -> float:
-    """Time in convolutions, forward and backward, of one more step, by the profiler's events."""
-    from torch.profiler import ProfilerActivity, profile
-
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+    """Time in convolutions, forward and backward, of one more step in s."""
+    timer = ConvolutionTimer(context.torch_device)
     for batch_size, batch in runner.batches(job.indices[-1][-1:]):
-        with profile(activities=activities) as profiler, runner.clock.step():
+        with timer, runner.clock.step(recorded=False):
             runner.step(batch_size, batch)
-    convolutions = [event for event in profiler.key_averages() if event.key in _CONVOLUTION_EVENTS]
-    microseconds = sum(max(event.cpu_time_total, event.device_time_total) for event in convolutions)
-    return microseconds / 1e6 / context.device.speed  # the profiler does not see the sleep of an emulated device
-
-
-_CONVOLUTION_EVENTS = ("aten::convolution", "aten::convolution_backward")
+    return timer.seconds / context.device.speed  # the timer does not see the sleep of an emulated device
 
 
 def _reset_peak_memory(context: RankContext) -> None:
     if context.torch_device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(context.torch_device)
         return
-    try:
+    # Elsewhere than on Linux, or where it is not allowed, the peak since the worker began is what can be told.
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        pass  # not Linux, or not allowed: the peak since the worker began is what can be told
 
 
 def _peak_memory(context: RankContext) -> int:

@@ -1,0 +1,126 @@
+"""Time one cell of the grid: warm-up, synchronised steps, raw repetitions, and where each device spent its time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from distributed import Client
+from torch import nn
+from torch.utils.data import Dataset
+
+from pipeline.cluster.devices import Member
+from pipeline.errors import InputError, RunError
+from pipeline.graph.trace import Graph, trace
+from pipeline.plan.costs import Costs
+from pipeline.plan.plan import Plan, Strategy
+from pipeline.plan.planner import plan_graph, predicted_step_time
+from pipeline.results.contracts import FAILED, OK, OUT_OF_MEMORY, CellIndex, describe, unmeasured_cell, validate_cell
+from pipeline.run.batches import batch_indices
+from pipeline.run.execution import OptimizerFactory
+from pipeline.run.launch import SGD, OnProgress, example_batch, run_plan
+from pipeline.run.timeline import busy_times, instruction_labels, label_variables, merged_losses, stacked
+from pipeline.run.worker import Account
+
+
+def measure_cell(
+    *,
+    model: nn.Module,
+    dataset: Dataset[Any],
+    client: Client,
+    members: Sequence[Member],
+    network: str,
+    batch_size: int,
+    device_set: str,
+    strategy: Strategy,
+    calibration: xr.Dataset,
+    link: str = "loopback",
+    repetitions: int = 5,
+    warmup: int = 2,
+    seed: int = 0,
+    optimizer: OptimizerFactory = SGD,
+    on_progress: OnProgress | None = None,
+) -> xr.Dataset:
+    """Time ``repetitions`` training steps of ``model`` after ``warmup`` others, as one cell of the grid.
+
+    ``members`` are the devices of ``device_set``, which ``calibration`` measured in this order. A run that fails or
+    runs out of memory gives a cell whose status says so. Raises ``InputError`` for a batch larger than the data set, a
+    calibration of something else, or repetitions below 1.
+    """
+    if repetitions < 1 or warmup < 0:
+        raise InputError(f"repetitions {repetitions} must be at least 1, and warm-up steps {warmup} at least 0")
+    images = len(dataset)  # type: ignore[arg-type]
+    if batch_size > images:
+        raise InputError(f"batch size {batch_size} is larger than the data set, which has {images} images")
+    graph = trace(model, example_batch(dataset))
+    labels = [member.device.label for member in members]
+    plan = plan_graph(graph, calibration, batch_size=batch_size, strategy=strategy, labels=labels)
+    index = CellIndex(network, batch_size, device_set, link, strategy)
+    try:
+        accounts = run_plan(
+            client, members, plan, graph, model, dataset,
+            optimizer=optimizer, indices=_full_batches(images, batch_size, warmup + repetitions, seed), seed=seed,
+            label=f"{strategy} {network}", synchronised=True, profiled=strategy == "single", keep_weights=False,
+            keep_steps=repetitions,
+            on_progress=on_progress,
+        )  # fmt: skip
+    except (RunError, torch.OutOfMemoryError, MemoryError) as error:
+        return unmeasured_cell(index, [labels[device] for device in plan.devices], _status(error))
+    costs = Costs.of(calibration)
+    return _cell(index, graph, plan, costs, accounts, repetitions)
+
+
+def _full_batches(images: int, batch_size: int, steps: int, seed: int) -> list[list[list[int]]]:
+    """One epoch of ``steps`` full batches, going through the data as often as need be."""
+    full = images - images % batch_size
+    epochs = -(-steps * batch_size // full)
+    found = batch_indices(images, batch_size, epochs=epochs + 1, max_steps=None, shuffle=True, seed=seed)
+    batches = [batch for epoch in found for batch in epoch if len(batch) == batch_size]
+    return [batches[:steps]]
+
+
+def _status(error: BaseException) -> str:
+    """The status of a cell that gave no times; memory is told apart because it answers a question of its own."""
+    reason = " ".join(str(error).split())
+    words = reason.lower()
+    memory = any(sign in words for sign in ("out of memory", "outofmemory", "can't allocate memory", "memoryerror"))
+    return f"{OUT_OF_MEMORY if memory else FAILED}: {reason}"
+
+
+def _cell(
+    index: CellIndex, graph: Graph, plan: Plan, costs: Costs, accounts: Sequence[Account], repetitions: int
+) -> xr.Dataset:
+    labels = instruction_labels(graph, plan, plan.batch_size)
+    steps, times = stacked(accounts)
+    convolution = np.full(repetitions, np.nan)
+    convolution[-1] = accounts[0].convolution_s
+    relative = times[-1] - steps[-1, 0]
+    cell = xr.Dataset(
+        {
+            "step_time": ("repetition", steps[:, 1] - steps[:, 0]),
+            "loss": ("repetition", merged_losses(accounts)[-repetitions:]),
+            "convolution_time": ("repetition", convolution),
+            "predicted_step_time": predicted_step_time(graph, plan, costs),
+            "status": OK,
+            "device_label": ("device", np.array(plan.labels, dtype=object)),
+            "device_throughput": ("device", np.array([costs.throughput(device) for device in plan.devices])),
+            "share": ("device", np.array(plan.convolution_shares(graph))),
+            "peak_memory": ("device", np.array([float(account.peak_memory) for account in accounts])),
+            **label_variables(labels, itemsize=4),
+            "instruction_start": (("instruction", "device"), relative[..., 0]),
+            "instruction_end": (("instruction", "device"), relative[..., 1]),
+        },
+        coords={
+            **index._asdict(),
+            "device": np.arange(len(accounts)),
+            "repetition": np.arange(repetitions),
+            "instruction": np.arange(len(labels)),
+        },
+    )
+    for name, time_DR in busy_times(labels, times, steps).items():
+        cell[name] = (("device", "repetition"), time_DR)
+    validate_cell(cell)
+    return describe(cell)
