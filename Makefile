@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo 'make reproduce   the whole study: measurements, figures, report and notebook into outputs/'
 	@echo 'make test        the tests (PYTEST_ARGS="-k name" for some of them)'
-	@echo 'make lint        style, formatting and types'
+	@echo 'make lint        style, formatting, types and workflow'
 	@echo 'make clean       remove results and caches (outputs/reference stays); make distclean: the environment too'
 
 environment: $(STAMP)
@@ -32,6 +32,7 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	PATH="$(abspath $(VENV))/bin:$$PATH" snakemake --lint
 
 clean:
 	find outputs -mindepth 1 -maxdepth 1 ! -name .gitkeep ! -name reference -exec rm -rf {} +
