@@ -151,16 +151,17 @@ def discover(client: Client, *, timeout_s: float = 10.0) -> tuple[Member, ...]:
     expected = {str(name) for name in getattr(client.cluster, "worker_spec", {})}
     while True:
         workers = _tagged_workers(client, timeout_s)
-        missing = expected - {str(worker["name"]) for worker in workers.values()}
+        answers = _ask_workers(client, list(workers), timeout_s) if workers else {}
+        # A worker that was lost a moment ago is still listed, but does not answer.
+        missing = (expected - {str(workers[address]["name"]) for address in answers}) or (workers.keys() - answers)
         if not missing or time.monotonic() >= deadline:
             break
         time.sleep(_POLL_S)
-    if not workers:
+    if not answers:
         raise InputError(
             "no worker of the cluster carries a CPU or GPU resource; start them with --resources CPU=1 or GPU=1."
         )
-    answers = _ask_workers(client, list(workers), timeout_s)
-    members = [_member(address, worker, answers[address]) for address, worker in workers.items() if address in answers]
+    members = [_member(address, workers[address], answer) for address, answer in answers.items()]
     return tuple(sorted(members, key=lambda member: _natural_order(member.name)))
 
 

@@ -80,18 +80,27 @@ def _exclusive(client: Client, members: Sequence[Member], label: str) -> Iterato
     with contextlib.ExitStack() as stack:
         for name in sorted(member.name for member in members):
             lock = Lock(f"pipeline device {name}", scheduler_rpc=client.scheduler, loop=client.loop)
-            if not lock.acquire(timeout=_BUSY_S):
+            try:
+                taken = lock.acquire(timeout=_BUSY_S)
+            except OSError as error:
+                raise RunError(f"the scheduler of the cluster was lost before {label} began.") from error
+            if not taken:
                 raise RunError(
                     f"worker {name} was still busy with another run after {_BUSY_S:g} s, so {label} gave up."
                 )
-            stack.callback(_release, lock)
+            stack.callback(_release, client, lock)
         yield
 
 
-def _release(lock: Lock) -> None:
+def _release(client: Client, lock: Lock) -> None:
     lock.refresh_callback.stop()
-    with contextlib.suppress(OSError, TimeoutError):  # The scheduler is lost, and the lock with it.
-        lock.release()
+
+    async def release() -> None:
+        await asyncio.wait_for(lock.release(), _ANSWER_S)
+
+    if client.status == "running":  # Otherwise the scheduler is lost, and the lock with it.
+        with contextlib.suppress(OSError):
+            client.sync(release)
 
 
 class _Gang:
@@ -231,7 +240,7 @@ class _Gang:
                 self._kill(stuck)
         finally:
             self._running.clear()
-            with contextlib.suppress(OSError, TimeoutError):  # The scheduler is lost, and the tasks with it.
+            with contextlib.suppress(OSError):  # The scheduler is lost, and the tasks with it.
                 self._client.cancel(list(self._futures.values()), force=True)
         return stuck
 
@@ -247,7 +256,7 @@ class _Gang:
             run = self._client.run(_kill_worker, workers=doomed, nanny=True, on_error="ignore")
             await asyncio.wait_for(run, _ANSWER_S)
 
-        with contextlib.suppress(OSError, TimeoutError):  # A nanny that is gone as well cannot be asked.
+        with contextlib.suppress(OSError):  # A nanny that is gone as well cannot be asked.
             self._client.sync(kill)
         deadline = time.monotonic() + _ANSWER_S
         while time.monotonic() < deadline and set(doomed) & set(scheduler_workers(self._client, _ANSWER_S)):
