@@ -18,28 +18,30 @@ def speedup_finding(timing: xr.Dataset) -> str:
     for label, sets in selection.families(timing).items():
         for network in selection.networks(timing, sets):
             batch_size = selection.main_batch_size(timing, network, link, sets)
-            cell = ratios.sel(network=network, batch_size=batch_size, link=link, device_set=sets[-1])
-            cell = cell.drop_sel(strategy="single", errors="ignore")
-            if not cell["speedup"].notnull().any():
+            cells = ratios.sel(network=network, batch_size=batch_size, link=link, device_set=sets)
+            splits = cells.drop_sel(strategy=["single", "ddp"], errors="ignore")
+            measured = [s for s in sets if splits["speedup"].sel(device_set=s).notnull().any()]
+            if not measured:
                 continue
-            best = cell.isel(strategy=int(np.nanargmax(cell["speedup"].values)))
+            cell, split = cells.sel(device_set=measured[-1]), splits.sel(device_set=measured[-1])
+            best = split.isel(strategy=int(np.nanargmax(split["speedup"].values)))
             bound = (
                 f", {best['efficiency'].item():.0%} of the aggregate throughput of {best['aggregate_bound'].item():.2f}"
             )
             sentences.append(
-                f"{network}, batch {batch_size}, on {_named(sets[-1])}: ``{best['strategy'].item()}`` is "
-                f"{best['speedup'].item():.2f} times as fast as one {label} (95 % interval "
+                f"{network}, batch {batch_size}, on {_named(measured[-1])}: ``{best['strategy'].item()}`` is "
+                f"{best['speedup'].item():.2f} times as fast as one ``{label}`` (95 % interval "
                 f"{best['speedup_low'].item():.2f} to {best['speedup_high'].item():.2f})"
-                f"{bound if best['efficiency'].notnull() else ''}{_literal(cell)}."
+                f"{bound if best['efficiency'].notnull() else ''}{_others(cell, str(best['strategy'].item()))}."
             )
     return _listed(sentences, "No set of several equal devices was measured.")
 
 
-def _literal(cell: xr.Dataset) -> str:
-    if "paper" not in cell["strategy"].values:
-        return ""
-    literal = cell["speedup"].sel(strategy="paper")
-    return f"; the paper's literal method reaches {literal.item():.2f}" if literal.notnull() else ""
+def _others(cell: xr.Dataset, best: str) -> str:
+    reached = cell["speedup"].where(cell["strategy"].isin(["paper", "ddp"]), drop=True).dropna("strategy")
+    named = {"paper": "the paper's literal method", "ddp": "``ddp``"}
+    others = [f"{named[str(o['strategy'].item())]} {o.item():.2f}" for o in reached if o["strategy"].item() != best]
+    return f" (beside it {', '.join(others)})" if others else ""
 
 
 def step_time_finding(timing: xr.Dataset) -> str:
@@ -128,14 +130,14 @@ def timeline_finding(timing: xr.Dataset) -> str:
             f"{length.max().item():.3g} s; {cell['instruction_bytes'].sum().item() / 1e6:.3g} MB move between "
             "the devices."
         )
-    return _listed(sentences, f"No timeline was recorded for {place['network']} on {place['device_set']}.")
+    return _listed(sentences, f"No timeline was recorded for {place['network']} on {_named(str(place['device_set']))}.")
 
 
 def accuracy_finding(accuracy: xr.Dataset) -> str:
     """Final accuracies and the largest differences from one device's."""
     final = accuracy["accuracy"].isel(epoch=-1)
     reached = ", ".join(f"``{s}`` {final.sel(strategy=s).item():.2%}" for s in map(str, final["strategy"].values))
-    sentences = [f"After epoch {accuracy['epoch'].values[-1]} on {accuracy.attrs['data']}: {reached}."]
+    sentences = [f"After epoch {accuracy['epoch'].values[-1]} on ``{accuracy.attrs['data']}``: {reached}."]
     if "single" in accuracy["strategy"].values and accuracy.sizes["strategy"] > 1:
         reference, others = accuracy.sel(strategy="single"), accuracy.drop_sel(strategy="single")
         apart = 100 * np.abs(others["accuracy"] - reference["accuracy"]).max().item()
@@ -163,7 +165,8 @@ def calibration_finding(calibration: xr.Dataset) -> str:
 
 
 def _named(device_set: str) -> str:
-    return f"{device_set} (emulated)" if is_emulated([device_set]) else device_set
+    # As a literal, or reStructuredText takes what surrounds an @ for an address.
+    return f"``{device_set}``" + (" (emulated)" if is_emulated([device_set]) else "")
 
 
 def _listed(sentences: list[str], otherwise: str) -> str:

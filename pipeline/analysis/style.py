@@ -87,7 +87,6 @@ _SETTINGS: Any = {
     "lines.markersize": 5.5,
     "figure.facecolor": "white",
     "svg.fonttype": "path",
-    "svg.hashsalt": "pipeline",
 }
 _HEADER_IN, _LEGEND_IN, _FOOTER_IN = 0.72, 0.3, 0.32
 
@@ -209,7 +208,8 @@ def unmeasured(axis: Axes, network: str) -> None:
 def save(figure: Figure, stem: Path) -> tuple[Path, Path]:
     """Write `stem`.svg and `stem`.png; the same data give the same files."""
     paths = stem.with_suffix(".svg"), stem.with_suffix(".png")
-    with style():
+    # A salt of its own keeps the ids of several figures apart when they stand in one page.
+    with style(), mpl.rc_context({"svg.hashsalt": stem.name}):
         figure.savefig(paths[0], metadata={"Date": None})
         figure.savefig(paths[1], dpi=160, metadata={"Software": None})
     return paths
