@@ -19,6 +19,10 @@ include: "pipeline/workflow/rules/data.smk"
 include: "pipeline/workflow/rules/calibration.smk"
 include: "pipeline/workflow/rules/timing.smk"
 include: "pipeline/workflow/rules/accuracy.smk"
+include: "pipeline/workflow/rules/analysis.smk"
+
+
+report: "pipeline/workflow/report/study.rst"
 
 
 rule all:
@@ -27,3 +31,5 @@ rule all:
         rules.calibration.output.store,
         rules.timing.output.store,
         rules.accuracy.output.store,
+        rules.report.output.html,
+        rules.notebook.output.notebook,

@@ -32,6 +32,9 @@ app.command()(train.train)
 app.command()(benchmark.benchmark)
 app.command()(accuracy.accuracy)
 app.command()(results.combine)
+app.command()(results.figures)
+app.command()(results.report)
+app.command()(results.notebook)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -31,6 +31,7 @@ from pipeline.errors import InputError
 if TYPE_CHECKING:
     import xarray as xr
 
+    from pipeline.cluster.devices import Member
     from pipeline.plan.plan import Strategy
 
 _ALL = ["single", "ddp", "equal", "paper", "kernel"]
@@ -62,8 +63,6 @@ def benchmark(
 ) -> None:
     """Time the training step of a network, one or several strategies on the same devices."""
     from pipeline.networks import network as build
-    from pipeline.results.provenance import provenance
-    from pipeline.results.stores import write_cell
     from pipeline.run.benchmark import measure_cell
     from pipeline.run.reference import plain_step_times
 
@@ -85,25 +84,21 @@ def benchmark(
                 batch_size=batch_size,
                 device_set=device_set_of(members),
                 calibration=costs_of(calibration, network, model, images, client, members, batch_size),
-                repetitions=repetitions,
-                warmup=warmup,
                 seed=seed,
                 optimizer=optimizer,
+                warmup=warmup,
+                repetitions=repetitions,
             )
             for name in strategies:
                 with Progress(f"{name} {network}", warmup + repetitions) as progress:
                     cells[name] = measure(strategy=cast("Strategy", name), on_progress=progress)
         if output is not None:
-            (cell,) = cells.values()
-            cell.attrs |= provenance(
-                {"warmup": warmup, "repetitions": repetitions, "seed": seed, "learning_rate": learning_rate}
-                | {"momentum": momentum, "optimizer": "SGD"},
-                emulated=any(member.device.emulated for member in members),
-                data=images.source_name,
-                threads={member.name: member.device.threads for member in members},
-                hardware=[member.hardware for member in members],
-            )
-            write_cell(cell, output)
+            choice = {
+                "warmup": warmup, "repetitions": repetitions, "seed": seed,
+                "optimizer": "SGD", "learning_rate": learning_rate, "momentum": momentum,
+            }  # fmt: skip
+            _write(cells[strategies[0]], output, choice, images.source_name, members)
+            return
         plain = None
         if reference:
             x_BCHW, y_B = images.batch(range(batch_size))
@@ -113,6 +108,27 @@ def benchmark(
             )
     print(f"{network}, batch {batch_size}, {device_set_of(members)}, {images.source_name}")
     _print_table(cells, plain)
+
+
+def _write(cell: xr.Dataset, output: Path, choice: dict[str, Any], data: str, members: tuple[Member, ...]) -> None:
+    """Write the cell with its provenance, and say in a line what was measured."""
+    from pipeline.results.provenance import provenance
+    from pipeline.results.stores import write_cell
+
+    cell.attrs |= provenance(
+        choice,
+        emulated=any(member.device.emulated for member in members),
+        data=data,
+        threads={member.name: member.device.threads for member in members},
+        hardware=[member.hardware for member in members],
+    )
+    write_cell(cell, output)
+    name = f"{cell.strategy.item()} on {cell.device_set.item()}: {cell.network.item()}, batch {cell.batch_size.item()}"
+    if not cell.sizes["repetition"]:
+        print(f"{name}: {cell.status.item()}")
+        return
+    lower, median, upper = cell.step_time.quantile((0.25, 0.5, 0.75)).values
+    print(f"{name}: {median:.4g} s per step (quartiles {lower:.4g} to {upper:.4g} s)")
 
 
 def _print_table(cells: dict[str, xr.Dataset], plain: list[float] | None) -> None:

@@ -76,7 +76,7 @@ def cluster(devices: str | None, scheduler: str | None) -> Iterator[tuple[Client
     wanted = parse_device_set(devices) if devices else None
     with connect(scheduler) if scheduler else local_cluster(wanted) as client:
         if client.dashboard_link:
-            say(f"Dashboard: {client.dashboard_link}")
+            print(f"Dashboard: {client.dashboard_link}", flush=True)
         members = discover(client)
         yield client, select(members, wanted) if wanted else members
 

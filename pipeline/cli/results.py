@@ -1,4 +1,4 @@
-"""`combine`: from one file per job to the stores of the study."""
+"""From one file per job to stores, figures, report and notebook: `combine`, `figures`, `report`, `notebook`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 
 from pipeline.errors import InputError
+
+OutputsArgument = Annotated[Path, typer.Argument(help="Folder of the study, with its stores.")]
 
 
 def combine(
@@ -42,3 +44,62 @@ def combine(
     stores.write_store(combined, output)
     sizes = ", ".join(f"{size} {name}" for name, size in combined.sizes.items())
     print(f"{len(parts)} files combined into {output}: {sizes}.")
+
+
+def figures(
+    outputs: OutputsArgument = Path("outputs"),
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder to write, OUTPUTS/figures if not given.")
+    ] = None,
+) -> None:
+    """Draw all figures of a study, and the headline table."""
+    from pipeline.analysis.figures import write_figures
+    from pipeline.analysis.tables import write_headline
+    from pipeline.results.contracts import validate_accuracy, validate_calibration, validate_timing
+    from pipeline.results.stores import open_store
+
+    timing = open_store(outputs / "timing.zarr", validate_timing)
+    accuracy = open_store(outputs / "accuracy.zarr", validate_accuracy)
+    calibration = open_store(outputs / "calibration.zarr", validate_calibration)
+    folder = output or outputs / "figures"
+    written = [*write_figures(timing, accuracy, calibration, folder), *write_headline(timing, folder)]
+    print(f"{len(written)} files written to {folder}.")
+
+
+def report(
+    outputs: OutputsArgument = Path("outputs"),
+    output: Annotated[Path | None, typer.Option("--output", help="File, OUTPUTS/report.html if not given.")] = None,
+    snakefile: Annotated[Path, typer.Option("--snakefile", help="The workflow that made the study.")] = Path(
+        "Snakefile"
+    ),
+) -> None:
+    """Write the report on a finished study as one HTML file, which needs no network."""
+    from pipeline.analysis.figures import FIGURES
+    from pipeline.analysis.report import write_report
+    from pipeline.config import load_config
+
+    study = load_config(outputs / "configuration.yaml")
+    targets = [outputs / "figures" / name for name in ("headline.html", *(f"{figure}.svg" for figure in FIGURES))]
+    for target in targets:
+        if not target.exists():
+            raise InputError(f"{target} does not exist: finish the study first with snakemake --cores all")
+    written = write_report(
+        output or outputs / "report.html",
+        snakefile=snakefile,
+        configuration=study.model_dump(mode="json"),
+        targets=targets,
+    )
+    print(f"Report written to {written}.")
+
+
+def notebook(
+    template: Annotated[Path, typer.Argument(help="The notebook to execute.")],
+    outputs: OutputsArgument = Path("outputs"),
+    output: Annotated[Path | None, typer.Option("--output", help="File, OUTPUTS/analysis.ipynb if not given.")] = None,
+) -> None:
+    """Execute the analysis notebook on the stores of a study."""
+    from pipeline.analysis.report import execute_notebook
+
+    stores = {name: outputs / f"{name}.zarr" for name in ("timing", "accuracy", "calibration")}
+    written = execute_notebook(template, output or outputs / "analysis.ipynb", stores)
+    print(f"Executed notebook written to {written}.")

@@ -28,4 +28,4 @@ rule accuracy:
         ENVIRONMENT
     shell:
         "exec python -m pipeline accuracy {params.options} --data {input.images:q} --calibration {input.calibration:q}"
-        " --output {output.store:q} 2> {log:q}"
+        " --output {output.store:q} 2> >(tee -i {log:q} >&2)"

@@ -22,7 +22,7 @@ rule calibrate:
         ENVIRONMENT
     shell:
         "exec python -m pipeline calibrate --network {params.network:q} --devices {params.devices:q} {params.options}"
-        " --data {input.images:q} --output {output.calibration:q} 2> {log:q}"
+        " --data {input.images:q} --output {output.calibration:q} 2> >(tee -i {log:q} >&2)"
 
 
 rule calibration:
@@ -41,4 +41,4 @@ rule calibration:
         ENVIRONMENT
     shell:
         "exec python -m pipeline combine {input.calibrations:q} --config {input.record:q} --output {output.store:q}"
-        " 2> {log:q}"
+        " 2> >(tee -i {log:q} >&2)"

@@ -17,6 +17,7 @@ try:
 except InputError as error:
     print(error, file=sys.stderr)
     sys.exit(2)
+config.update(STUDY.model_dump(mode="json"))
 
 session.adopt_jobs()
 if workflow.is_main_process and workflow.dag_settings is not None:
@@ -26,10 +27,15 @@ if workflow.is_main_process and workflow.dag_settings is not None:
 
 OUT = STUDY.outputs
 LOGS = f"{OUT}/logs"
-ENVIRONMENT = workflow.source_path("../../../envs/cpu.yaml")
+ENVIRONMENT = "../../../envs/cpu.yaml"
+
+FOLDER = Path(workflow.basedir, "pipeline", "workflow")
 
 CELLS = {cell.path: (cell, timed_steps) for cell, timed_steps in grid(STUDY).items()}
 CALIBRATIONS = {f"{slug(network)}/{slug(devices)}": (network, devices) for network, devices in calibrations(STUDY)}
+
+# Every figure has a caption of its name; the headline is a table, the study the first page.
+FIGURES = sorted({path.stem for path in (FOLDER / "report").glob("*.rst")} - {"headline", "study"})
 
 
 def options(**values):

@@ -26,4 +26,5 @@ rule data:
     conda:
         ENVIRONMENT
     shell:
-        "exec python -m pipeline data {params.data:q} {params.options} --output {output.images:q} 2> {log:q}"
+        "exec python -m pipeline data {params.data:q} {params.options} --output {output.images:q}"
+        " 2> >(tee -i {log:q} >&2)"

@@ -17,7 +17,7 @@ rule benchmark:
         ENVIRONMENT
     shell:
         "exec python -m pipeline benchmark {params.options} --data {input.images:q}"
-        " --calibration {input.calibration:q} --output {output.cell:q} 2> {log:q}"
+        " --calibration {input.calibration:q} --output {output.cell:q} 2> >(tee -i {log:q} >&2)"
 
 
 rule timing:
@@ -35,4 +35,5 @@ rule timing:
     conda:
         ENVIRONMENT
     shell:
-        "exec python -m pipeline combine {input.cells:q} --config {input.record:q} --output {output.store:q} 2> {log:q}"
+        "exec python -m pipeline combine {input.cells:q} --config {input.record:q} --output {output.store:q}"
+        " 2> >(tee -i {log:q} >&2)"

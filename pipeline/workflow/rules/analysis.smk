@@ -1,0 +1,76 @@
+rule figures:
+    message:
+        "Drawing the figures and the headline table."
+    input:
+        timing=rules.timing.output.store,
+        accuracy=rules.accuracy.output.store,
+        calibration=rules.calibration.output.store,
+    output:
+        headline=report(f"{OUT}/figures/headline.html", caption="../report/headline.rst", category="Headline"),
+        figures=[
+            report(
+                f"{OUT}/figures/{name}.svg",
+                caption=f"../report/{name}.rst",
+                category="Figures",
+                labels={"figure": name.replace("_", " ")},
+            )
+            for name in FIGURES
+        ],
+        images=expand(f"{OUT}/figures/{{name}}.png", name=FIGURES),
+        findings=expand(f"{OUT}/figures/{{name}}.rst", name=["headline", *FIGURES]),
+        tables=multiext(f"{OUT}/figures/headline", ".csv", ".md"),
+    log:
+        f"{LOGS}/figures.log",
+    params:
+        study=subpath(input.timing, parent=True),
+        code=code_digest("pipeline.analysis.figures") + code_digest("pipeline.analysis.tables"),
+    conda:
+        ENVIRONMENT
+    shell:
+        "exec python -m pipeline figures {params.study:q} 2> >(tee -i {log:q} >&2)"
+
+
+rule report:
+    message:
+        "Writing the report."
+    input:
+        headline=rules.figures.output.headline,
+        figures=rules.figures.output.figures,
+        findings=rules.figures.output.findings,
+        record=rules.configuration.output.record,
+        captions=expand(FOLDER / "report" / "{name}.rst", name=["study", "headline", *FIGURES]),
+    output:
+        html=f"{OUT}/report.html",
+    log:
+        f"{LOGS}/report.log",
+    params:
+        study=subpath(input.record, parent=True),
+        snakefile=workflow.main_snakefile,
+        code=code_digest("pipeline.analysis.report"),
+    conda:
+        ENVIRONMENT
+    shell:
+        "exec python -m pipeline report {params.study:q} --snakefile {params.snakefile:q} --output {output.html:q}"
+        " 2> >(tee -i {log:q} >&2)"
+
+
+rule notebook:
+    message:
+        "Executing the analysis notebook."
+    input:
+        template=FOLDER / "notebooks" / "analysis.ipynb",
+        timing=rules.timing.output.store,
+        accuracy=rules.accuracy.output.store,
+        calibration=rules.calibration.output.store,
+    output:
+        notebook=f"{OUT}/analysis.ipynb",
+    log:
+        f"{LOGS}/analysis.log",
+    params:
+        study=subpath(input.timing, parent=True),
+        code=code_digest("pipeline.analysis.report"),
+    conda:
+        ENVIRONMENT
+    shell:
+        "exec python -m pipeline notebook {input.template:q} {params.study:q} --output {output.notebook:q}"
+        " 2> >(tee -i {log:q} >&2)"
