@@ -20,6 +20,7 @@ def write_report(
     snakefile: str | os.PathLike[str],
     configuration: Mapping[str, Any],
     targets: Sequence[str | os.PathLike[str]],
+    stylesheet: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Write Snakemake's self-contained report on `targets`, which exist, as `output`; opens without a network.
 
@@ -33,6 +34,7 @@ def write_report(
         made, config = Path(folder, "report.html"), Path(folder, "config.json")
         config.write_text(json.dumps(configuration), encoding="utf-8")
         command = [sys.executable, "-m", "snakemake", *map(str, targets), "--snakefile", os.fspath(snakefile)]
+        command += ["--report-stylesheet", os.fspath(stylesheet)] if stylesheet else []
         command += ["--configfile", str(config), "--cores", "1", "--nolock", "--report", str(made)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode or not made.exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +17,16 @@ from pipeline.analysis.statistics import speedup
 from pipeline.analysis.style import is_emulated
 from pipeline.results.contracts import OK
 
+Row = Mapping[Any, Any]
+
 NOT_MEASURED = "not measured here"
 
-COLUMNS = {
-    "claim": "devices",
-    "paper": "paper",
-    "speedup": "here",
-    "low": "from",
-    "high": "to",
-    "efficiency": "efficiency",
-    "bound": "aggregate bound",
-    "strategy": "strategy",
-    "network": "network",
-    "batch_size": "batch",
-    "device_set": "device set",
-    "baseline_device": "baseline device",
-    "emulated": "emulated",
-    "noisy": "noisy",
-    "hardware": "hardware",
-}
-"""Columns of the headline table and their headings; `from` and `to` bound the 95 % interval of the speedup."""
+NUMBERS = ("speedup", "low", "high", "efficiency", "bound")
+COLUMNS = (
+    "claim", "paper", *NUMBERS, "strategy", "network", "batch_size", "device_set", "baseline_device", "emulated",
+    "noisy", "hardware",
+)  # fmt: skip
+"""Columns of the headline table; `low` and `high` bound the 95 % interval of the speedup."""
 
 
 def headline(timing: xr.Dataset) -> pd.DataFrame:
@@ -51,7 +42,7 @@ def headline(timing: xr.Dataset) -> pd.DataFrame:
 
 def _rows_of(claim: paper.Claim, timing: xr.Dataset, ratios: xr.Dataset) -> list[dict[str, Any]]:
     name = f"{claim.device_count} {claim.device_kind.upper()}s"
-    empty = dict.fromkeys(COLUMNS, "") | dict.fromkeys(("speedup", "low", "high", "efficiency", "bound"), np.nan)
+    empty = dict.fromkeys(COLUMNS, "") | dict.fromkeys(NUMBERS, np.nan)
     empty |= {"claim": name, "paper": claim.speedup, "strategy": NOT_MEASURED}
     cells = _matching(claim, timing, ratios)
     if cells is None:
@@ -102,13 +93,13 @@ def _row(empty: dict[str, Any], cells: xr.Dataset, timing: xr.Dataset) -> dict[s
 
 def markdown(table: pd.DataFrame) -> str:
     """The table for a README or an issue."""
-    rows = [list(COLUMNS.values()), ["---"] * len(COLUMNS), *_texts(table)]
+    rows = [list(_SHOWN), ["---"] * len(_SHOWN), *_texts(table)]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows) + "\n"
 
 
 def html_table(table: pd.DataFrame) -> str:
     """The table as one HTML element with its own look, to be placed in any page."""
-    head = "".join(f"<th>{html.escape(heading)}</th>" for heading in COLUMNS.values())
+    head = "".join(f"<th>{html.escape(heading)}</th>" for heading in _SHOWN)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in _texts(table))
     return f'<style>{_LOOK}</style><table class="headline"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
@@ -135,27 +126,44 @@ def _note(timing: xr.Dataset) -> str:
     emulated = " Emulated devices run at the fraction of full speed after @." if timing.attrs.get("emulated") else ""
     return (
         f"Paper: {paper.SOURCE}, 500:1500 kernels, devices and batch size not known. Here: speedup over single on the "
-        f"baseline device with its 95 % bootstrap interval, the best of {measured} measured cells; efficiency is the "
-        f"speedup over the aggregate bound, the sum of calibrated throughputs over the baseline device's. Data: "
-        f"{timing.attrs.get('data', 'not recorded')}.{emulated}"
+        f"baseline device with its 95 % bootstrap interval (* where IQR / median exceeds 0.1), the best of {measured} "
+        "measured cells; efficiency is the speedup over the aggregate bound, the sum of calibrated throughputs over the "
+        f"baseline device's. Data: {timing.attrs.get('data', 'not recorded')}.{emulated}"
     )
 
 
 def _texts(table: pd.DataFrame) -> list[list[str]]:
-    return [[_text(name, row[name]) for name in COLUMNS] for row in table.to_dict("records")]
+    return [[show(row) for show in _SHOWN.values()] for row in table.to_dict("records")]
 
 
-def _text(name: str, value: Any) -> str:
-    if isinstance(value, float):
-        shown = "" if np.isnan(value) else f"{value:.0%}" if name == "efficiency" else f"{value:.2f}"
-        return shown + ("x" if shown and name in ("paper", "speedup") else "")
-    return str(value)
+def _interval(row: Row) -> str:
+    return "" if np.isnan(row["low"]) else f"{row['low']:.2f} to {row['high']:.2f}{' *' * (row['noisy'] == 'yes')}"
 
+
+def _number(value: float, form: str, unit: str = "") -> str:
+    return "" if np.isnan(value) else f"{value:{form}}{unit}"
+
+
+_SHOWN: Mapping[str, Callable[[Row], str]] = {
+    "devices": lambda row: str(row["claim"]),
+    "paper": lambda row: _number(row["paper"], ".2f", "x"),
+    "here": lambda row: _number(row["speedup"], ".2f", "x"),
+    "95 % interval": _interval,
+    "strategy": lambda row: str(row["strategy"]),
+    "aggregate bound": lambda row: _number(row["bound"], ".2f"),
+    "efficiency": lambda row: _number(row["efficiency"], ".0%"),
+    "network": lambda row: str(row["network"]),
+    "batch": lambda row: str(row["batch_size"]),
+    "device set": lambda row: str(row["device_set"]),
+    "baseline device": lambda row: str(row["baseline_device"]),
+    "emulated": lambda row: str(row["emulated"]),
+    "hardware": lambda row: str(row["hardware"]),
+}
 
 _LOOK = (
     ".headline-page{font-family:system-ui,sans-serif;margin:2rem;color:#1f2328;font-size:.85rem}"
-    "table.headline{border-collapse:collapse;font-size:.8rem;line-height:1.3}"
-    "table.headline th{text-align:left;border-bottom:2px solid #1f2328;padding:.35rem .6rem;vertical-align:bottom}"
-    "table.headline td{border-bottom:1px solid #d5d9de;padding:.35rem .6rem;vertical-align:top}"
+    "table.headline{border-collapse:collapse;font-size:.72rem;line-height:1.3}"
+    "table.headline th{text-align:left;border-bottom:2px solid #1f2328;padding:.3rem .45rem;vertical-align:bottom}"
+    "table.headline td{border-bottom:1px solid #d5d9de;padding:.3rem .45rem;vertical-align:top}"
     "table.headline td:nth-child(2),table.headline td:nth-child(3){font-weight:700;white-space:nowrap}"
 )
