@@ -106,8 +106,8 @@ def traced(model: nn.Module) -> fx.GraphModule:
 def trace(model: nn.Module, example_input: torch.Tensor) -> Graph:
     """Trace ``model`` and give every operation its shapes for images like ``example_input`` (``(B, C, H, W)``, B >= 1).
 
-    Runs on the meta device: no arithmetic is done and the model is left as it was. Raises ``InputError`` if the model
-    does not take such images.
+    Runs on the meta device where the model allows it, and on a copy: the model is left as it was. Raises ``InputError``
+    if the model does not take such images.
     """
     graph_module = traced(model)
     nodes = list(graph_module.graph.nodes)
@@ -160,8 +160,22 @@ def trace(model: nn.Module, example_input: torch.Tensor) -> Graph:
 
 
 def _shapes(graph_module: fx.GraphModule, example_input: torch.Tensor) -> dict[str, Any]:
-    """The result of every node, on the meta device."""
-    skeleton = copy.deepcopy(graph_module).to("meta")
+    """The result of every node, on the meta device; by real arithmetic only where the model looks at its data."""
+    dtype = next((p.dtype for p in graph_module.parameters() if p.dtype.is_floating_point), torch.get_default_dtype())
+    x_BCHW = example_input.to(dtype)
+    try:
+        return _results(copy.deepcopy(graph_module).to("meta"), x_BCHW.to("meta"))
+    except Exception:  # noqa: BLE001 - whatever the model's own code raises
+        try:
+            return _results(copy.deepcopy(graph_module).cpu(), x_BCHW.cpu())
+        except Exception as error:
+            shape = tuple(example_input.shape[1:])
+            raise InputError(
+                f"the model does not take images of shape {shape} (C, H, W): {_last_line(error)}"
+            ) from error
+
+
+def _results(graph_module: fx.GraphModule, x_BCHW: torch.Tensor) -> dict[str, Any]:
     results: dict[str, Any] = {}
 
     class Recorder(fx.Interpreter):
@@ -169,12 +183,8 @@ def _shapes(graph_module: fx.GraphModule, example_input: torch.Tensor) -> dict[s
             results[n.name] = super().run_node(n)
             return results[n.name]
 
-    dtype = next((p.dtype for p in graph_module.parameters() if p.dtype.is_floating_point), torch.get_default_dtype())
-    try:
-        Recorder(skeleton).run(torch.empty(example_input.shape, dtype=dtype, device="meta"))
-    except Exception as error:
-        shape = tuple(example_input.shape[1:])
-        raise InputError(f"the model does not take images of shape {shape} (C, H, W): {_last_line(error)}") from error
+    with torch.no_grad():
+        Recorder(graph_module).run(x_BCHW)
     return results
 
 

@@ -26,7 +26,7 @@ def make_plan(model: nn.Module, calibration: xr.Dataset, *, batch_size: int, str
     Raises ``InputError`` for a calibration of another network, an unknown strategy or a batch size below 1.
     """
     image_shape = json.loads(calibration.attrs["image_shape"])
-    graph = trace(model, torch.empty(2, *image_shape))
+    graph = trace(model, torch.zeros(2, *image_shape))
     labels = [str(label) for label in calibration.device_label.values]
     return plan_graph(graph, calibration, batch_size=batch_size, strategy=strategy, labels=labels)
 

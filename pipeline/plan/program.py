@@ -217,9 +217,10 @@ class _Compiler:
             return target
         self._close_segment()
         source = Placed(value, self.produced[value])
+        known_as = "images" if value == self.graph.input else value
         self.instructions.append(
             Exchange(
-                name=f"{value} {source.layout.kind}→{layout.kind}",
+                name=f"{known_as} {source.layout.kind}→{layout.kind}",
                 direction="forward",
                 source=source,
                 target=target,
@@ -291,14 +292,13 @@ class _Compiler:
                 if instruction.source in found:
                     found.add(instruction.target)
                 continue
-            inside = {placed.name for placed in instruction.inputs if placed in found}
+            inside = {placed for placed in instruction.inputs if placed in found}
             for name in instruction.operations:
-                operation = self.graph[name]
-                if any(one.trained for one in operation.parameters) or any(
-                    value in inside for value in operation.inputs
-                ):
-                    inside.add(name)
-            found.update(placed for placed in instruction.outputs if placed.name in inside)
+                operation, planned = self.graph[name], self.plan[name]
+                trained = any(one.trained for one in operation.parameters)
+                if trained or any(Placed(value, planned.input) in inside for value in operation.inputs):
+                    inside.add(Placed(name, planned.output))
+            found.update(placed for placed in instruction.outputs if placed in inside)
         return frozenset(found)
 
 

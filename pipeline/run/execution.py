@@ -37,6 +37,7 @@ class Execution:
         self.throttle = Throttle(context.device)
         graph_module = traced(model)
         self._nodes = {node.name: node for node in graph_module.graph.nodes}
+        self._plans = {planned.name: planned for planned in plan.operations}
         self.parameters = Parameters(graph_module, graph, plan, self.transport)
         self._get_attribute = functools.partial(_attribute, graph_module)
         self.dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.get_default_dtype())
@@ -131,16 +132,18 @@ class Execution:
             assert self._target is not None
             self._loss = self._loss_function(self.values[instruction.inputs[0]], self._target)
             return
-        local = {placed.name: self.values[placed] for placed in instruction.inputs}
+        # By layout as well as by name: a segment may use one tensor both whole and split.
+        local = {placed: self.values[placed] for placed in instruction.inputs}
         for name in instruction.operations:
-            local[name] = self._call(self._nodes[name], local)
-        self._attached[instruction.segment] = [local[placed.name] for placed in instruction.outputs]
+            planned = self._plans[name]
+            local[Placed(name, planned.output)] = self._call(self._nodes[name], planned.input, local)
+        self._attached[instruction.segment] = [local[placed] for placed in instruction.outputs]
         for placed in instruction.outputs:
-            self.values[placed] = self._leaf(local[placed.name], placed in gradients)
+            self.values[placed] = self._leaf(local[placed], placed in gradients)
 
-    def _call(self, node: fx.Node, local: dict[str, Any]) -> Any:
-        args = fx.map_arg(node.args, lambda one: local[one.name])
-        kwargs = fx.map_arg(node.kwargs, lambda one: local[one.name])
+    def _call(self, node: fx.Node, layout: Layout, local: dict[Placed, Any]) -> Any:
+        args = fx.map_arg(node.args, lambda one: local[Placed(one.name, layout)])
+        kwargs = fx.map_arg(node.kwargs, lambda one: local[Placed(one.name, layout)])
         target: Any = node.target
         if node.op == "call_module":
             return self.parameters.modules[target](*args, **kwargs)
