@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from pipeline.cli.common import (
+from pipeline.cli.images import prepared_images
+from pipeline.cli.options import (
     BatchSizeOption,
     CalibrationOption,
     DataOption,
@@ -16,14 +17,11 @@ from pipeline.cli.common import (
     LearningRateOption,
     MomentumOption,
     NetworkOption,
-    Progress,
     SchedulerOption,
     SeedOption,
-    cluster,
-    costs_of,
-    optimizer_of,
-    prepared_images,
 )
+from pipeline.cli.progress import Progress
+from pipeline.cli.ranks import cluster, costs_of, optimizer_of
 
 if TYPE_CHECKING:
     from pipeline.plan.plan import Strategy

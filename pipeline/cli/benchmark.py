@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from pipeline.cli.common import (
+from pipeline.cli.images import prepared_images
+from pipeline.cli.options import (
     BatchSizeOption,
     CalibrationOption,
     DataOption,
@@ -17,15 +18,11 @@ from pipeline.cli.common import (
     LearningRateOption,
     MomentumOption,
     NetworkOption,
-    Progress,
     SchedulerOption,
     SeedOption,
-    cluster,
-    costs_of,
-    device_set_of,
-    optimizer_of,
-    prepared_images,
 )
+from pipeline.cli.progress import Progress
+from pipeline.cli.ranks import cluster, costs_of, device_set_of, optimizer_of
 from pipeline.errors import InputError
 
 if TYPE_CHECKING:

@@ -7,18 +7,17 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.common import (
+from pipeline.cli.images import prepared_images
+from pipeline.cli.options import (
     BatchSizeOption,
     DataOption,
     DevicesOption,
     ImageSizeOption,
     NetworkOption,
-    Progress,
     SchedulerOption,
-    cluster,
-    device_set_of,
-    prepared_images,
 )
+from pipeline.cli.progress import Progress
+from pipeline.cli.ranks import cluster, device_set_of
 
 
 def calibrate(

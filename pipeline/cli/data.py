@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.common import ImageSizeOption, download_folder
+from pipeline.cli.images import download_folder
+from pipeline.cli.options import ImageSizeOption
 
 
 def data(

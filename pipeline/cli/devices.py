@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pipeline.cli.common import DevicesOption, SchedulerOption, cluster
+from pipeline.cli.options import DevicesOption, SchedulerOption
+from pipeline.cli.ranks import cluster
 
 
 def devices(devices: DevicesOption = None, scheduler: SchedulerOption = None) -> None:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from pipeline.cli.common import (
+from pipeline.cli.images import prepared_images
+from pipeline.cli.options import (
     BatchSizeOption,
     DataOption,
     DevicesOption,
@@ -15,13 +16,11 @@ from pipeline.cli.common import (
     LearningRateOption,
     MomentumOption,
     NetworkOption,
-    Progress,
     SchedulerOption,
     SeedOption,
-    cluster,
-    optimizer_of,
-    prepared_images,
 )
+from pipeline.cli.progress import Progress
+from pipeline.cli.ranks import cluster, optimizer_of
 from pipeline.errors import InputError
 
 if TYPE_CHECKING:

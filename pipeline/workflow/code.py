@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
+_NO_EFFECT = ("pipeline.cli.options", "pipeline.cli.progress")
+"""Help texts and progress bars change no result, and a study takes hours."""
 
 
 def code_digest(module: str) -> str:
@@ -36,6 +38,7 @@ def code_of(module: str) -> list[Path]:
 
 @cache
 def _imported(path: Path) -> tuple[str, ...]:
+    """What a file imports from this package, as names of modules."""
     names: list[str] = []
     for node in ast.walk(_parsed(path)):
         if isinstance(node, ast.Import):
@@ -44,7 +47,7 @@ def _imported(path: Path) -> tuple[str, ...]:
             # `from package import module` and `from module import name` both mean the module.
             modules = [f"{node.module}.{alias.name}" for alias in node.names]
             names += [name if _file_of(name) else node.module for name in modules]
-    return tuple(name for name in names if name.split(".")[0] == PACKAGE.name)
+    return tuple(name for name in names if name.split(".")[0] == PACKAGE.name and name not in _NO_EFFECT)
 
 
 @cache

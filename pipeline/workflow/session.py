@@ -1,25 +1,28 @@
 """One Snakemake process and its folder: what a killed run left is cleared away, and jobs end with their Snakemake.
 
-After SIGKILL Snakemake leaves its locks behind and refuses the folder until someone says `--unlock`; and the job it ran
-goes on computing. Here every Snakemake holds a shared lock of the operating system, which ends with the process however
-that ends, so that the next one can tell stale locks from those of a run that is alive.
+After SIGKILL Snakemake leaves its locks and half-made outputs behind and refuses the folder until someone says
+`--unlock` and `--rerun-incomplete`; and the job it ran goes on computing. Here every Snakemake holds a shared lock of
+the operating system, which ends with the process however that ends, so that the next one can tell what is stale.
 """
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import os
 import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
 _SNAKEMAKE_PID = "PIPELINE_SNAKEMAKE_PID"
 _POLL_S = 0.5
-_GRACE_S = 20.0
+_INTERRUPTS = 4
+_INTERRUPT_INTERVAL_S = 5.0
 
 
 def adopt_jobs() -> None:
@@ -27,8 +30,10 @@ def adopt_jobs() -> None:
     os.environ[_SNAKEMAKE_PID] = str(os.getpid())
 
 
-def clear_stale_locks(state: Path = Path(".snakemake")) -> bool:
-    """Join the runs that are alive in this folder until this process ends; the only one removes locks left behind.
+def clear_after_kill(state: Path = Path(".snakemake")) -> bool:
+    """Join the runs that are alive in this folder until this process ends; the only one clears what killed ones left.
+
+    That is Snakemake's locks, and outputs of jobs that had begun and did not end, which Snakemake would not use either.
 
     Args:
         state: Snakemake's own folder.
@@ -46,8 +51,21 @@ def clear_stale_locks(state: Path = Path(".snakemake")) -> bool:
     else:
         alone = True
         shutil.rmtree(state / "locks", ignore_errors=True)
+        for output in _unfinished(state / "incomplete"):
+            if output.is_dir():
+                shutil.rmtree(output)
+            else:
+                output.unlink(missing_ok=True)
     fcntl.flock(descriptor, fcntl.LOCK_SH)
     return alone
+
+
+def _unfinished(markers: Path) -> Iterator[Path]:
+    """The outputs that Snakemake marked when their jobs began: a marker's name is the path in base 64, in pieces."""
+    for marker in markers.rglob("*"):
+        if marker.is_file():
+            name = "".join(part.removeprefix("@") for part in marker.relative_to(markers).parts)
+            yield Path(base64.urlsafe_b64decode(name).decode())
 
 
 def end_with_snakemake() -> None:
@@ -63,7 +81,9 @@ def _watch(pid: int) -> None:
             time.sleep(_POLL_S)
     except psutil.NoSuchProcess:
         pass
-    # To the main thread itself, so that what it waits for is interrupted too.
-    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-    time.sleep(_GRACE_S)
+    # More than once, as Python drops an interrupt that arrives in a callback; to the main thread itself, so that what
+    # it waits for is interrupted too.
+    for _ in range(_INTERRUPTS):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        time.sleep(_INTERRUPT_INTERVAL_S)
     os._exit(128 + signal.SIGINT)

@@ -36,7 +36,7 @@ rule calibration:
     log:
         f"{LOGS}/calibration.log",
     params:
-        code=code_digest("pipeline.cli.results"),
+        code=code_digest("pipeline.results.stores"),
     conda:
         ENVIRONMENT
     shell:

@@ -20,10 +20,8 @@ except InputError as error:
 config.update(STUDY.model_dump(mode="json"))
 
 session.adopt_jobs()
-if workflow.is_main_process and workflow.dag_settings is not None:
-    session.clear_stale_locks()
-    # What a killed run left unfinished is done again, as --rerun-incomplete would.
-    workflow.dag_settings.force_incomplete = True
+if workflow.is_main_process:
+    session.clear_after_kill()
 
 OUT = STUDY.outputs
 LOGS = f"{OUT}/logs"

@@ -31,7 +31,7 @@ rule timing:
     log:
         f"{LOGS}/timing.log",
     params:
-        code=code_digest("pipeline.cli.results"),
+        code=code_digest("pipeline.results.stores"),
     conda:
         ENVIRONMENT
     shell:

@@ -1,0 +1,42 @@
+"""The options that several commands have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+NetworkOption = Annotated[
+    str, typer.Option("--network", help="Kernels of two convolutions as K1:K2, or a torchvision name.")
+]
+DevicesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--devices",
+        metavar="SET",
+        help="Devices, such as 'cpu', '2 x cpu', '4 x cpu@0.45' (emulated at that speed) or 'gpu + cpu*2t' (two "
+        "threads); all there are if not given.",
+    ),
+]
+SchedulerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--scheduler", metavar="ADDRESS", help="Address or scheduler file of a running Dask cluster to use instead."
+    ),
+]
+DataOption = Annotated[
+    str,
+    typer.Option("--data", help="auto, cifar10, digits, a folder of images, or a file that `data` wrote."),
+]
+ImageSizeOption = Annotated[
+    int | None, typer.Option("--image-size", min=1, help="Resize the images of a folder to this height and width.")
+]
+BatchSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images per step over all devices.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the initial weights and of the order of the images.")]
+LearningRateOption = Annotated[float, typer.Option("--learning-rate", help="Learning rate of the gradient descent.")]
+MomentumOption = Annotated[float, typer.Option("--momentum", help="Momentum of the gradient descent.")]
+
+CalibrationOption = Annotated[
+    Path | None, typer.Option("--calibration", help="File that `calibrate` wrote; calibrates first if not given.")
+]

@@ -1,0 +1,77 @@
+"""The devices a command runs on, what they can do, and how they train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.cli.progress import Progress
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from distributed import Client
+    from torch import nn
+
+    from pipeline.cluster.devices import Member
+    from pipeline.datasets import StoredImages
+
+
+@contextmanager
+def cluster(devices: str | None, scheduler: str | None) -> Iterator[tuple[Client, tuple[Member, ...]]]:
+    """A client, and the members to run on: the devices asked for, or all of the machine or the cluster.
+
+    Raises:
+        InputError: The devices are no device set or not there, or the scheduler cannot be reached.
+    """
+    from pipeline.cluster.deployment import connect, local_cluster
+    from pipeline.cluster.devices import discover, parse_device_set, select
+
+    wanted = parse_device_set(devices) if devices else None
+    with connect(scheduler) if scheduler else local_cluster(wanted) as client:
+        if client.dashboard_link:
+            print(f"Dashboard: {client.dashboard_link}", flush=True)
+        members = discover(client)
+        yield client, select(members, wanted) if wanted else members
+
+
+def device_set_of(members: tuple[Member, ...]) -> str:
+    """The canonical text of the members' devices."""
+    from pipeline.cluster.devices import format_device_set
+
+    return format_device_set([member.device for member in members])
+
+
+def costs_of(
+    path: Path | None,
+    network: str,
+    model: nn.Module,
+    images: StoredImages,
+    client: Client,
+    members: tuple[Member, ...],
+    batch_size: int,
+) -> xr.Dataset:
+    """The calibration of the members, read or made."""
+    from pipeline.calibration.measure import calibrate
+    from pipeline.calibration.subset import of_devices
+    from pipeline.results.contracts import validate_calibration
+    from pipeline.results.stores import open_zip
+    from pipeline.run.launch import example_batch
+
+    if path is not None:
+        return of_devices(open_zip(path, validate_calibration), [member.device.label for member in members])
+    example = example_batch(images)
+    with Progress(f"calibrate {network}", None) as progress:
+        return calibrate(
+            model, example, client, members=members, network=network, batch_size=batch_size, on_progress=progress
+        )
+
+
+def optimizer_of(learning_rate: float, momentum: float) -> Any:
+    """A factory of gradient descent with momentum; travels to the workers."""
+    from functools import partial
+
+    import torch
+
+    return partial(torch.optim.SGD, lr=learning_rate, momentum=momentum)
