@@ -147,6 +147,7 @@ def calibration() -> xr.Dataset:
         {
             "forward_time": (("device", "segment", "share", "repetition"), forward),
             "backward_time": (("device", "segment", "share", "repetition"), 2 * forward),
+            "update_time": (("device", "repetition"), np.full((2, 3), 1e-9)),
             "kernels": (("segment", "share"), np.outer([50, 50, 500, 10], shares).round()),
             "device_label": ("device", np.array(["cpu", "cpu@0.5"], object)),
             "link_time": (

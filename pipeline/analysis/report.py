@@ -13,6 +13,8 @@ from typing import Any
 
 from pipeline.errors import InputError, RunError
 
+STYLESHEET = Path(__file__).parents[1] / "workflow" / "report" / "report.css"
+
 
 def write_report(
     output: str | os.PathLike[str],
@@ -20,7 +22,6 @@ def write_report(
     snakefile: str | os.PathLike[str],
     configuration: Mapping[str, Any],
     targets: Sequence[str | os.PathLike[str]],
-    stylesheet: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Write Snakemake's self-contained report on `targets`, which exist, as `output`; opens without a network.
 
@@ -33,9 +34,9 @@ def write_report(
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.stem}.") as folder:
         made, config = Path(folder, "report.html"), Path(folder, "config.json")
         config.write_text(json.dumps(configuration), encoding="utf-8")
-        command = [sys.executable, "-m", "snakemake", *map(str, targets), "--snakefile", os.fspath(snakefile)]
-        command += ["--report-stylesheet", os.fspath(stylesheet)] if stylesheet else []
-        command += ["--configfile", str(config), "--cores", "1", "--nolock", "--report", str(made)]
+        command = [sys.executable, "-m", "snakemake", *map(str, targets), "--snakefile", str(snakefile), "--nolock"]
+        command += ["--configfile", str(config), "--cores", "1"]
+        command += ["--report", str(made), "--report-stylesheet", str(STYLESHEET)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode or not made.exists():
             last = [line.strip() for line in done.stderr.splitlines() if line.strip()][-4:]

@@ -127,8 +127,8 @@ def _note(timing: xr.Dataset) -> str:
     return (
         f"Paper: {paper.SOURCE}, 500:1500 kernels, devices and batch size not known. Here: speedup over single on the "
         f"baseline device with its 95 % bootstrap interval (* where IQR / median exceeds 0.1), the best of {measured} "
-        "measured cells; efficiency is the speedup over the aggregate bound, the sum of calibrated throughputs over the "
-        f"baseline device's. Data: {timing.attrs.get('data', 'not recorded')}.{emulated}"
+        "measured cells; efficiency is the speedup over the aggregate bound, the sum of calibrated throughputs over "
+        f"that of the baseline device. Data: {timing.attrs.get('data', 'not recorded')}.{emulated}"
     )
 
 

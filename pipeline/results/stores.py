@@ -71,6 +71,8 @@ def write_zip(dataset: xr.Dataset, path: PathLike) -> Path:
 def open_zip(path: PathLike, check: Check | None = None) -> xr.Dataset:
     """The data set of a zarr zip file, in memory, checked by a `validate_*` function when one is given."""
     try:
+        with zipfile.ZipFile(path):
+            pass  # ZipStore opens late, and then fails on closing what it could not open.
         with ZipStore(Path(path), mode="r") as store:
             dataset = xr.open_zarr(store, consolidated=False, chunks=None).load()
     except FileNotFoundError as error:
@@ -149,7 +151,8 @@ def combine_calibrations(calibrations: Sequence[xr.Dataset]) -> xr.Dataset:
         raise InputError("There are no calibrations to combine: give at least one.")
     texts = {str(name) for dataset in calibrations for name in dataset.variables if _is_text(dataset[name])}
     fill: Any = {name: "" if name in texts else np.nan for dataset in calibrations for name in dataset.data_vars}
-    aligned = xr.align(*(_encodable(c) for c in calibrations), join="outer", fill_value=fill)
+    indexed = [_encodable(c).assign_coords({d: c[d] for d in c.dims if d not in c.coords}) for c in calibrations]
+    aligned = xr.align(*indexed, join="outer", fill_value=fill)
     combined = xr.concat(
         aligned, dim="calibration", data_vars="all", coords="different", compat="equals", join="exact"
     ).assign_coords(calibration=np.arange(len(calibrations)))
@@ -242,16 +245,18 @@ def _one_chunk(dataset: xr.Dataset) -> dict[str, dict[str, Any]]:
 def _clear_place_aside(path: Path) -> Path:
     """Where to write before renaming to `path`; what a killed writer left there is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{path.name}.partial-*"):
-        _remove(leftover)
+    for left_by in ("partial", "removed"):
+        for leftover in path.parent.glob(f".{path.name}.{left_by}-*"):
+            _remove(leftover)
     return path.with_name(f".{path.name}.partial-{os.getpid()}")
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.name.startswith(".") and path.is_dir():
+        shutil.rmtree(path)
+    elif path.is_dir():
         # Renamed first: a kill in the middle of the removal must not leave half a store under the name.
-        doomed = path.with_name(f".{path.name.lstrip('.')}.removed-{os.getpid()}")
-        path.rename(doomed)
+        doomed = path.rename(path.with_name(f".{path.name}.removed-{os.getpid()}"))
         shutil.rmtree(doomed)
     else:
         path.unlink()
