@@ -96,11 +96,16 @@ def traced(model: nn.Module) -> fx.GraphModule:
 
     A model whose control flow depends on data cannot be traced and becomes one operation.
     """
+    own = set(vars(model))
     try:
         return fx.GraphModule(model, _Tracer().trace(model))
     except Exception:  # noqa: BLE001 - fx fails in as many ways as there are models; all mean "keep it whole"
         whole = _Whole(model)
         return fx.GraphModule(whole, _Tracer().trace(whole))
+    finally:
+        # The tracer leaves constants on the model, under other names each time; the graph has its own.
+        for name in set(vars(model)) - own:
+            delattr(model, name)
 
 
 def trace(model: nn.Module, example_input: torch.Tensor) -> Graph:

@@ -158,3 +158,15 @@ def test_an_unknown_strategy_is_named() -> None:
     graph = trace(network("6:10"), torch.empty(2, 3, 32, 32))
     with pytest.raises(InputError, match="'magic' is unknown"):
         plan_network(graph, "magic", batch_size=BATCH, labels=["cpu"], shares=(1.0,))  # type: ignore[arg-type]
+
+
+class _WithConstant(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.flatten(x, 1) + torch.ones(3)
+
+
+def test_tracing_leaves_no_mark_on_the_model() -> None:
+    model = _WithConstant()
+    names = [operation.name for operation in trace(model, torch.zeros(2, 3, 1, 1)).operations]
+    assert names == [operation.name for operation in trace(model, torch.zeros(2, 3, 1, 1)).operations]
+    assert set(vars(model)) == set(vars(_WithConstant()))

@@ -1,0 +1,136 @@
+"""Calibrations and cells as they are measured on a real cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from distributed import Client
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import pipeline
+from pipeline.calibration.measure import calibrate
+from pipeline.cluster.devices import discover
+from pipeline.networks import network
+from pipeline.plan.plan import STRATEGIES, Strategy
+from pipeline.results.contracts import validate_calibration, validate_cell
+from pipeline.run.benchmark import measure_cell
+from pipeline.run.execution import OptimizerFactory
+from pipeline.run.launch import SGD
+
+from .engine import images
+
+BATCH = 8
+REPETITIONS = 3
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    with pipeline.local_cluster([pipeline.Device("cpu"), pipeline.Device("cpu", speed=0.25)], dashboard=False) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def calibration(client: Client) -> xr.Dataset:
+    return calibrate(network("20:50"), torch.zeros(BATCH, 3, 32, 32), client, network="20:50", repetitions=2)
+
+
+def test_a_calibration_keeps_every_repetition_of_every_segment_and_link(calibration: xr.Dataset) -> None:
+    validate_calibration(calibration)
+    assert list(calibration.segment.values) == ["conv1", "relu1+pool1", "conv2", "relu2+pool2+flatten", "dense"]
+    assert calibration.forward_time.sizes == {"device": 2, "segment": 5, "share": 5, "repetition": 2}
+    assert (calibration.forward_time > 0).all()
+    assert (calibration.backward_time > 0).all()
+    assert (calibration.update_time > 0).all()
+    apart = calibration.link_time.isel(source=0, destination=1)
+    assert (apart > 0).all()
+    assert np.isfinite(calibration.link_bandwidth.values[0, 1])
+    assert calibration.kernels.sel(segment="conv2").values.tolist() == [6, 13, 25, 38, 50]
+    assert calibration.attrs["emulated"]
+
+
+def test_shares_follow_the_calibration(calibration: xr.Dataset) -> None:
+    """A device emulated at a quarter of the speed must get clearly less, whatever the machine."""
+    for strategy in ("paper", "kernel"):
+        plan = pipeline.make_plan(network("20:50"), calibration, batch_size=BATCH, strategy=strategy)  # type: ignore[arg-type]
+        fast, slow = plan["conv2"].output.shares
+        assert fast + slow == 50
+        assert fast > slow
+
+
+def test_a_calibration_of_another_network_is_refused(calibration: xr.Dataset) -> None:
+    other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(3600, 10))
+    with pytest.raises(pipeline.InputError, match="calibration is of another network"):
+        pipeline.make_plan(other, calibration, batch_size=BATCH)
+
+
+def _cell(client: Client, calibration: xr.Dataset, strategy: Strategy, optimizer: OptimizerFactory = SGD) -> xr.Dataset:
+    return measure_cell(
+        model=network("20:50"), dataset=images(dtype=torch.float32), client=client, members=discover(client),
+        network="20:50", batch_size=BATCH, device_set="cpu + cpu@0.25", strategy=strategy, calibration=calibration,
+        repetitions=REPETITIONS, warmup=1, optimizer=optimizer,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_cell_accounts_for_the_time_of_every_device(
+    client: Client, calibration: xr.Dataset, strategy: Strategy
+) -> None:
+    cell = _cell(client, calibration, strategy)
+    validate_cell(cell)
+    assert cell.status.item() == "ok"
+    assert cell.step_time.sizes == {"repetition": REPETITIONS}
+    accounted = cell.compute_time + cell.exchange_time + cell.idle_time
+    xr.testing.assert_allclose(accounted.max("device"), cell.step_time, rtol=0.05)
+    assert (accounted <= cell.step_time * 1.001 + 1e-3).all()
+    assert cell.share.sum().item() == pytest.approx(1)
+    assert cell.predicted_step_time.item() > 0
+    assert (cell.peak_memory > 1e6).all()
+    if strategy == "single":
+        assert list(cell.device_label.values) == ["cpu"]
+        assert 0 < cell.convolution_time.values[-1] < 10 * cell.step_time.values[-1]
+    if strategy == "paper":
+        assert cell.instruction_bytes.sum() > 0
+
+
+def test_all_strategies_of_a_cell_train_the_same_network(client: Client, calibration: xr.Dataset) -> None:
+    losses = [_cell(client, calibration, strategy).loss.values for strategy in ("single", "ddp", "paper", "kernel")]
+    for loss in losses[1:]:
+        np.testing.assert_allclose(loss, losses[0], rtol=1e-4)
+
+
+def _greedy(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """An optimiser whose state does not fit into any machine."""
+    torch.empty(1 << 58)
+    return torch.optim.SGD(parameters, lr=0.01)
+
+
+def _failing(_: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    raise ArithmeticError("no such optimiser today")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "status"),
+    [(_greedy, "out of memory: "), (_failing, "failed: ")],
+    ids=["out of memory", "another error"],
+)
+def test_a_cell_that_fails_says_how_and_the_next_one_works(
+    client: Client, calibration: xr.Dataset, optimizer: OptimizerFactory, status: str
+) -> None:
+    cell = _cell(client, calibration, "paper", optimizer)
+    validate_cell(cell)
+    assert cell.status.item().startswith(status)
+    assert _cell(client, calibration, "single").status.item() == "ok"
+
+
+def test_a_batch_larger_than_the_data_is_refused(client: Client, calibration: xr.Dataset) -> None:
+    few = TensorDataset(torch.zeros(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(pipeline.InputError, match="batch size 8 is larger than the data set, which has 4 images"):
+        measure_cell(
+            model=network("20:50"), dataset=few, client=client, members=discover(client), network="20:50", batch_size=8,
+            device_set="cpu + cpu@0.25", strategy="single", calibration=calibration,
+        )  # fmt: skip
