@@ -15,8 +15,7 @@ from pipeline.cluster.devices import discover
 from pipeline.networks import network
 from pipeline.results.contracts import validate_cell
 from pipeline.run.benchmark import measure_cell
-
-from ..integration.engine import BATCH, images, largest_difference, plain_loop
+from tests.engine import BATCH, images, largest_difference, plain_loop
 
 pytestmark = pytest.mark.gpu
 

@@ -21,8 +21,7 @@ from pipeline.results.contracts import validate_calibration, validate_cell
 from pipeline.run.benchmark import measure_cell
 from pipeline.run.execution import OptimizerFactory
 from pipeline.run.launch import SGD
-
-from .engine import images
+from tests.engine import images
 
 BATCH = 8
 REPETITIONS = 3

@@ -15,8 +15,7 @@ import pipeline
 from pipeline.cluster.devices import discover
 from pipeline.networks import network
 from pipeline.plan.strategies import Shares
-
-from .engine import BATCH, images, largest_difference, plain_loop
+from tests.engine import BATCH, images, largest_difference, plain_loop
 
 OPTIMIZERS = {
     "SGD with momentum": functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9),

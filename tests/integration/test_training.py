@@ -19,8 +19,7 @@ from torch.utils.data import TensorDataset
 import pipeline
 from pipeline.cluster.devices import discover, wait_for_members
 from pipeline.networks import network
-
-from .engine import BATCH, IMAGES, images
+from tests.engine import BATCH, IMAGES, images
 
 BOUND_S = 15.0
 """By when a lost worker or a failed rank must have ended in an error."""
