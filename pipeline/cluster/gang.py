@@ -230,13 +230,15 @@ class _Gang:
             return []
         stuck: list[int] = []
         try:
+            # A rank that comes later sees the order as it arrives. Until then its worker may be busy with something
+            # of another user, so it must not be killed.
+            absent = self._host.visit.missing(len(self._members))
             self._host.visit.stop()
             deadline = time.monotonic() + _GRACE_S
             with contextlib.suppress(RunError):  # Without a scheduler only the stop order is left.
                 while self._running and time.monotonic() < deadline:
                     self._look()
-                # A rank that never began does not hold its worker: that may be busy with something of another user.
-                stuck = sorted(self._running.difference(self._host.visit.missing(len(self._members))))
+                stuck = sorted(self._running.difference(absent))
                 self._kill(stuck)
         finally:
             self._running.clear()

@@ -105,7 +105,7 @@ def run_rank(assignment: Assignment, function: Callable[..., Any], *arguments: A
     torch.set_num_threads(assignment.device.threads)
     torch.set_flush_denormal(True)
     try:
-        with Watch(assignment.meeting) as watch, _process_group(assignment, watch) as group:
+        with Watch(assignment.meeting) as watch, _process_group(assignment) as group:
             context = RankContext(
                 rank=assignment.rank,
                 size=assignment.size,
@@ -181,12 +181,13 @@ class Watch:
 
 
 @contextlib.contextmanager
-def _process_group(assignment: Assignment, watch: Watch) -> Iterator[dist.ProcessGroup | None]:
+def _process_group(assignment: Assignment) -> Iterator[dist.ProcessGroup | None]:
     visit = assignment.meeting.join()
     if not visit.arrive(assignment.rank):
         raise Stopped("this rank has run before and was repeated by Dask.")
     while not visit.started():
-        watch.check()
+        if visit.stopped():
+            raise Stopped("the run was stopped.")
         time.sleep(_ARRIVE_POLL_S)
     if assignment.size == 1:
         yield None
