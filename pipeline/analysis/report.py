@@ -59,9 +59,9 @@ def execute_notebook(
     template has no such variable, RunError when a cell fails.
     """
     import nbformat
-    from jupyter_client.manager import AsyncKernelManager
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
+    from traitlets.config import Config
 
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -73,9 +73,9 @@ def execute_notebook(
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(search)}
     with tempfile.TemporaryDirectory() as sockets:
         # Sockets in a folder of one's own instead of TCP ports that others could reach.
-        manager = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=str(Path(sockets, "kernel")))
+        config = Config(KernelManager={"transport": "ipc", "ip": str(Path(sockets, "kernel"))})
         resources = {"metadata": {"path": str(output.parent)}}
-        client = NotebookClient(notebook, km=manager, timeout=timeout_s, resources=resources)
+        client = NotebookClient(notebook, kernel_name="python3", timeout=timeout_s, resources=resources, config=config)
         try:
             client.execute(env=environment)
         except CellExecutionError as error:

@@ -38,7 +38,7 @@ STRATEGIES: dict[str, Look] = {
     "paper": Look("#c9461a", "^", "\\\\\\\\"),
     "kernel": Look("#00508f", "o"),
     "batch": Look("#009e73", "P", "xxxx"),
-    "auto": Look("#2b2b2b", "X"),
+    "auto": Look("#141414", "X"),
 }
 ACTIVITIES: dict[str, Look] = {
     "forward": Look("#12476b"),

@@ -1,0 +1,120 @@
+"""Figures draw what the stores hold, say where it comes from, and cope with grids that hold little."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.colors
+import numpy as np
+import pytest
+import xarray as xr
+from matplotlib.figure import Figure
+
+from pipeline.analysis import selection, style
+from pipeline.analysis.figures import FIGURES, write_figures
+from pipeline.results.contracts import CellIndex, unmeasured_cell
+from pipeline.results.stores import combine, combine_calibrations
+from tests import synthetic
+
+SETS = ("cpu@0.45", "2 x cpu@0.45", "cpu + cpu@0.5")
+
+
+@pytest.fixture(scope="module")
+def stores() -> dict[str, xr.Dataset]:
+    networks, sets = ("50:500", "500:1500"), (*SETS, "cpu")
+    wanted = [i for i in synthetic.indices(networks, (32,), sets) if i.network == "50:500" or i.device_set != SETS[2]]
+    return {
+        "timing": synthetic.timing(wanted),
+        "accuracy": synthetic.accuracy(),
+        "calibration": combine_calibrations([synthetic.calibration()]),
+    }
+
+
+def texts(figure: Figure) -> str:
+    return "\n".join(str(text.get_text()) for text in figure.findobj(match=lambda a: hasattr(a, "get_text")))
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_has_units_a_source_and_says_what_is_emulated(stores, name: str):
+    entry = FIGURES[name]
+    figure = entry.draw(stores[entry.store])
+    shown = texts(figure)
+    assert f"Data: {entry.store}.zarr" in shown
+    assert "synthetic machine" in shown
+    assert "emulated" in shown
+    drawn = [axis for axis in figure.axes if axis.axison]
+    assert drawn
+    assert all(axis.get_xlabel() for axis in drawn[-1:])
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_finding_has_numbers_and_no_nan(stores, name: str):
+    entry = FIGURES[name]
+    said = entry.say(stores[entry.store])
+    assert any(character.isdigit() for character in said)
+    assert "nan" not in said
+    assert said.endswith("\n")
+
+
+def test_all_figures_are_written_as_svg_png_and_words_and_again_the_same(stores, tmp_path: Path):
+    written = write_figures(stores["timing"], stores["accuracy"], stores["calibration"], tmp_path / "a")
+    assert {path.name for path in written} == {f"{n}.{end}" for n in FIGURES for end in ("svg", "png", "rst")}
+    again = style.save(FIGURES["speedup"].draw(stores["timing"]), tmp_path / "speedup")
+    assert again[0].read_bytes() == (tmp_path / "a" / "speedup.svg").read_bytes()
+
+
+def test_the_speedup_line_of_a_strategy_runs_through_the_measured_speedups(stores):
+    figure = FIGURES["speedup"].draw(stores["timing"])
+    lines = {tuple(np.round(line.get_ydata(), 6)) for axis in figure.axes for line in axis.get_lines()}
+    from pipeline.analysis.statistics import speedup
+
+    ratio = speedup(stores["timing"])["speedup"].sel(network="50:500", device_set="2 x cpu@0.45", strategy="kernel")
+    assert (1.0, round(ratio.item(), 6)) in lines
+
+
+def test_a_network_that_was_not_split_on_a_set_is_said_to_be_not_measured(stores):
+    assert "not measured" in texts(FIGURES["activity"].draw(stores["timing"]))
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        [synthetic.cell(CellIndex("50:500", 32, "cpu", "loopback", "single"))],
+        [synthetic.cell(CellIndex("50:500", 32, "2 x cpu", "loopback", "kernel"))],
+        [unmeasured_cell(CellIndex("resnet18", 8, "2 x cpu", "loopback", "kernel"), ["cpu", "cpu"], "failed: x")],
+    ],
+    ids=["one device only", "no baseline", "no cell that ended well"],
+)
+@pytest.mark.parametrize("name", [name for name, entry in FIGURES.items() if entry.store == "timing"])
+def test_a_poor_grid_still_gives_a_figure_and_a_sentence(cells, name: str, tmp_path: Path):
+    grid = combine(cells, [tuple(c[n].item() for n in CellIndex._fields) for c in cells])
+    style.save(FIGURES[name].draw(grid), tmp_path / name)
+    assert FIGURES[name].say(grid).strip()
+
+
+def test_a_noisy_cell_carries_an_asterisk(stores):
+    noisy = stores["timing"].copy(deep=True)
+    noisy["step_time"][{"repetition": slice(0, 2)}] *= 1.5
+    assert " *" in texts(FIGURES["step_time"].draw(noisy)).replace("* IQR", "")
+    assert "in 0 of" in FIGURES["step_time"].say(stores["timing"])
+    assert "in 0 of" not in FIGURES["step_time"].say(noisy)
+
+
+def test_strategies_differ_in_lightness_or_hatch_and_in_marker():
+    looks = list(style.STRATEGIES.values())
+    lightness = [np.dot(matplotlib.colors.to_rgb(look.color), (0.2126, 0.7152, 0.0722)) for look in looks]
+    for i, one in enumerate(looks):
+        for j, other in enumerate(looks[:i]):
+            assert one.marker != other.marker
+            assert one.hatch != other.hatch or abs(lightness[i] - lightness[j]) > 0.1
+
+
+def test_drawing_leaves_the_settings_of_the_reader_alone(stores):
+    before = dict(matplotlib.rcParams)
+    FIGURES["speedup"].draw(stores["timing"])
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_networks_are_ordered_by_size_and_named_ones_come_last():
+    names = ["resnet18", "500:1500", "50:500", "150:800"]
+    assert sorted(names, key=selection.network_size) == ["50:500", "150:800", "500:1500", "resnet18"]
