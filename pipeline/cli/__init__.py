@@ -6,7 +6,6 @@ What a command imports beyond this package it imports when it runs, so that `--h
 
 from __future__ import annotations
 
-import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -40,24 +39,26 @@ app.command()(results.notebook)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; `arguments` are those of the process if not given."""
     end_with_snakemake()
-    warnings.showwarning = _show_warning
-    try:
-        app(arguments)
-    except InputError as error:
-        return _fail(error, 2)
-    except PipelineError as error:
-        return _fail(error, 1)
-    except KeyboardInterrupt:
-        return _fail("Interrupted.", 130)
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 0
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            app(arguments, prog_name="python -m pipeline")
+        except InputError as error:
+            return _fail(error, 2)
+        except PipelineError as error:
+            return _fail(error, 1)
+        except KeyboardInterrupt:
+            print("Interrupted.", file=sys.stderr)
+            return 130
+        except SystemExit as end:
+            return end.code if isinstance(end.code, int) else 0
     return 0
 
 
 def _fail(reason: object, code: int) -> int:
-    logging.shutdown()
     sentence = str(reason).strip()
-    print(f"{sentence[:1].upper()}{sentence[1:].rstrip('.')}.", file=sys.stderr)
+    ending = "" if sentence.endswith(("?", ".")) else "."
+    print(f"Error: {sentence}{ending}", file=sys.stderr)
     return code
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import Annotated
 
 import typer
 
@@ -21,10 +21,7 @@ from pipeline.cli.options import (
     SeedOption,
 )
 from pipeline.cli.progress import Progress
-from pipeline.cli.ranks import cluster, costs_of, optimizer_of
-
-if TYPE_CHECKING:
-    from pipeline.plan.plan import Strategy
+from pipeline.cli.ranks import checked_strategy, cluster, costs_of, optimizer_of
 
 
 def accuracy(
@@ -49,6 +46,7 @@ def accuracy(
     from pipeline.networks import network as build
     from pipeline.results.stores import write_store
 
+    strategies = [checked_strategy(name) for name in strategy]
     with prepared_images(data, image_size, train_images, test_images) as (train, test):
         model = build(network, classes=len(train.classes), image_shape=train.image_shape, seed=seed)
         with cluster(devices, scheduler) as (client, members):
@@ -60,7 +58,7 @@ def accuracy(
                 members=members,
                 network=network,
                 batch_size=batch_size,
-                strategies=[cast("Strategy", name) for name in strategy],
+                strategies=strategies,
                 epochs=epochs,
                 seed=seed,
                 optimizer=optimizer_of(learning_rate, momentum),
@@ -68,6 +66,6 @@ def accuracy(
                 progress=lambda name: Progress(f"{name} {network}", epochs * -(-len(train) // batch_size)),
             )
     write_store(compared, output)
-    for name in strategy:
+    for name in strategies:
         last = compared.sel(strategy=name).isel(epoch=-1)
         print(f"{name}: test accuracy {100 * float(last.accuracy):.1f} % after epoch {int(last.epoch)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,14 +22,13 @@ from pipeline.cli.options import (
     SeedOption,
 )
 from pipeline.cli.progress import Progress
-from pipeline.cli.ranks import cluster, costs_of, device_set_of, optimizer_of
+from pipeline.cli.ranks import checked_strategy, cluster, costs_of, device_set_of, optimizer_of
 from pipeline.errors import InputError
 
 if TYPE_CHECKING:
     import xarray as xr
 
     from pipeline.cluster.devices import Member
-    from pipeline.plan.plan import Strategy
 
 _ALL = ["single", "ddp", "equal", "paper", "kernel"]
 
@@ -63,7 +62,7 @@ def benchmark(
     from pipeline.run.benchmark import measure_cell
     from pipeline.run.reference import plain_step_times
 
-    strategies = strategy or _ALL
+    strategies = [checked_strategy(name) for name in strategy or _ALL]
     if output is not None and len(strategies) != 1:
         raise InputError("--output takes one cell: give one --strategy with it")
     optimizer = optimizer_of(learning_rate, momentum)
@@ -88,7 +87,7 @@ def benchmark(
             )
             for name in strategies:
                 with Progress(f"{name} {network}", warmup + repetitions) as progress:
-                    cells[name] = measure(strategy=cast("Strategy", name), on_progress=progress)
+                    cells[name] = measure(strategy=name, on_progress=progress)
         if output is not None:
             choice = {
                 "warmup": warmup, "repetitions": repetitions, "seed": seed,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cli.progress import Progress
+from pipeline.errors import InputError
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from pipeline.cluster.devices import Member
     from pipeline.datasets import StoredImages
+    from pipeline.plan.plan import Strategy
 
 
 @contextmanager
@@ -34,6 +36,16 @@ def cluster(devices: str | None, scheduler: str | None) -> Iterator[tuple[Client
             print(f"Dashboard: {client.dashboard_link}", flush=True)
         members = discover(client)
         yield client, select(members, wanted) if wanted else members
+
+
+def checked_strategy(name: str) -> Strategy:
+    """The strategy of that name; raises InputError, before anything has started, where there is none."""
+    from pipeline.plan.plan import STRATEGIES
+
+    found = next((strategy for strategy in STRATEGIES if strategy == name), None)
+    if found is None:
+        raise InputError(f"strategy '{name}' is unknown; the strategies are {', '.join(STRATEGIES)}")
+    return found
 
 
 def device_set_of(members: tuple[Member, ...]) -> str:

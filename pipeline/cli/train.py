@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import Annotated
 
 import typer
 
@@ -20,11 +20,8 @@ from pipeline.cli.options import (
     SeedOption,
 )
 from pipeline.cli.progress import Progress
-from pipeline.cli.ranks import cluster, optimizer_of
+from pipeline.cli.ranks import checked_strategy, cluster, optimizer_of
 from pipeline.errors import InputError
-
-if TYPE_CHECKING:
-    from pipeline.plan.plan import Strategy
 
 
 def train(
@@ -56,6 +53,7 @@ def train(
     from pipeline.networks import network as build
     from pipeline.training import fit
 
+    chosen = checked_strategy(strategy)
     with prepared_images(data, image_size) as (images, test_images):
         model = build(network, classes=len(images.classes), image_shape=images.image_shape, seed=seed)
         with cluster(devices, scheduler) as (client, members):
@@ -69,7 +67,7 @@ def train(
                     batch_size=batch_size,
                     epochs=epochs,
                     max_steps=max_steps,
-                    strategy=cast("Strategy", strategy),
+                    strategy=chosen,
                     shares=_parsed_shares(shares),
                     optimizer=optimizer_of(learning_rate, momentum),
                     seed=seed,

@@ -15,7 +15,7 @@ from pipeline.workflow.code import code_digest
 try:
     STUDY = load_config(config)
 except InputError as error:
-    print(error, file=sys.stderr)
+    print(f"Error: {error}", file=sys.stderr)
     sys.exit(2)
 config.update(STUDY.model_dump(mode="json"))
 

@@ -1,0 +1,157 @@
+"""The command line: help everywhere, and one sentence with exit code 2 for what cannot work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+from PIL import Image
+
+from pipeline.cli import app, main
+from pipeline.cli.progress import Progress
+from pipeline.datasets import prepare
+from pipeline.results.stores import write_store, write_zip
+
+COMMANDS = sorted(command.callback.__name__ for command in app.registered_commands if command.callback)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("images") / "digits.zarr.zip"
+    prepare("digits", path, root=path.parent, progress=False)
+    return path
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What standard error says of a command that ends with exit code 2: a single line."""
+    assert main([str(argument) for argument in arguments]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Dashboard")]
+    assert len(said) == 1, said
+    return said[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"python -m pipeline {command}" in shown
+    assert "\n\n  " in shown, "a sentence on what the command does"
+
+
+def test_the_commands_are_those_that_the_study_needs() -> None:
+    assert set(COMMANDS) >= {"devices", "data", "calibrate", "train", "benchmark", "report"}
+
+
+def test_help_needs_neither_torch_nor_dask() -> None:
+    program = (
+        "import sys; from pipeline.cli import main; code = main(['benchmark', '--help']);"
+        "sys.exit(code or bool({'torch', 'distributed', 'xarray'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--network", "resnet81"], "'resnet18'"),
+        (["--network", "0:5"], "both widths must be at least 1"),
+        (["--network", "8:16", "--devices", "2 x cup"], "'2 x cup' in the device set"),
+        (["--network", "8:16", "--devices", "0 x cpu"], "the count must be at least 1"),
+        (["--network", "8:16", "--devices", "gpu7"], "GPU 7 was asked for"),
+        (["--network", "8:16", "--strategy", "sinle"], "strategy 'sinle' is unknown"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_cannot_be_trained_is_refused_before_anything_starts(
+    arguments: list[str], says: str, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert says in refused(capsys, "train", "--data", images, *arguments)
+
+
+@pytest.mark.parametrize("option", ["--batch-size", "--epochs", "--max-steps"])
+def test_numbers_below_1_are_refused(option: str, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--network", "8:16", "--data", str(images), option, "0"]) == 2
+    assert f"Invalid value for '{option}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--batch-size", "100000"], "which has 1438 images"),
+        (["--shares", "0.5,0.6"], "0.5 + 0.6 = 1.1 must add up to 1"),
+        (["--shares", "half,half"], "'half,half' are not numbers"),
+    ],
+    ids=["a batch larger than the data", "shares that do not add up", "shares that are no numbers"],
+)
+def test_what_does_not_fit_the_data_or_the_devices_is_refused(
+    arguments: list[str], says: str, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--network", "2:3", "--data", images, "--devices", "2 x cpu", "--strategy", "kernel"]
+    assert says in refused(capsys, "train", *common, *arguments)
+
+
+def test_a_missing_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nowhere" in refused(capsys, "data", tmp_path / "nowhere", "--output", tmp_path / "x.zarr.zip")
+
+
+def test_images_of_different_sizes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for animal, size in [("cat", 8), ("dog", 9)]:
+        (tmp_path / "images" / animal).mkdir(parents=True)
+        for number in range(5):
+            Image.new("RGB", (size, size)).save(tmp_path / "images" / animal / f"{size}-{number}.png")
+    assert "dog/9-" in refused(capsys, "data", tmp_path / "images", "--output", tmp_path / "x.zarr.zip")
+
+
+def test_an_unreachable_scheduler_is_given_up_within_ten_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    start = time.monotonic()
+    assert "tcp://127.0.0.1:9" in refused(capsys, "devices", "--scheduler", "tcp://127.0.0.1:9")
+    assert time.monotonic() - start < 12
+
+
+def test_a_file_that_is_no_scheduler_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "scheduler.json").write_text("{}")
+    assert "scheduler.json" in refused(capsys, "devices", "--scheduler", tmp_path / "scheduler.json")
+
+
+class TestStores:
+    def test_a_store_that_is_no_timing_grid_is_refused(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        write_store(xr.Dataset({"a": ("b", np.zeros(2))}), tmp_path / "timing.zarr")
+        assert "timing.zarr is not a timing grid" in refused(capsys, "figures", tmp_path)
+
+    def test_a_study_without_stores_is_refused(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "timing.zarr does not exist" in refused(capsys, "figures", tmp_path)
+
+    def test_a_report_needs_a_finished_study(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "configuration.yaml").write_text("data: digits\n")
+        assert "headline.html does not exist" in refused(capsys, "report", tmp_path)
+
+    def test_a_file_that_is_no_cell_is_named(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        write_zip(xr.Dataset({"a": 1}), tmp_path / "cell.zarr.zip")
+        said = refused(capsys, "combine", tmp_path / "cell.zarr.zip", "--output", tmp_path / "timing.zarr")
+        assert "cell.zarr.zip is not a calibration" in said
+
+    def test_several_strategies_make_no_single_cell(
+        self, tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        said = refused(
+            capsys, "benchmark", "--network", "2:3", "--data", images, "--output", tmp_path / "cell.zarr.zip"
+        )
+        assert "one --strategy" in said
+
+
+def test_progress_is_lines_where_standard_error_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter(range(0, 1000, 4))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    with Progress("train 8:16", 3) as progress:
+        for step in range(1, 4):
+            progress(step, {"loss": 2.5})
+    assert capsys.readouterr().err == "train 8:16: 2 of 3, loss 2.5\n"
