@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import xarray as xr
-import zarr
 from zarr.core.buffer import Buffer
+from zarr.errors import ZarrUserWarning
 from zarr.storage import MemoryStore, ZipStore
 
 from pipeline.errors import InputError
@@ -91,7 +91,7 @@ def write_store(dataset: xr.Dataset, path: PathLike, *, overwrite: bool = True) 
     described = _encodable(describe(dataset))
     with warnings.catch_warnings():
         # xarray's readers look for consolidated metadata first and warn when there is none; zarr warns when there is.
-        warnings.filterwarnings("ignore", message="Consolidated metadata", category=zarr.errors.ZarrUserWarning)
+        warnings.filterwarnings("ignore", message="Consolidated metadata", category=ZarrUserWarning)
         described.to_zarr(aside, mode="w", consolidated=True, encoding=_one_chunk(described))
     for directory, _, files in os.walk(aside, topdown=False):
         for name in files:
@@ -112,8 +112,11 @@ def open_store(path: PathLike, check: Check | None = None) -> xr.Dataset:
     if not Path(path).exists():
         raise InputError(f"{path} does not exist.")
     try:
-        with xr.open_zarr(Path(path), consolidated=False, chunks=None) as lazy:
-            dataset = lazy.load()
+        with warnings.catch_warnings():
+            # Snakemake leaves a file of its own in every directory it watches, which is no part of the store.
+            warnings.filterwarnings("ignore", message=r"Object at \.snakemake_timestamp", category=ZarrUserWarning)
+            with xr.open_zarr(Path(path), consolidated=False, chunks=None) as lazy:
+                dataset = lazy.load()
     except (ValueError, KeyError, OSError) as error:
         raise InputError(f"{path} is not a zarr store ({type(error).__name__}: {error}).") from error
     return _checked(dataset, path, check)
