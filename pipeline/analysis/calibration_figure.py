@@ -41,13 +41,15 @@ def calibration_curves(calibration: xr.Dataset, *, store: str = "calibration.zar
     segments = segments[:_SEGMENTS_SHOWN]
     labels = [str(label) for label in chosen["device_label"].values if label]
     network, batch_size = str(chosen["network"].item()), int(chosen["batch_size"].item())
-    note = subtitle(f"{network}, batch {batch_size}", "median and quartiles", emulation_note(labels))
+    note = subtitle(
+        f"{network}, batch {batch_size}", "forward and backward, median and quartiles", emulation_note(labels)
+    )
     with style():
         columns = len(segments) + 1
         figure, axes = canvas(1, columns, title=title, subtitle=note, source=source, panel=(3.3, 2.8), width=8)
         for axis, segment in zip(axes[0], segments, strict=False):
             _share_curve(axis, total.sel(segment=segment), len(labels))
-            axis.set_title(f"{segment}, forward and backward")
+            axis.set_title(segment)
         _links(axes[0, -1], chosen["link_time"])
         looks = [step_of_sequence(rank, len(labels)) for rank in range(len(labels))]
         legend(figure, [

@@ -80,13 +80,14 @@ def convolution_finding(timing: xr.Dataset) -> str:
     devices, sentences = baseline(timing)["baseline_device"], []
     low, high = paper.CONVOLUTION_SHARE
     for label in dict.fromkeys(str(device) for device in devices.values.flat if device):
-        known = shares.where(devices == label).stack(cell=shares.dims).dropna("cell")
+        of_label = shares.where(devices == label).median(["device_set", "link"])
+        known = of_label.stack(cell=of_label.dims).dropna("cell")
         if known.size:
             least, most = known.isel(cell=int(np.argmin(known.values))), known.isel(cell=int(np.argmax(known.values)))
+            ends = [least, most] if known.size > 1 else [least]
+            taken = " to ".join(f"{e.item():.0%} ({e['network'].item()}, batch {e['batch_size'].item()})" for e in ends)
             sentences.append(
-                f"On one {_named(label)} convolutions take {least.item():.0%} of a step ({least['network'].item()}, "
-                f"batch {least['batch_size'].item()}) to {most.item():.0%} ({most['network'].item()}, batch "
-                f"{most['batch_size'].item()}); the paper says {low:.0%} to {high:.0%}."
+                f"On one {_named(label)} convolutions take {taken} of a step; the paper says {low:.0%} to {high:.0%}."
             )
     return _listed(sentences, "No convolution time was measured.")
 
@@ -104,10 +105,10 @@ def activity_finding(timing: xr.Dataset) -> str:
             if strategy == "single" or not cell["step_time"].notnull().any():
                 continue
             part = {n: (cell[f"{n}_time"] / cell["step_time"]).mean().item() for n in ("compute", "exchange", "idle")}
+            exchange = f"exchange {part['exchange']:.0%}" if part["exchange"] else "exchange within that time"
             sentences.append(
-                f"{names[-1]}, batch {batch_size}, on {_named(device_set)}, ``{strategy}``: the devices "
-                f"compute {part['compute']:.0%} of the step, exchange {part['exchange']:.0%} and "
-                f"idle {part['idle']:.0%} (mean)."
+                f"{names[-1]}, batch {batch_size}, on {_named(device_set)}, ``{strategy}``: the devices compute "
+                f"{part['compute']:.0%} of the step, {exchange} and idle {part['idle']:.0%} (mean)."
             )
     return _listed(sentences, "No set of several devices was measured.")
 
@@ -124,11 +125,12 @@ def timeline_finding(timing: xr.Dataset) -> str:
         if strategy == "single" or not length.notnull().any():
             continue
         longest = cell.isel(instruction=int(np.nanargmax(length.values)))
+        moved = f"{cell['instruction_bytes'].sum().item() / 1e6:.3g} MB move between the devices"
+        apart = bool((cell["instruction_kind"] == "exchange").any())
         sentences.append(
             f"``{strategy}``: the longest of {int(length.notnull().sum())} instructions is "
             f"{longest['instruction_name'].item()} ({longest['instruction_phase'].item()}), "
-            f"{length.max().item():.3g} s; {cell['instruction_bytes'].sum().item() / 1e6:.3g} MB move between "
-            "the devices."
+            f"{length.max().item():.3g} s; {moved if apart else 'its exchange is not timed apart'}."
         )
     return _listed(sentences, f"No timeline was recorded for {place['network']} on {_named(str(place['device_set']))}.")
 
@@ -154,9 +156,12 @@ def calibration_finding(calibration: xr.Dataset) -> str:
     chosen = largest(calibration)
     whole = (chosen["forward_time"] + chosen["backward_time"]).median("repetition").max("share").sum("segment")
     labels = [str(label) for label in chosen["device_label"].values if label]
-    times = ", ".join(f"{_named(label)} {whole.values[rank]:.3g} s" for rank, label in enumerate(labels))
+    times = ", ".join(f"{whole.values[rank]:.3g} s on {_named(label)}" for rank, label in enumerate(labels))
     sentences = [f"Forward and backward of {chosen['network'].item()}, batch {chosen['batch_size'].item()}: {times}."]
-    latency, bandwidth = chosen["link_latency"].median().item(), chosen["link_bandwidth"].median().item()
+    apart = xr.DataArray(np.arange(chosen.sizes["source"]), dims="source") != xr.DataArray(
+        np.arange(chosen.sizes["destination"]), dims="destination"
+    )
+    latency, bandwidth = (chosen[name].where(apart).median().item() for name in ("link_latency", "link_bandwidth"))
     if np.isfinite(latency) and np.isfinite(bandwidth):
         sentences.append(
             f"The median link has {latency * 1e3:.3g} ms latency and {bandwidth / 1e9:.3g} GB/s bandwidth."

@@ -76,18 +76,13 @@ def _speedup_panel(axis: Axes, cells: xr.Dataset, shown: list[str], label: str) 
     counts = cells["device_count"].values
     axis.plot([1, counts.max()], [1, counts.max()], color="#b4bac2", linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
     bound = cells["aggregate_bound"].values
-    axis.plot(
-        counts[np.isfinite(bound)],
-        bound[np.isfinite(bound)],
-        color=INK,
-        linewidth=1.2,
-        linestyle=(0, (1, 1.6)),
-        zorder=1,
-    )
+    x, y = np.r_[1, counts[np.isfinite(bound)]], np.r_[1, bound[np.isfinite(bound)]]
+    axis.plot(x, y, color=INK, linewidth=1.2, linestyle=(0, (1, 1.6)), zorder=1)
+    dodge = 0.024 * (counts.max() - 1)
     for position, strategy in enumerate(shown):
         look, line = strategy_look(strategy), cells.sel(strategy=strategy)
         measured = line["speedup"].notnull().values
-        x, y = counts[measured] + 0.07 * (position - (len(shown) - 1) / 2), line["speedup"].values[measured]
+        x, y = counts[measured] + dodge * (position - (len(shown) - 1) / 2), line["speedup"].values[measured]
         low, high = line["speedup_low"].values[measured], line["speedup_high"].values[measured]
         start = [1.0] if x.size and counts[measured].min() > 1 else []
         axis.plot([*start, *x], [*start, *y], color=look.color, zorder=2)

@@ -123,20 +123,27 @@ def step_timeline(timing: xr.Dataset, *, store: str = _STORE) -> Figure:
     where = f"{place['network']}, batch {place['batch_size']}, {device_set}, link {place['link']}"
     note = subtitle(where, "last repetition", emulation_note(labels))
     scale, unit = time_scale(ends.sel(strategy=shown).values)
+    span = scale * float(ends.sel(strategy=shown).max())
     with style():
         figure, axes = canvas(
             len(shown), 1, title=title, subtitle=note, source=source, panel=(10, 0.62 + 0.22 * len(labels)), sharex=True
         )
         for axis, strategy in zip(axes[:, 0], shown, strict=True):
-            _lanes(axis, cells.sel(strategy=strategy), labels, scale)
+            _lanes(axis, cells.sel(strategy=strategy), labels, scale, span)
             axis.set_title(strategy)
-        axes[-1, 0].set_xlim(0, 1.01 * scale * float(ends.sel(strategy=shown).max()))
+        axes[-1, 0].set_xlim(0, 1.01 * span)
         axes[-1, 0].set_xlabel(f"time since the start of the step / {unit}")
         legend(figure, [patch(ACTIVITIES[n], n) for n in ("forward", "backward", "update", "exchange", "idle")])
     return figure
 
 
-def _lanes(axis: Axes, cell: xr.Dataset, labels: list[str], scale: float) -> None:
+def _fitting(name: str, fraction: float) -> str:
+    """As much of an instruction's name as a bar of this fraction of the axis holds: all, the first part, nothing."""
+    shortened = (name, f"{name.partition('+')[0]} …")
+    return next((text for text in shortened if 0.009 * (len(text) + 1) < fraction), "")
+
+
+def _lanes(axis: Axes, cell: xr.Dataset, labels: list[str], scale: float, span: float) -> None:
     start, end = scale * cell["instruction_start"].values, scale * cell["instruction_end"].values
     length = float(np.nanmax(end))
     axis.barh(range(len(labels)), length, height=0.82, color=ACTIVITIES["idle"].color, linewidth=0)
@@ -148,8 +155,9 @@ def _lanes(axis: Axes, cell: xr.Dataset, labels: list[str], scale: float) -> Non
             width = end[number, rank] - start[number, rank]
             axis.barh(rank, width, left=start[number, rank], height=0.82, color=look.color, hatch=look.hatch,
                       edgecolor="white", linewidth=0.3)  # fmt: skip
-            if kind != "exchange" and width > 0.012 * length * (len(str(name)) + 1):
-                axis.text(start[number, rank] + width / 2, float(rank), str(name), color="white", size=7, ha="center",
+            label = _fitting(str(name), width / span)
+            if kind != "exchange" and label:
+                axis.text(start[number, rank] + width / 2, float(rank), label, color="white", size=7, ha="center",
                           va="center", clip_on=True)  # fmt: skip
     axis.set_yticks(range(len(labels)), [f"{rank}  {label}" for rank, label in enumerate(labels)], size=8)
     axis.set_ylim(len(labels) - 0.4, -0.6)
