@@ -25,8 +25,8 @@ def write_report(
 ) -> Path:
     """Write Snakemake's self-contained report on `targets`, which exist, as `output`; opens without a network.
 
-    Made to be called from a rule of the same workflow, in its working directory: the report needs no lock, since it
-    only reads what finished jobs left, and its targets are that rule's inputs. Raises RunError with Snakemake's own
+    Made to be called from a rule of the same workflow, in its working directory: a report takes no lock and only
+    reads what finished jobs left, and its targets are that rule's inputs. Raises RunError with Snakemake's own
     words.
     """
     output = Path(output)
@@ -34,7 +34,7 @@ def write_report(
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.stem}.") as folder:
         made, config = Path(folder, "report.html"), Path(folder, "config.json")
         config.write_text(json.dumps(configuration), encoding="utf-8")
-        command = [sys.executable, "-m", "snakemake", *map(str, targets), "--snakefile", str(snakefile), "--nolock"]
+        command = [sys.executable, "-m", "snakemake", *map(str, targets), "--snakefile", str(snakefile)]
         command += ["--configfile", str(config), "--cores", "1"]
         command += ["--report", str(made), "--report-stylesheet", str(STYLESHEET)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

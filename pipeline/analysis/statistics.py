@@ -9,7 +9,6 @@ baseline device's), never over the number of devices.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -155,16 +154,6 @@ def convolution_share(timing: xr.Dataset) -> xr.DataArray:
     share = (single["convolution_time"] / single["step_time"]).where(single["status"] == OK).drop_vars("strategy")
     share.attrs = {"units": "1", "long_name": "share of convolutions in the step"}
     return share.rename("convolution_share")
-
-
-def measured_cells(timing: xr.Dataset) -> Iterator[dict[str, Any]]:
-    """Coordinates of every cell that ended well, in the order of the grid."""
-    status = timing["status"].transpose(*INDEX)
-    for place in np.argwhere(status.values == OK):
-        yield {
-            name: timing[name].values[i].item() if name == "batch_size" else str(timing[name].values[i])
-            for name, i in zip(INDEX, place, strict=True)
-        }
 
 
 def _single_times(timing: xr.Dataset) -> Samples:

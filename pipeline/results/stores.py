@@ -82,11 +82,9 @@ def open_zip(path: PathLike, check: Check | None = None) -> xr.Dataset:
     return _checked(dataset, path, check)
 
 
-def write_store(dataset: xr.Dataset, path: PathLike, *, overwrite: bool = True) -> Path:
-    """Write a described data set as a zarr directory; raises InputError when it is there and may not be replaced."""
+def write_store(dataset: xr.Dataset, path: PathLike) -> Path:
+    """Write a data set, described, as a zarr directory, in place of what is there."""
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} is already there: remove it or choose another place.")
     aside = _clear_place_aside(path)
     described = _encodable(describe(dataset))
     with warnings.catch_warnings():

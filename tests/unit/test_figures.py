@@ -118,3 +118,39 @@ def test_drawing_leaves_the_settings_of_the_reader_alone(stores):
 def test_networks_are_ordered_by_size_and_named_ones_come_last():
     names = ["resnet18", "500:1500", "50:500", "150:800"]
     assert sorted(names, key=selection.network_size) == ["50:500", "150:800", "500:1500", "resnet18"]
+
+
+def test_the_bars_of_a_device_are_its_compute_exchange_and_idle_time(stores):
+    figure = FIGURES["activity"].draw(stores["timing"])
+    place = {"network": "50:500", "batch_size": 32, "device_set": "2 x cpu@0.45", "strategy": "ddp"}
+    cell = stores["timing"].sel(place).isel(device=0)
+    bars = sorted((bar.get_y(), bar.get_x(), bar.get_width()) for bar in figure.axes[0].patches)[:3]
+    expected = [1e3 * float(cell[f"{name}_time"].median()) for name in ("compute", "exchange", "idle")]
+    np.testing.assert_allclose([width for _, _, width in bars], expected)
+
+
+def test_the_lanes_of_the_timeline_hold_every_instruction_of_the_last_repetition(stores):
+    figure = FIGURES["timeline"].draw(stores["timing"])
+    place = {"network": "500:1500", "batch_size": 32, "device_set": "2 x cpu@0.45", "strategy": "ddp"}
+    cell = stores["timing"].sel(place)
+    lefts = [bar.get_x() for bar in figure.axes[0].patches if bar.get_x() > 0]
+    started = cell["instruction_start"].values[cell["instruction_start"].values > 0]
+    np.testing.assert_allclose(sorted(lefts), sorted(started))
+
+
+def test_findings_say_the_numbers_of_the_stores():
+    calibration = FIGURES["calibration"].say(synthetic.calibration())
+    assert "3.48 s on ``cpu``, 6.96 s on ``cpu@0.5`` (emulated)" in calibration
+    assert "0.1 ms latency and 2 GB/s" in calibration
+    accuracy = synthetic.accuracy()
+    accuracy["accuracy"][:] = [[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]] * 3
+    accuracy["accuracy"][1, 2] += 0.0125
+    assert "``single`` 70.00%" in FIGURES["accuracy"].say(accuracy)
+    assert "at most 1.25 percentage points" in FIGURES["accuracy"].say(accuracy)
+    grid = synthetic.timing(synthetic.indices(("50:500", "150:800"), (32,), ("cpu", "2 x cpu")))
+    grid["convolution_time"][:] = grid["step_time"] * xr.DataArray([0.6, 0.75], dims="network")
+    said = FIGURES["convolution_share"].say(grid)
+    assert "take 60% (50:500, batch 32) to 75% (150:800, batch 32)" in said
+    for name, part in (("compute", 0.5), ("exchange", 0.3), ("idle", 0.2)):
+        grid[f"{name}_time"][:] = part * grid["step_time"]
+    assert "compute 50% of the step, exchange 30% and idle 20%" in FIGURES["activity"].say(grid)

@@ -106,14 +106,18 @@ def test_without_a_baseline_there_is_no_speedup():
     assert np.isnan(at(statistics.speedup(timing), "2 x cpu", "kernel")["speedup"].item())
 
 
-def test_a_failed_cell_has_no_speedup_and_a_failed_single_is_no_baseline():
-    index, _ = cell("2 x cpu", "kernel", [1.0], [1.0, 1.0])
+def test_a_failed_cell_has_no_speedup():
+    single, (index, _) = cell("2 x cpu", "single", [4.0] * 2, [1.0, 1.0]), cell("2 x cpu", "kernel", [1.0], [1.0, 1.0])
     failed = (index, unmeasured_cell(index, ["cpu", "cpu"], "out of memory: 9 GiB"))
-    single, measured = cell("2 x cpu", "single", [4.0] * 2, [10.0, 10.0])
-    measured["status"] = "failed: late"
-    ratios = at(statistics.speedup(grid(failed, (single, measured))), "2 x cpu", "kernel")
+    ratios = at(statistics.speedup(grid(failed, single)), "2 x cpu", "kernel")
     assert np.isnan(ratios["speedup"].item())
     assert not ratios["noisy"].item()
+
+
+def test_a_failed_single_is_no_baseline_whatever_times_it_holds():
+    single, kernel = cell("2 x cpu", "single", [4.0] * 2, [1.0, 1.0]), cell("2 x cpu", "kernel", [1.0], [1.0, 1.0])
+    single[1]["status"] = "failed: late"
+    assert np.isnan(at(statistics.speedup(grid(single, kernel)), "2 x cpu", "kernel")["speedup"].item())
 
 
 def test_the_bound_is_unknown_where_a_device_was_not_calibrated():
