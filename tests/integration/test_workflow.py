@@ -1,0 +1,169 @@
+"""The whole study in very small: end to end, killed and completed, and changed in one place.
+
+The tests of this file share one folder, as runs of a study do; each leaves all cells measured.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import xarray as xr
+import yaml
+
+from pipeline.results.contracts import NOT_PLANNED, OK, validate_accuracy, validate_calibration, validate_timing
+from pipeline.results.stores import open_store
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDY: dict[str, Any] = {
+    "data": "digits",
+    "timing": {"warmup": 1, "repetitions": 3},
+    "calibration": {"fractions": [0.5, 1.0], "repetitions": 1, "batch_size": 8},
+    "experiments": {
+        "baseline": {"networks": ["4:8"], "batch_sizes": [32], "device_sets": ["cpu"], "strategies": ["single"]},
+        "split": {"networks": ["4:8"], "batch_sizes": [32], "device_sets": ["2 x cpu"], "strategies": ["kernel"]},
+    },
+    "accuracy": {
+        "network": "4:8", "batch_size": 32, "device_set": "2 x cpu", "epochs": 1, "train_images": 96, "test_images": 64,
+    },
+}  # fmt: skip
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+class Study:
+    """A folder with a configuration, and Snakemake in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.configure(STUDY)
+
+    def configure(self, content: object) -> None:
+        (self.folder / "study.yaml").write_text(yaml.safe_dump(content))
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "snakemake", "--cores", "2", "--snakefile", str(ROOT / "Snakefile")]
+        return subprocess.Popen(
+            [*command, *arguments, "--configfile", "study.yaml"],
+            cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *arguments: str) -> str:
+        with self.start(*arguments) as process:
+            said, _ = process.communicate()
+        assert process.returncode == 0, said
+        return said
+
+    @property
+    def cells(self) -> dict[Path, float]:
+        """When each cell was written."""
+        return {file: file.stat().st_mtime for file in (self.folder / "outputs" / "timing").rglob("*.zip")}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """A finished study."""
+    study = Study(tmp_path_factory.mktemp("study"))
+    study.run()
+    return study
+
+
+def test_one_command_makes_stores_figures_report_and_notebook(study: Study) -> None:
+    outputs = study.folder / "outputs"
+    timing = open_store(outputs / "timing.zarr", validate_timing)
+    assert timing.status.sel(device_set="cpu", strategy="single").item() == OK
+    assert timing.status.sel(device_set="2 x cpu", strategy="kernel").item() == OK
+    assert timing.status.sel(device_set="cpu", strategy="kernel").item() == NOT_PLANNED
+    measured = timing.step_time.sel(network="4:8", batch_size=32, device_set="2 x cpu", link="loopback")
+    assert (measured.sel(strategy="kernel") > 0).all()
+    assert measured.attrs["units"] == "s"
+    calibration = open_store(outputs / "calibration.zarr", validate_calibration)
+    assert calibration.device_label.values.tolist() == [["cpu", "cpu"]], "one calibration serves both device sets"
+    accuracy = open_store(outputs / "accuracy.zarr", validate_accuracy)
+    xr.testing.assert_allclose(
+        accuracy.loss.sel(strategy="single", drop=True), accuracy.loss.sel(strategy="kernel", drop=True), rtol=1e-4
+    )
+    for store in (timing, accuracy, calibration):
+        assert {"configuration", "versions", "hardware", "threads", "emulated", "data", "code_version"} <= set(
+            store.attrs
+        )
+    assert timing.attrs["data"] == "digits (scikit-learn)"
+    assert "<html" in (outputs / "report.html").read_text()
+    assert (outputs / "analysis.ipynb").exists()
+    assert {file.suffix for file in (outputs / "figures").iterdir()} >= {".svg", ".png"}
+
+
+def test_a_second_run_has_nothing_to_do(study: Study) -> None:
+    before = study.cells
+    said = study.run()
+    assert "Nothing to be done" in said, said
+    assert study.cells == before
+
+
+@pytest.mark.parametrize(
+    ("stop", "repetitions"), [(signal.SIGINT, 4), (signal.SIGKILL, 5)], ids=["interrupted", "killed"]
+)
+def test_a_changed_cell_alone_is_measured_anew_even_if_that_run_is_stopped(
+    study: Study, stop: signal.Signals, repetitions: int
+) -> None:
+    before = study.cells
+    (cell,) = (file for file in before if file.name == "kernel.zarr.zip")
+    study.configure(with_repetitions(repetitions))
+    with study.start("timing") as process:
+        job = wait_for_job(process, "benchmark")
+        family = [job, *job.children(recursive=True)]
+        # A terminal's Ctrl-C reaches the jobs too; a kill reaches Snakemake alone, and its jobs must notice.
+        (os.killpg if stop == signal.SIGINT else os.kill)(process.pid, stop)
+        process.communicate()
+    assert process.returncode != 0
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive, "processes of the stopped run go on"
+    assert not cell.exists()
+    study.run("timing")
+    assert {file for file, written in study.cells.items() if before[file] != written} == {cell}
+    timing = open_store(study.folder / "outputs" / "timing.zarr", validate_timing)
+    assert timing.step_time.sel(strategy="kernel").count() == repetitions
+
+
+def test_an_unknown_key_ends_with_one_sentence_and_exit_code_2(study: Study) -> None:
+    study.configure(STUDY | {"trainin": {}})
+    with study.start() as process:
+        said, _ = process.communicate()
+    assert process.returncode == 2
+    assert said.splitlines()[-1] == "Error: Unknown key trainin in the configuration: did you mean training?"
+
+
+def test_the_workflow_is_free_of_lint() -> None:
+    command: Sequence[str] = [sys.executable, "-m", "snakemake", "--lint", "--snakefile", str(ROOT / "Snakefile")]
+    checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def with_repetitions(number: int) -> dict[str, Any]:
+    """The study, but for the number of timed steps of its split cell."""
+    experiments = STUDY["experiments"]
+    return STUDY | {"experiments": experiments | {"split": experiments["split"] | {"repetitions": number}}}
+
+
+def wait_for_job(snakemake: subprocess.Popen[str], command: str) -> psutil.Process:
+    """The process of the job that runs the command, once it has started worker processes."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for child in psutil.Process(snakemake.pid).children(recursive=True):
+            if command in child.cmdline() and len(child.children(recursive=True)) >= 2:
+                return child
+        time.sleep(0.1)
+    raise AssertionError(f"no job ran {command}")
