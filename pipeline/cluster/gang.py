@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import pickle
 import signal
@@ -33,6 +34,7 @@ _POLL_S = 0.2
 _CENSUS_S = 0.5
 _GRACE_S = 3.0
 _ANSWER_S = 5.0
+_SILENCE_S = 60.0
 _BUSY_S = 60.0  # Longer than the 30 s after which Dask takes a lock back from a driver that died.
 
 Progress = Callable[[int, dict[str, float]], None]
@@ -62,7 +64,7 @@ def run_gang(
     if len(arguments) != len(members) or not members:
         raise ValueError(f"a gang needs one tuple of arguments per member: {len(arguments)} for {len(members)}")
     with _exclusive(client, members, label):
-        gang = _Gang(client, members, label, on_progress)
+        gang = _Gang(client, _relocated(client, members), label, on_progress)
         try:
             gang.submit(function, arguments, timeout_s)
             return gang.supervise(launch_timeout_s)
@@ -90,6 +92,18 @@ def _exclusive(client: Client, members: Sequence[Member], label: str) -> Iterato
                 )
             stack.callback(_release, client, lock)
         yield
+
+
+def _relocated(client: Client, members: Sequence[Member]) -> tuple[Member, ...]:
+    """The members at their present addresses, which change when a worker restarts while its lock is waited for."""
+    workers = {
+        str(worker["name"]): (address, worker) for address, worker in scheduler_workers(client, _SILENCE_S).items()
+    }
+    located = []
+    for member in members:
+        address, worker = workers.get(member.name, (member.address, {"host": member.host}))
+        located.append(dataclasses.replace(member, address=address, host=str(worker["host"])))
+    return tuple(located)
 
 
 def _release(client: Client, lock: Lock) -> None:
@@ -187,11 +201,20 @@ class _Gang:
             if self._futures[rank].done():
                 self._note_end(rank)
         if time.monotonic() - self._last_census > _CENSUS_S:
+            self._take_census()
+
+    def _take_census(self) -> None:
+        """Note which workers are gone; a scheduler that is only slow, on a machine full of work, gets more time."""
+        try:
             alive = scheduler_workers(self._client, _ANSWER_S)
-            for rank in sorted(self._running):
-                if self._members[rank].address not in alive:
-                    self._note_loss(rank)
-            self._last_census = time.monotonic()
+        except RunError:
+            if self._client.status != "running" or time.monotonic() - self._last_census > _SILENCE_S:
+                raise
+            return
+        for rank in sorted(self._running):
+            if self._members[rank].address not in alive:
+                self._note_loss(rank)
+        self._last_census = time.monotonic()
 
     def _note_end(self, rank: int) -> None:
         try:

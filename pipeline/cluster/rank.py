@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import signal
 import socket
 import stat
 import threading
@@ -28,6 +29,7 @@ from pipeline.errors import RunError
 
 _WATCH_S = 0.2
 _ARRIVE_POLL_S = 0.005
+_LAST_RESORT_S = 6.0  # Longer than the driver needs to do the same, where it is still there.
 
 
 class Stopped(RunError):  # noqa: N818 - an order that was obeyed, not an error of its own
@@ -126,7 +128,8 @@ class Watch:
     """A thread that carries reports to the driver, and ends the rank's communication when the gang is over.
 
     A rank that waits for a peer cannot look at the store, and nothing in torch ends its wait from outside. Closing the
-    connections that were opened since the rank began does, within milliseconds.
+    connections that were opened since the rank began does, within milliseconds. Now and then gloo misses even that, and
+    a long computation hears nothing at all: then the process ends itself, and its nanny starts a new one.
     """
 
     def __init__(self, meeting: Meeting) -> None:
@@ -140,7 +143,9 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="gang-watch", daemon=True)
 
     def __enter__(self) -> Watch:
-        self._dask_addresses = _dask_addresses()
+        worker = get_worker()
+        self._dask_addresses = {get_address_host_port(peer) for peer in (worker.address, worker.scheduler.address)}
+        self._has_nanny = worker.nanny is not None
         self._thread.start()
         return self
 
@@ -166,6 +171,8 @@ class Watch:
             if over:
                 self._over.set()
                 self._disconnect()
+                if not self._done.wait(_LAST_RESORT_S) and self._has_nanny:
+                    os.kill(os.getpid(), signal.SIGKILL)
                 return
 
     def _send(self) -> None:
@@ -262,11 +269,6 @@ def _open_sockets() -> dict[int, int]:
             if stat.S_ISSOCK(status.st_mode):
                 sockets[status.st_ino] = int(entry.name)
     return sockets
-
-
-def _dask_addresses() -> set[tuple[str, int]]:
-    worker = get_worker()
-    return {get_address_host_port(address) for address in (worker.address, worker.scheduler.address)}
 
 
 def _shut_down(descriptor: int, inode: int, spared: set[tuple[str, int]]) -> None:

@@ -14,11 +14,11 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Short leases, so that a test need not wait half a minute for the lock of a dead driver.
+# Short leases, so that no test waits half a minute for the lock of a dead driver; but longer than its ranks live.
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": str(ROOT),
-    "DASK_DISTRIBUTED__SCHEDULER__LOCKS__LEASE_TIMEOUT": "3s",
+    "DASK_DISTRIBUTED__SCHEDULER__LOCKS__LEASE_TIMEOUT": "8s",
     "DASK_DISTRIBUTED__SCHEDULER__LOCKS__LEASE_VALIDATION_INTERVAL": "500ms",
 }
 

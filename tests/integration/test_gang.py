@@ -315,7 +315,7 @@ def test_a_killed_driver_ends_its_ranks_and_frees_a_foreign_cluster(
     file = foreign_cluster(*[["--name", name, "--resources", "CPU=1"] for name in ("a", "b")])
     script = tmp_path / "driver.py"
     script.write_text(DRIVER)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DASK_DISTRIBUTED__SCHEDULER__LOCKS__LEASE_TIMEOUT": "3s"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DASK_DISTRIBUTED__SCHEDULER__LOCKS__LEASE_TIMEOUT": "8s"}
     with subprocess.Popen([sys.executable, script, file], env=environment, stdout=subprocess.PIPE, text=True) as driver:
         assert driver.stdout is not None
         while driver.stdout.readline() != "step\n":
