@@ -12,6 +12,7 @@ import fcntl
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -26,8 +27,15 @@ _INTERRUPT_INTERVAL_S = 5.0
 
 
 def adopt_jobs() -> None:
-    """In Snakemake: let the jobs it starts from now on know whom they belong to."""
+    """In Snakemake: its jobs find this Python and this package, environment active or not, and know whose they are."""
     os.environ[_SNAKEMAKE_PID] = str(os.getpid())
+    _put_first("PATH", Path(sys.executable).parent)
+    _put_first("PYTHONPATH", Path(__file__).parents[2])
+
+
+def _put_first(variable: str, folder: Path) -> None:
+    others = [part for part in os.environ.get(variable, "").split(os.pathsep) if part and part != str(folder)]
+    os.environ[variable] = os.pathsep.join([str(folder), *others])
 
 
 def clear_after_kill(state: Path = Path(".snakemake")) -> bool:
