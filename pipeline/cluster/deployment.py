@@ -32,6 +32,10 @@ _CONFIGURATION: dict[str, Any] = {
     "distributed.deploy.lost-worker-timeout": "60s",
     # Dask's own profiler takes the interpreter lock a hundred times a second, in the middle of a timed step.
     "distributed.worker.profile.enabled": False,
+    # Dask wakes each of its processes fifty times a second to see whether its loop is alive; on a machine whose cores
+    # are all taken, each wake-up is taken from a rank, and all ranks wait for the slowest.
+    "distributed.admin.tick.interval": "1s",
+    "distributed.admin.system-monitor.interval": "5s",
     # Tensors are not Dask's to spill; a rank that is paused would stop its gang. Only the last fence stays.
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,

@@ -30,8 +30,8 @@ from pipeline.errors import PipelineError, RunError
 
 __all__ = ["RankContext", "Stopped", "run_gang"]
 
-_POLL_S = 0.2
-_CENSUS_S = 0.5
+_POLL_S = 0.5  # Each look costs processor time that a rank on this machine may want; an ended task wakes it at once.
+_CENSUS_S = 2.0
 _GRACE_S = 3.0
 _ANSWER_S = 5.0
 _SILENCE_S = 60.0

@@ -27,7 +27,7 @@ from pipeline.cluster.devices import Device
 from pipeline.cluster.rendezvous import Meeting
 from pipeline.errors import RunError
 
-_WATCH_S = 0.2
+_WATCH_S = 0.5
 _ARRIVE_POLL_S = 0.005
 _LAST_RESORT_S = 6.0  # Longer than the driver needs to do the same, where it is still there.
 

@@ -26,13 +26,14 @@ def predict_timeline(
 ) -> NDArray[np.float64]:
     """Start and end of each instruction on each rank in s, (instruction, rank, 2); NaN where a rank takes no part.
 
-    A rank begins an instruction when it has ended the one before. In an exchange a message begins when both ends are
+    A rank begins an instruction when it has ended the one before, but goes on during a deferred exchange until the
+    computation beside it has ended. In an exchange a message begins when both ends are
     there; a rank's messages go over its one link after each other, and the rank is done when the last has arrived.
     ``costs`` are those of the plan's ranks.
     """
     instructions = program.instructions
     timeline = np.full((len(instructions), program.ranks, 2), np.nan)
-    free = np.zeros(program.ranks)
+    free, arrived = np.zeros(program.ranks), np.zeros(program.ranks)
     for index, instruction in enumerate(instructions):
         ranks = list(instruction.ranks)
         start = free[ranks]
@@ -41,13 +42,19 @@ def predict_timeline(
         else:
             end = start + [_work(graph, plan, program, instruction, costs, rank) for rank in ranks]
         timeline[index, ranks, 0], timeline[index, ranks, 1] = start, end
+        if isinstance(instruction, Exchange) and instruction.deferred:
+            arrived[ranks] = end
+            continue
         free[ranks] = end
+        free = np.maximum(free, arrived)
     return timeline
 
 
 def _work(graph: Graph, plan: Plan, program: Program, instruction: Instruction, costs: Costs, rank: int) -> float:
     if isinstance(instruction, Compute):
-        return sum(
+        # The gradients of a convolution's input and of its weights take the same number of operations.
+        part = 1.0 if instruction.gradients == "all" else 0.5
+        return part * sum(
             costs.seconds(name, rank, _fraction(graph, plan, name, rank), instruction.direction, program.batch_size)
             for name in instruction.operations
         )

@@ -3,6 +3,9 @@
 The forward half computes segments and exchanges tensors between them; the backward half is its mirror image, segment by
 segment and exchange by exchange, so every rank knows from the list alone what it sends and receives next. That is why
 the order never depends on the autograd engine and no two ranks can wait for each other.
+
+Where the gradient of a split convolution's input has to travel, the backward computation is divided: first that
+gradient, whose exchange then runs beside the computation of the weights' gradient and hides behind it.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph, Operation
 from pipeline.plan.layouts import Box, Layout, Message, master, messages, transposed
 from pipeline.plan.plan import ParameterPlan, Plan, parameter_plans
@@ -73,6 +77,8 @@ class Compute:
     inputs: tuple[Placed, ...]
     outputs: tuple[Placed, ...]
     ranks: tuple[int, ...]
+    gradients: Literal["all", "inputs", "parameters"] = "all"
+    """Backward, whose gradients it computes; of a pair, ``inputs`` comes first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +92,8 @@ class Exchange:
     spec: TensorSpec
     parameter: bool
     """Whether it moves a parameter from its home to where it works, rather than an activation."""
+    deferred: bool = False
+    """Whether it only has to be complete after the computation that follows it, and runs beside that."""
 
     @cached_property
     def messages(self) -> tuple[Message, ...]:
@@ -160,6 +168,7 @@ class _Compiler:
         self.available: set[Placed] = {Placed(graph.input, master(plan.ranks))}
         self.segment: list[Operation] = []
         self.segments = 0
+        self.differentiable = _differentiable(graph)
         self.parameters: list[ParameterPlan] = []
 
     def compile(self) -> Program:
@@ -204,11 +213,20 @@ class _Compiler:
             if parameter.home != parameter.work:
                 self._close_segment()
                 self._exchange_parameter(parameter)
-        if self.segment and self.plan[self.segment[-1].name].ranks != planned.ranks:
+        if self._is_divided(operation) or (self.segment and self.plan[self.segment[-1].name].ranks != planned.ranks):
             self._close_segment()
         self.segment.append(operation)
         self.produced[operation.name] = planned.output
         self.available.add(Placed(operation.name, planned.output))
+        if self._is_divided(operation):
+            self._close_segment()
+
+    def _is_divided(self, operation: Operation) -> bool:
+        """Whether its backward computation is to be divided, for which it has to be a segment of its own."""
+        planned = self.plan[operation.name]
+        gathered = operation.effect is Effect.KERNEL and planned.input.kind == "R" and planned.output.kind == "K"
+        trained = any(one.trained for one in operation.parameters)
+        return gathered and trained and any(value in self.differentiable for value in operation.inputs)
 
     def _available_as(self, value: str, layout: Layout) -> Placed:
         """Make sure that ``value`` is there in ``layout``, by an exchange if need be."""
@@ -302,21 +320,50 @@ class _Compiler:
         return frozenset(found)
 
 
+def _differentiable(graph: Graph) -> frozenset[str]:
+    """The operations whose output depends on something that is trained."""
+    found: set[str] = set()
+    for operation in graph.operations:
+        if any(one.trained for one in operation.parameters) or found & set(operation.inputs):
+            found.add(operation.name)
+    return frozenset(found)
+
+
 def _mirrored(
     forward: list[Compute | Exchange], gradients: frozenset[Placed], trained: frozenset[str]
 ) -> tuple[Compute | Exchange, ...]:
     """The backward half: the forward half in reverse, without what no gradient flows through."""
+    needed = [one for one in reversed(forward) if _carries_gradient(one, gradients, trained)]
     backward: list[Compute | Exchange] = []
-    for instruction in reversed(forward):
-        if isinstance(instruction, Compute):
-            needed = instruction.name == LOSS or any(placed in gradients for placed in instruction.outputs)
-        elif instruction.parameter:
-            needed = instruction.source.name in trained
+    while needed:
+        instruction = needed.pop(0)
+        if isinstance(instruction, Compute) and (hidden := _hideable(instruction, needed)):
+            needed.remove(hidden)
+            backward.append(_part(instruction, "inputs"))
+            backward.append(replace(hidden, direction="backward", deferred=True))
+            backward.append(_part(instruction, "parameters"))
         else:
-            needed = instruction.source in gradients
-        if needed:
             backward.append(replace(instruction, direction="backward"))
     return tuple(backward)
+
+
+def _carries_gradient(instruction: Compute | Exchange, gradients: frozenset[Placed], trained: frozenset[str]) -> bool:
+    if isinstance(instruction, Compute):
+        return instruction.name == LOSS or any(placed in gradients for placed in instruction.outputs)
+    return instruction.source.name in trained if instruction.parameter else instruction.source in gradients
+
+
+def _hideable(compute: Compute, following: list[Compute | Exchange]) -> Exchange | None:
+    """The exchange of this computation's input gradient, if nothing but parameters' gradients travel before it."""
+    after = next((one for one in following if isinstance(one, Compute) or not one.parameter), None)
+    if len(compute.operations) != 1 or not isinstance(after, Exchange) or after.target not in compute.inputs:
+        return None
+    return after if after.target.layout.kind == "R" else None
+
+
+def _part(compute: Compute, gradients: Literal["inputs", "parameters"]) -> Compute:
+    noun = "input gradient" if gradients == "inputs" else "weight gradient"
+    return replace(compute, name=f"{compute.name} {noun}", direction="backward", gradients=gradients)
 
 
 def activation_spec(graph: Graph, value: str, batch_size: int) -> TensorSpec:

@@ -79,7 +79,12 @@ class Clock:
 
     @contextmanager
     def instruction(self, index: int) -> Iterator[None]:
-        """Time one instruction of the current step."""
-        self._current[index, 0] = self.now()
+        """Time one instruction of the current step.
+
+        The time of one that is resumed later counts as one piece, which ends where the last part ends.
+        """
+        start = self.now()
+        begun = self._current[index]
+        before = 0.0 if np.isnan(begun[0]) else begun[1] - begun[0]
         yield
-        self._current[index, 1] = self.now()
+        self._current[index] = start - before, self.now()

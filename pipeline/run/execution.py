@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -46,6 +45,8 @@ class Execution:
         self.values: dict[Placed, Any] = {}
         """The tensors in flight, each a leaf of its own whose gradient gathers in ``.grad``."""
         self._attached: dict[int, list[Any]] = {}
+        self._deferred: tuple[int, Callable[[], None]] | None = None
+        """Position and rest of an exchange that is under way."""
         self._target: torch.Tensor | None = None
         self._loss: torch.Tensor | None = None
         self._loss_function: Loss | None = None
@@ -59,7 +60,7 @@ class Execution:
         self._optimizer = optimizer(trained) if trained else None
 
     def train_step(
-        self, batch_size: int, x_BCHW: torch.Tensor | None, y_B: torch.Tensor | None, clock: Clock | None = None
+        self, batch_size: int, x_BCHW: torch.Tensor | None, y_B: torch.Tensor | None, clock: Clock
     ) -> float | None:
         """One step of training on a batch of ``batch_size`` images; the master gives the batch and gets the loss."""
         program = self.program(batch_size)
@@ -69,10 +70,13 @@ class Execution:
         self._feed(x_BCHW)
         self._target = None if y_B is None else y_B.to(self.transport.device)
         for index, instruction in enumerate(program.instructions):
+            if not (isinstance(instruction, Compute) and instruction.gradients == "parameters"):
+                self._complete_deferred(clock)
             if self.context.rank in instruction.ranks:
-                with clock.instruction(index) if clock else nullcontext():
-                    self._run(instruction, program)
+                with clock.instruction(index):
+                    self._run(instruction, program, index)
                     self._synchronise()
+        self._complete_deferred(clock)
         loss, self._loss = self._loss, None
         return None if loss is None else float(loss.detach())
 
@@ -85,7 +89,7 @@ class Execution:
         with torch.no_grad():
             for instruction in program.inference:
                 if self.context.rank in instruction.ranks:
-                    self._run(instruction, program)
+                    self._run(instruction, program, 0)
         output: torch.Tensor | None = self.values.get(program.output)
         self.values.clear()
         self._attached.clear()
@@ -111,9 +115,20 @@ class Execution:
         if self.transport.device.type == "cuda":
             torch.cuda.synchronize(self.transport.device)
 
-    def _run(self, instruction: Instruction, program: Program) -> None:
+    def _complete_deferred(self, clock: Clock) -> None:
+        if self._deferred is not None:
+            index, finish = self._deferred
+            self._deferred = None
+            with clock.instruction(index):
+                finish()
+
+    def _run(self, instruction: Instruction, program: Program, index: int) -> None:
         if isinstance(instruction, Exchange):
-            self._exchange(instruction, program)
+            finish = self._exchange(instruction, program)
+            if instruction.deferred:
+                self._deferred = index, finish
+            else:
+                finish()
             return
         if isinstance(instruction, Compute):
             self.compute(instruction, program.gradients)
@@ -156,32 +171,53 @@ class Execution:
             assert self._loss is not None
             self._loss.backward()
             return
+        # The weights' gradient, the second half of a divided computation, ends what the first has to keep.
+        last = instruction.gradients != "inputs"
+        attached = self._attached.pop(instruction.segment) if last else self._attached[instruction.segment]
         outputs, incoming = [], []
-        for placed, output in zip(instruction.outputs, self._attached.pop(instruction.segment), strict=True):
-            gradient = self._take_gradient(placed) if placed in gradients else None
+        for placed, output in zip(instruction.outputs, attached, strict=True):
+            gradient = self.values[placed].grad if placed in gradients else None
             if gradient is not None:
                 outputs.append(output)
                 incoming.append(gradient)
+            if last:
+                self.values[placed].grad = None
         if outputs:
-            torch.autograd.backward(outputs, incoming)
+            wanted = self._wanted(instruction, gradients)
+            torch.autograd.backward(outputs, incoming, retain_graph=not last, inputs=wanted)
 
-    def _exchange(self, instruction: Exchange, program: Program) -> None:
+    def _wanted(self, instruction: Compute, gradients: frozenset[Placed]) -> list[torch.Tensor] | None:
+        """The tensors whose gradients are to be computed; None for all."""
+        if instruction.gradients == "all":
+            return None
+        if instruction.gradients == "inputs":
+            return [self.values[placed] for placed in instruction.inputs if placed in gradients]
+        return self.parameters.trained_by(instruction.operations)
+
+    def _exchange(self, instruction: Exchange, program: Program) -> Callable[[], None]:
+        """Begin an exchange; what is returned waits for its end and makes its result available."""
         if instruction.parameter:
             parameters = self.parameters
-            (parameters.send_to_work if instruction.direction == "forward" else parameters.send_gradient_home)(
-                instruction
-            )
-        elif instruction.direction == "forward":
-            received = self._empty(instruction, instruction.target)
-            self.transport.exchange(instruction, self.values.get(instruction.source), received)
-            if received is not None:
-                self.values[instruction.target] = self._leaf(received, instruction.target in program.gradients)
+            forward = instruction.direction == "forward"
+            return (parameters.send_to_work if forward else parameters.send_gradient_home)(instruction)
+        if instruction.direction == "forward":
+            source, placed = self.values.get(instruction.source), instruction.target
         else:
-            received = self._empty(instruction, instruction.source)
-            self.transport.exchange(instruction, self._gradient_or_zero(instruction), received)
-            if received is not None:
-                value = self.values[instruction.source]
+            source, placed = self._gradient_or_zero(instruction), instruction.source
+        received = self._empty(instruction, placed)
+        wait = self.transport.start(instruction, source, received)
+
+        def finish() -> None:
+            wait()
+            if received is None:
+                return
+            if instruction.direction == "forward":
+                self.values[placed] = self._leaf(received, placed in program.gradients)
+            else:
+                value = self.values[placed]
                 value.grad = received if value.grad is None else value.grad.add_(received)
+
+        return finish
 
     def _gradient_or_zero(self, instruction: Exchange) -> torch.Tensor | None:
         if instruction.target not in self.values:

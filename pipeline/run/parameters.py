@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx, nn
@@ -23,7 +24,7 @@ class Parameters:
     """
 
     def __init__(self, model: fx.GraphModule, graph: Graph, plan: Plan, transport: Transport) -> None:
-        self._model, self._plan, self._transport = model, plan, transport
+        self._model, self._graph, self._plan, self._transport = model, graph, plan, transport
         self._rank, self._device = transport.rank, transport.device
         self._plans = {one.parameter.name: one for _, one in parameters_of(graph, plan)}
         self.modules: dict[str, nn.Module] = {}
@@ -63,13 +64,18 @@ class Parameters:
         for tensor in (*self.work.values(), *self.home.values()):
             tensor.grad = None
 
-    def send_to_work(self, exchange: Exchange) -> None:
-        """Forward exchange of a parameter from its home to the ranks that work with it."""
-        name = exchange.source.name
-        self._transport.exchange(exchange, self.home.get(name), self.work.get(name))
+    def trained_by(self, operations: Sequence[str]) -> list[torch.Tensor]:
+        """The trained tensors that the local parts of ``operations`` use."""
+        names = (one.name for name in operations for one in self._graph[name].parameters if one.trained)
+        return [self.work[name] for name in names if name in self.work]
 
-    def send_gradient_home(self, exchange: Exchange) -> None:
-        """Backward exchange of a parameter's gradient to its home."""
+    def send_to_work(self, exchange: Exchange) -> Callable[[], None]:
+        """Begin the exchange of a parameter from its home to the ranks that work with it; call the result to end it."""
+        name = exchange.source.name
+        return self._transport.start(exchange, self.home.get(name), self.work.get(name))
+
+    def send_gradient_home(self, exchange: Exchange) -> Callable[[], None]:
+        """Begin the exchange of a parameter's gradient to its home; call the result to end it."""
         name = exchange.source.name
         work, home = self.work.get(name), self.home.get(name)
         gradient = None
@@ -77,7 +83,7 @@ class Parameters:
             gradient = torch.zeros_like(work) if work.grad is None else work.grad
         if home is not None:
             home.grad = self._gradients.setdefault(name, torch.empty_like(home))
-        self._transport.exchange(exchange, gradient, None if home is None else home.grad)
+        return self._transport.start(exchange, gradient, None if home is None else home.grad)
 
     def _carry(self, name: str, one: ParameterPlan, *, outward: bool) -> None:
         """Move one parameter between the master's model and its home."""

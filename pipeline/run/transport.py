@@ -7,7 +7,7 @@ contiguous in CPU memory is sent and received in place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,15 +27,22 @@ class Transport:
         self.device = context.torch_device
         self._buffers: dict[tuple[object, ...], torch.Tensor] = {}
 
-    @torch.no_grad()
     def exchange(self, instruction: Exchange, source: torch.Tensor | None, target: torch.Tensor | None) -> None:
-        """Carry out ``instruction`` for this rank.
+        """Carry out ``instruction`` for this rank, from start to end; see ``start``."""
+        self.start(instruction, source, target)()
+
+    @torch.no_grad()
+    def start(
+        self, instruction: Exchange, source: torch.Tensor | None, target: torch.Tensor | None
+    ) -> Callable[[], None]:
+        """Begin ``instruction`` for this rank; calling what is returned waits for its end.
 
         ``source`` is the local part this rank holds in the layout it comes from (in the direction of the instruction)
         and ``target`` the local part to be overwritten, each None where the rank holds nothing. A target element that
-        several messages carry becomes their sum, always in the same order, so that runs repeat bit by bit.
+        several messages carry becomes their sum, always in the same order, so that runs repeat bit by bit. In between
+        neither tensor may be changed, nor the target read.
 
-        Raises gloo's ``RuntimeError`` if another rank is gone.
+        Raises gloo's ``RuntimeError``, here or at the end, if another rank is gone.
         """
         spec = instruction.spec
         forward = instruction.direction == "forward"
@@ -59,13 +66,19 @@ class Transport:
         ]
         requests = dist.batch_isend_irecv(receives + sends) if receives or sends else []
         self._place_own(incoming, x_ICE, held, y_ICE, wanted, sums)
-        for request in requests:
-            request.wait()
-        for one in arrivals:
-            if sums:
-                one.part.add_(one.buffer.to(one.part.device))
-            elif one.buffer is not one.part:
-                one.part.copy_(one.buffer)
+
+        @torch.no_grad()
+        def finish() -> None:
+            for request in requests:
+                request.wait()
+            sends.clear()  # until here they kept alive what was sent from its own memory
+            for one in arrivals:
+                if sums:
+                    one.part.add_(one.buffer.to(one.part.device))
+                elif one.buffer is not one.part:
+                    one.part.copy_(one.buffer)
+
+        return finish
 
     def _arrivals(
         self,

@@ -37,13 +37,16 @@ def test_kernel_split_keeps_weights_on_the_shards() -> None:
         "forward images M→R",
         "forward conv1+relu1+pool1",
         "forward pool1 K→R",
-        "forward conv2+relu2+pool2+flatten+dense",
+        "forward conv2",
+        "forward relu2+pool2+flatten+dense",
         "forward dense P→M",
         "forward loss",
         "backward loss",
         "backward dense P→M",
-        "backward conv2+relu2+pool2+flatten+dense",
+        "backward relu2+pool2+flatten+dense",
+        "backward conv2 input gradient",
         "backward pool1 K→R",
+        "backward conv2 weight gradient",
         "backward conv1+relu1+pool1",
         "update",
     ]
@@ -170,3 +173,15 @@ def test_tracing_leaves_no_mark_on_the_model() -> None:
     names = [operation.name for operation in trace(model, torch.zeros(2, 3, 1, 1)).operations]
     assert names == [operation.name for operation in trace(model, torch.zeros(2, 3, 1, 1)).operations]
     assert set(vars(model)) == set(vars(_WithConstant()))
+
+
+def test_only_the_gradient_that_hides_behind_weights_is_deferred() -> None:
+    for strategy in ("kernel", "paper"):
+        program = _program(strategy, (0.5, 0.5))  # type: ignore[arg-type]
+        deferred = [index for index, one in enumerate(program.backward) if isinstance(one, Exchange) and one.deferred]
+        assert len(deferred) == 1
+        before, after = program.backward[deferred[0] - 1], program.backward[deferred[0] + 1]
+        assert isinstance(before, Compute)
+        assert isinstance(after, Compute)
+        assert (before.gradients, after.gradients) == ("inputs", "parameters")
+        assert before.segment == after.segment
