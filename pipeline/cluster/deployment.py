@@ -36,6 +36,7 @@ _CONFIGURATION: dict[str, Any] = {
     # are all taken, each wake-up is taken from a rank, and all ranks wait for the slowest.
     "distributed.admin.tick.interval": "1s",
     "distributed.admin.system-monitor.interval": "5s",
+    "distributed.worker.memory.monitor-interval": "2s",
     # Tensors are not Dask's to spill; a rank that is paused would stop its gang. Only the last fence stays.
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,
