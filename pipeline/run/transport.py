@@ -2,7 +2,8 @@
 
 Tensors are seen as ``x_ICE``: images, channels, everything else. gloo wants contiguous CPU memory, so boxes are packed
 into staging buffers that live as long as the transport (pinned where a GPU is involved); a box that is already
-contiguous in CPU memory is sent and received in place.
+contiguous in CPU memory is sent and received in place. Between CPU ranks on one host, larger boxes go through shared
+memory.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from pipeline.cluster.gang import RankContext
 from pipeline.plan.layouts import Box, Message
 from pipeline.plan.program import Exchange, TensorSpec
+from pipeline.run.shared_memory import LEAST_BYTES, LETTER, Inbox, Outbox, neighbours
 
 
 class Transport:
@@ -25,7 +27,10 @@ class Transport:
         self.rank = context.rank
         self.group = context.group
         self.device = context.torch_device
+        self._neighbours = neighbours(context)
         self._buffers: dict[tuple[object, ...], torch.Tensor] = {}
+        self._outboxes: dict[tuple[object, ...], Outbox] = {}
+        self._inbox = Inbox()
 
     def exchange(self, instruction: Exchange, source: torch.Tensor | None, target: torch.Tensor | None) -> None:
         """Carry out ``instruction`` for this rank, from start to end; see ``start``."""
@@ -73,12 +78,22 @@ class Transport:
                 request.wait()
             sends.clear()  # until here they kept alive what was sent from its own memory
             for one in arrivals:
-                if sums:
-                    one.part.add_(one.buffer.to(one.part.device))
-                elif one.buffer is not one.part:
-                    one.part.copy_(one.buffer)
+                self._take_out(one, sums=sums)
 
         return finish
+
+    def _take_out(self, one: _Arrival, *, sums: bool) -> None:
+        """Bring what has arrived to where it belongs."""
+        box, receipt = self._inbox.open(one.buffer, one.part) if one.is_letter else (one.buffer, None)
+        if sums:
+            one.part.add_(box.to(one.part.device))
+        elif box is not one.part:
+            one.part.copy_(box)
+        if receipt is not None:
+            receipt.sign()
+
+    def _is_shared(self, other: int, part: torch.Tensor) -> bool:
+        return other in self._neighbours and part.numel() * part.element_size() >= LEAST_BYTES
 
     def _arrivals(
         self,
@@ -95,13 +110,22 @@ class Transport:
             if message.source != self.rank and y_ICE is not None:
                 part = _part(y_ICE, wanted, message.box)
                 direct = in_place and part.is_contiguous() and part.device.type == "cpu"
-                buffer = part if direct else self._buffer((*key, "in", index), part)
-                found.append(_Arrival(message.source, buffer, part))
+                is_letter = self._is_shared(message.source, part)
+                if is_letter:
+                    buffer = torch.empty(LETTER, dtype=torch.int64)
+                else:
+                    buffer = part if direct else self._buffer((*key, "in", index), part)
+                found.append(_Arrival(message.source, buffer, part, is_letter))
         return found
 
     def _packed(self, key: tuple[object, ...], x_ICE: torch.Tensor | None, held: Box, message: Message) -> torch.Tensor:
         assert x_ICE is not None
         part = _part(x_ICE, held, message.box)
+        if self._is_shared(message.target, part):
+            full_key = (*key, tuple(part.shape), part.dtype)
+            if full_key not in self._outboxes:
+                self._outboxes[full_key] = Outbox(part)
+            return self._outboxes[full_key].post(part)
         if part.is_contiguous() and part.device.type == "cpu":
             return part
         return self._buffer((*key, "out"), part).copy_(part)
@@ -142,6 +166,8 @@ class _Arrival(NamedTuple):
     buffer: torch.Tensor
     part: torch.Tensor
     """Where its content belongs; ``buffer`` itself if that can be received into."""
+    is_letter: bool
+    """Whether ``buffer`` only tells where in shared memory the content is."""
 
 
 def _view(tensor: torch.Tensor | None, spec: TensorSpec, box: Box) -> torch.Tensor | None:

@@ -31,6 +31,7 @@ LAYOUTS = [
 ]
 SPECS = {
     "activation": TensorSpec(shape=(5, 7, 3, 2), channel_axis=1, images_axis=0),
+    "large activation, through shared memory": TensorSpec(shape=(5, 7, 80, 80), channel_axis=1, images_axis=0),
     "kernels of a convolution": TensorSpec(shape=(7, 4, 3, 3), channel_axis=0, images_axis=None),
     "input channels of a convolution": TensorSpec(shape=(5, 7, 2, 2), channel_axis=1, images_axis=None),
 }
