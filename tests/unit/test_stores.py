@@ -158,6 +158,15 @@ def test_cells_that_disagree_on_the_devices_of_a_set_are_refused(cells):
         stores.combine([cells[KERNEL], other], [KERNEL, KERNEL._replace(strategy="paper")])
 
 
+def test_a_single_that_runs_on_another_rank_of_its_set_does_not_disagree(cells):
+    single = KERNEL._replace(strategy="single")
+    fastest = synthetic.cell(single)
+    fastest["device_label"][0] = "cpu"
+    for given in ([fastest, cells[KERNEL]], [cells[KERNEL], fastest]):
+        labels = stores.combine(given, [single, KERNEL]).device_label.sel(device_set="2 x cpu@0.45")
+        assert list(labels.values) == ["cpu@0.45", "cpu@0.45"]
+
+
 def test_attributes_of_a_grid_say_all_that_its_cells_say(cells):
     plain = cells[SINGLE].assign_attrs(emulated=False, created="2026-02-01", hardware="another machine")
     attributes = stores.combine([plain, cells[KERNEL]], [SINGLE, KERNEL]).attrs

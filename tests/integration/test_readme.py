@@ -1,0 +1,40 @@
+"""The README is true: its program runs, and what it names exists."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_program_in_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    script = tmp_path / "train.py"
+    script.write_text(program, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "kernel over cpu, cpu@0.5" in done.stdout
+    weights = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert weights["0.weight"].shape == (50, 3, 5, 5)
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"`make (\w+)`|^make (\w+)", TEXT, re.MULTILINE))), ids=str)
+def test_every_make_command_exists(target: tuple[str, str]) -> None:
+    name = next(filter(None, target))
+    assert re.search(rf"^{name}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set(re.findall(r"`((?:pipeline|outputs)/[\w./-]+\.\w+)`|\(((?!http)[\w./-]+)\)", TEXT))), ids=str
+)
+def test_every_file_that_is_named_exists(path: tuple[str, str]) -> None:
+    assert (ROOT / next(filter(None, path))).exists()
