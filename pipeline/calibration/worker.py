@@ -141,23 +141,34 @@ def _measure_chain(context: RankContext, execution: Execution, chain: Chain, tas
     )
     values = {placed: _made_up(execution, placed, task).requires_grad_(placed in gradients) for placed in inputs}
     incoming: dict[Placed, torch.Tensor] = {}
-    times = []
-    for _ in range(1 + task.repetitions):
+
+    def once() -> tuple[float, float]:
         execution.values.clear()
         execution.parameters.clear_gradients()
         for placed, value in values.items():
             value.grad = None
             execution.values[placed] = value
-        context.barrier()
         ahead = _timed(context, functools.partial(execution.compute, instruction, gradients))
         for placed in outputs:
             incoming.setdefault(placed, torch.rand_like(execution.values[placed]))
             execution.values[placed].grad = incoming[placed]
-        back = _timed(
-            context, functools.partial(execution.compute, replace(instruction, direction="backward"), gradients)
-        )
-        times.append((ahead, back))
+        backward = replace(instruction, direction="backward")
+        return ahead, _timed(context, functools.partial(execution.compute, backward, gradients))
+
+    context.barrier()
+    times = [once() for _ in range(1 + task.repetitions)]
+    _keep_busy(context, once)
     return np.array(times[1:])
+
+
+def _keep_busy(context: RankContext, work: Callable[[], object]) -> None:
+    """Go on working until every rank has measured, so that the slower ones are measured beside busy devices too."""
+    if context.group is None:
+        return
+    others = dist.barrier(context.group, async_op=True)
+    while not others.is_completed():
+        work()
+    others.wait()
 
 
 def _input_layout(chain: Chain, value: str, graph: Graph, plan: Plan) -> Layout:
