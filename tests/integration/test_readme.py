@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.results.contracts import validate_timing
+from pipeline.results.stores import open_zip
+
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -38,3 +41,13 @@ def test_every_make_command_exists(target: tuple[str, str]) -> None:
 )
 def test_every_file_that_is_named_exists(path: tuple[str, str]) -> None:
     assert (ROOT / next(filter(None, path))).exists()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "outputs" / "reference").glob("*/timing*.zarr.zip")), ids=lambda path: path.name
+)
+def test_the_reference_results_are_timing_grids_that_say_where_they_come_from(path: Path) -> None:
+    grid = open_zip(path, validate_timing)
+    assert (grid.status == "ok").any()
+    assert grid.attrs["hardware"]
+    assert grid.attrs["emulated"]
