@@ -21,7 +21,7 @@ from pipeline.cluster.deployment import local_cluster
 from pipeline.cluster.devices import Member, discover
 from pipeline.errors import InputError
 from pipeline.graph.trace import trace
-from pipeline.plan.plan import Plan, Strategy
+from pipeline.plan.plan import STRATEGIES, Plan, Strategy
 from pipeline.plan.planner import plan_graph
 from pipeline.plan.strategies import Shares
 from pipeline.results.contracts import describe
@@ -79,6 +79,8 @@ def fit(
 
     Raises ``InputError`` for input that cannot work, before anything runs, and ``RunError`` when a run fails.
     """
+    if strategy not in STRATEGIES:
+        raise InputError(f"strategy '{strategy}' is unknown; the strategies are {', '.join(STRATEGIES)}")
     images = _checked_length(dataset, batch_size, epochs, max_steps)
     if checkpoint is not None and not Path(checkpoint).resolve().parent.is_dir():
         raise InputError(f"checkpoint '{checkpoint}' cannot be written: its folder does not exist")

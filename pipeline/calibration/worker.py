@@ -86,10 +86,11 @@ def measure_rank(context: RankContext, task: Task) -> Measurement:
     backward = forward.copy()
     kernels = np.full(shape, np.nan)
     for share, fraction in enumerate(task.fractions):
-        execution = _execution_of(context, model, task.graph, fraction)
+        split = _execution_of(context, model, task.graph, fraction)
         for segment, chain in enumerate(task.chains):
             if fraction < 1 and not chain.splittable:
                 continue
+            execution = split if chain.splittable else _execution_of(context, model, task.graph, None)
             kernels[segment, share] = _kernels(task.graph, execution.plan, chain)
             times = _measure_chain(context, execution, chain, task)
             forward[segment, share], backward[segment, share] = times.T
@@ -103,12 +104,18 @@ def measure_rank(context: RankContext, task: Task) -> Measurement:
     )
 
 
-def _execution_of(context: RankContext, model: nn.Module, graph: Graph, fraction: float) -> Execution:
-    """An execution in which this device plays the first of two ranks and has ``fraction`` of every layer."""
-    plan = plan_network(
-        graph, "kernel", batch_size=1, labels=(context.device.label, "elsewhere"), shares=(fraction, 1 - fraction)
-    )
-    execution = Execution(replace(context, rank=0, size=2, group=None), model, graph, plan)
+def _execution_of(context: RankContext, model: nn.Module, graph: Graph, fraction: float | None) -> Execution:
+    """An execution in which this device plays the first of two ranks and has ``fraction`` of every layer.
+
+    Without a fraction it is the only rank and has everything, undivided.
+    """
+    label = context.device.label
+    if fraction is None:
+        plan = plan_network(graph, "single", batch_size=1, labels=(label,))
+    else:
+        shares = (fraction, 1 - fraction)
+        plan = plan_network(graph, "kernel", batch_size=1, labels=(label, "elsewhere"), shares=shares)
+    execution = Execution(replace(context, rank=0, size=plan.ranks, group=None), model, graph, plan)
     with torch.no_grad():
         for tensor in execution.parameters.work.values():
             if tensor.is_floating_point():
@@ -119,7 +126,7 @@ def _execution_of(context: RankContext, model: nn.Module, graph: Graph, fraction
 def _kernels(graph: Graph, plan: Plan, chain: Chain) -> int:
     first = plan[chain.operations[0]]
     layout = first.input if first.input.kind == "K" else first.output
-    return layout.shares[0] if layout.kind == "K" else graph[chain.operations[0]].channels
+    return layout.shares[0] if layout.kind == "K" else graph[chain.operations[0]].channels or 1
 
 
 def _measure_chain(context: RankContext, execution: Execution, chain: Chain, task: Task) -> NDArray[np.float64]:

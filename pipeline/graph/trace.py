@@ -98,7 +98,12 @@ def traced(model: nn.Module) -> fx.GraphModule:
     """
     own = set(vars(model))
     try:
-        return fx.GraphModule(model, _Tracer().trace(model))
+        graph = _Tracer().trace(model)
+        for node in graph.nodes:
+            if node.kwargs.get("inplace"):
+                # A segment's input is a leaf of its own, which must not be written to.
+                node.kwargs = {**node.kwargs, "inplace": False}
+        return fx.GraphModule(model, graph)
     except Exception:  # noqa: BLE001 - fx fails in as many ways as there are models; all mean "keep it whole"
         whole = _Whole(model)
         return fx.GraphModule(whole, _Tracer().trace(whole))
@@ -206,8 +211,12 @@ def _image_shape(result: Any, images: int) -> tuple[int, ...] | None:
 def _same_shape_inputs(node: fx.Node, results: dict[str, Any]) -> bool:
     """Whether all tensor inputs have one shape, so that one split serves them all; false if one is no tensor."""
     inputs = [results.get(argument.name) for argument in node.all_input_nodes]
-    shapes = {one.shape if isinstance(one, torch.Tensor) else None for one in inputs}
-    return len(shapes) == 1 and None not in shapes
+    kinds = {(one.shape, one.dtype) if isinstance(one, torch.Tensor) else None for one in inputs}
+    own = results.get(node.name)
+    if len(kinds) != 1 or None in kinds or not isinstance(own, torch.Tensor):
+        return False
+    # Only numbers of the model's own type travel: a comparison, for one, gives truth values.
+    return bool(own.is_floating_point() and own.dtype == results[node.all_input_nodes[0].name].dtype)
 
 
 def _state(module: nn.Module) -> list[torch.Tensor]:

@@ -75,7 +75,7 @@ def _split(strategy: Strategy, ranks: int, costs: Costs | None, shares: Shares |
     if strategy == "paper":
         # In inverse proportion to the measured time of that convolution on each device.
         return lambda operation, total: proportional(
-            total, [1 / _seconds(costs, operation, device) for device in range(ranks)]
+            total, [_throughput(costs, operation, device) for device in range(ranks)]
         )
     return lambda operation, total: _balanced(costs, operation, total)
 
@@ -99,8 +99,10 @@ def _given(total: int, shares: Sequence[float], ranks: int) -> tuple[int, ...]:
     raise InputError(f"shares {equation} = {sum(shares):g} must add up to 1 (fractions) or to {total} (kernels)")
 
 
-def _seconds(costs: Costs, operation: Operation, device: int) -> float:
-    return sum(costs.seconds(operation.name, device, 1.0, way, costs.batch_size) for way in ("forward", "backward"))
+def _throughput(costs: Costs, operation: Operation, device: int) -> float:
+    """Of that operation per second; of the whole network in images/s where the operation was not measured by itself."""
+    seconds = sum(costs.seconds(operation.name, device, 1.0, way, costs.batch_size) for way in ("forward", "backward"))
+    return 1 / seconds if seconds else costs.throughput(device)
 
 
 def _balanced(costs: Costs, operation: Operation, total: int) -> tuple[int, ...]:

@@ -46,14 +46,25 @@ class Outbox:
 
         Raises ``RuntimeError`` if the receiver has not copied the last one within a minute.
         """
+        self._await_copy()
+        self._box.copy_(part)
+        self._count += 1
+        return torch.tensor([os.getpid(), self._file, self._count])
+
+    def await_first_copy(self) -> None:
+        """Wait until the receiver has mapped the file; from then on it no longer needs this process.
+
+        Raises ``RuntimeError`` as ``post`` does.
+        """
+        if self._count == 1:
+            self._await_copy()
+
+    def _await_copy(self) -> None:
         deadline = time.monotonic() + _PATIENCE_S
         while int(self._copied[0]) != self._count:
             if time.monotonic() > deadline:
                 raise RuntimeError("the receiver of a box in shared memory does not answer")
             time.sleep(_POLL_S)
-        self._box.copy_(part)
-        self._count += 1
-        return torch.tensor([os.getpid(), self._file, self._count])
 
     def __del__(self) -> None:
         # The mapping lives on in the tensors; the receiver, if it ever asked, has its own.

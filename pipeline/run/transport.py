@@ -58,15 +58,21 @@ class Transport:
             )
         )
         x_ICE = _view(source, spec, held)
-        y_ICE = _view(target, spec, wanted)
+        # A target in another memory format, such as channels_last, is filled by way of a contiguous one.
+        strided = target is not None and not target.is_contiguous()
+        landing = torch.empty(target.shape, dtype=target.dtype, device=target.device) if strided else target  # type: ignore[union-attr]
+        y_ICE = _view(landing, spec, wanted)
         incoming = [message for message in instruction.messages if message.target == self.rank]
         outgoing = [message for message in instruction.messages if message.source == self.rank != message.target]
         sums = _overlapping(incoming)
         key = (instruction.name, instruction.direction, spec.view)
         arrivals = self._arrivals(key, incoming, y_ICE, wanted, in_place=not sums)
         receives = [dist.P2POp(dist.irecv, one.buffer, one.source, self.group) for one in arrivals]
+        posted: list[Outbox] = []
         sends = [
-            dist.P2POp(dist.isend, self._packed((*key, index), x_ICE, held, message), message.target, self.group)
+            dist.P2POp(
+                dist.isend, self._packed((*key, index), x_ICE, held, message, posted), message.target, self.group
+            )
             for index, message in enumerate(outgoing)
         ]
         requests = dist.batch_isend_irecv(receives + sends) if receives or sends else []
@@ -79,6 +85,11 @@ class Transport:
             sends.clear()  # until here they kept alive what was sent from its own memory
             for one in arrivals:
                 self._take_out(one, sums=sums)
+            if strided and target is not None and landing is not None:
+                target.copy_(landing)
+            # After the arrivals have been taken out, so that two ranks that send to each other do not both wait.
+            for outbox in posted:
+                outbox.await_first_copy()
 
         return finish
 
@@ -118,14 +129,18 @@ class Transport:
                 found.append(_Arrival(message.source, buffer, part, is_letter))
         return found
 
-    def _packed(self, key: tuple[object, ...], x_ICE: torch.Tensor | None, held: Box, message: Message) -> torch.Tensor:
+    def _packed(
+        self, key: tuple[object, ...], x_ICE: torch.Tensor | None, held: Box, message: Message, posted: list[Outbox]
+    ) -> torch.Tensor:
+        """What to send for a message: the box itself, or the letter that tells where it was ``posted``."""
         assert x_ICE is not None
         part = _part(x_ICE, held, message.box)
         if self._is_shared(message.target, part):
             full_key = (*key, tuple(part.shape), part.dtype)
             if full_key not in self._outboxes:
                 self._outboxes[full_key] = Outbox(part)
-            return self._outboxes[full_key].post(part)
+            posted.append(self._outboxes[full_key])
+            return posted[-1].post(part)
         if part.is_contiguous() and part.device.type == "cpu":
             return part
         return self._buffer((*key, "out"), part).copy_(part)

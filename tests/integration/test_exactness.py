@@ -120,8 +120,37 @@ class _Tied(nn.Module):
         return self.dense(y.mean(dim=(2, 3)))
 
 
+class _Handwritten(nn.Module):
+    """What people write: functional in-place activation, a mask, and a view by the size of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 5)
+        self.next = nn.Conv2d(6, 8, 5, stride=2)
+        self.dense = nn.Linear(8 * 12 * 12, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.relu(self.next(self.conv(x)), inplace=True)
+        y = y * (y > 0.1)
+        return self.dense(y.view(y.size(0), -1))
+
+
+def test_a_handwritten_model_can_be_calibrated_and_planned(client: Client) -> None:
+    _check(client, _Handwritten().double(), "auto", None, 2, "Adam")
+
+
 @pytest.mark.parametrize("strategy", ["paper", "kernel"])
-@pytest.mark.parametrize("model", [_Branches, _DependsOnData, _Tied], ids=["branches", "data-dependent", "tied"])
+def test_another_memory_format_is_kept_exact(client: Client, strategy: str) -> None:
+    model = network("6:10").double().to(memory_format=torch.channels_last)
+    _check(client, model, strategy, (0.3, 0.7), 2, "SGD with momentum")
+
+
+@pytest.mark.parametrize("strategy", ["paper", "kernel"])
+@pytest.mark.parametrize(
+    "model",
+    [_Branches, _DependsOnData, _Tied, _Handwritten],
+    ids=["branches", "data-dependent", "tied", "handwritten"],
+)
 def test_models_written_as_classes_are_exact_too(client: Client, model: type[nn.Module], strategy: str) -> None:
     torch.manual_seed(3)
     _check(client, model().double(), strategy, (0.5, 0.2, 0.3), 3, "SGD with momentum")

@@ -100,7 +100,8 @@ def test_a_notebook_that_does_not_name_a_store_is_refused(tmp_path: Path):
 
 
 def test_a_notebook_that_fails_is_named_and_leaves_no_output(tmp_path: Path):
+    before = psutil.Process().children()
     with pytest.raises(RunError, match=r"analysis\.ipynb failed: FileNotFoundError"):
         execute_notebook(TEMPLATE, tmp_path / "out.ipynb", {"timing": tmp_path / "missing.zarr"})
     assert list(tmp_path.iterdir()) == []
-    assert not psutil.Process().children()
+    assert psutil.Process().children() == before
