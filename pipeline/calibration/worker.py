@@ -15,12 +15,13 @@ from torch import nn
 
 from pipeline.cluster.gang import RankContext
 from pipeline.graph.trace import Graph
-from pipeline.plan.layouts import Layout
+from pipeline.plan.layouts import Layout, kernels
 from pipeline.plan.plan import Plan
-from pipeline.plan.program import Compute, Placed, activation_spec
+from pipeline.plan.program import Compute, Exchange, Placed, TensorSpec, activation_spec
 from pipeline.plan.strategies import plan_network
 from pipeline.run.emulation import Throttle
 from pipeline.run.execution import Execution
+from pipeline.run.transport import Transport
 
 LINK_BYTES = (1_024, 1_048_576, 8_388_608)
 """Sizes of the messages that measure a link, ascending."""
@@ -214,25 +215,44 @@ def _measure_update(context: RankContext, repetitions: int) -> NDArray[np.float6
 def _measure_links(context: RankContext, repetitions: int) -> dict[int, NDArray[np.float64]]:
     """Half of each round trip of every message size, from this rank to every higher one, one pair at a time."""
     links = {}
+    transport = Transport(context)  # what a training's messages go through: shared memory on one host, else sockets
     for lower in range(context.size):
         for higher in range(lower + 1, context.size):
             context.barrier()
             if context.rank in (lower, higher):
-                other = higher if context.rank == lower else lower
-                times = _ping(context, other, repetitions, first=context.rank == lower)
+                times = _round_trips(context, transport, lower, higher, repetitions) / 2
                 if context.rank == lower:
-                    links[other] = times
+                    links[higher] = times
     return links
 
 
-def _ping(context: RankContext, other: int, repetitions: int, *, first: bool) -> NDArray[np.float64]:
+def _round_trips(
+    context: RankContext, transport: Transport, lower: int, higher: int, repetitions: int
+) -> NDArray[np.float64]:
     times = np.empty((len(LINK_BYTES), repetitions))
-    for message, size in enumerate(LINK_BYTES):
-        buffer = torch.zeros(size // 4, dtype=torch.float32)
+    for index, size in enumerate(LINK_BYTES):
+        elements = size // 4
+        here, there = (_all_on(end, elements, context.size) for end in (lower, higher))
+        out = Exchange(
+            name=f"{size} bytes {lower}→{higher}",
+            direction="forward",
+            source=Placed("message", here),
+            target=Placed("message", there),
+            spec=TensorSpec(shape=(1, elements), channel_axis=1, images_axis=0),
+            parameter=False,
+        )
+        back = replace(out, direction="backward")
+        message = torch.zeros(1, elements, device=context.torch_device)
+        starts = context.rank == lower
         for repetition in range(-1, repetitions):
             start = time.perf_counter()
-            for sends in (first, not first):
-                (dist.send if sends else dist.recv)(buffer, other, context.group)
+            for one in (out, back):
+                sends = starts == (one is out)
+                transport.exchange(one, message if sends else None, None if sends else message)
             if repetition >= 0:
-                times[message, repetition] = (time.perf_counter() - start) / 2
+                times[index, repetition] = time.perf_counter() - start
     return times
+
+
+def _all_on(rank: int, elements: int, ranks: int) -> Layout:
+    return kernels(tuple(elements if other == rank else 0 for other in range(ranks)))

@@ -27,6 +27,7 @@ from pipeline.cluster.devices import Device
 from pipeline.cluster.rendezvous import Meeting
 from pipeline.errors import RunError
 
+_SOCKET_NAME = b"\0pipeline-rank-"
 _WATCH_S = 0.5
 _ARRIVE_POLL_S = 0.005
 _LAST_RESORT_S = 6.0  # Longer than the driver needs to do the same, where it is still there.
@@ -34,6 +35,10 @@ _LAST_RESORT_S = 6.0  # Longer than the driver needs to do the same, where it is
 
 class Stopped(RunError):  # noqa: N818 - an order that was obeyed, not an error of its own
     """The gang is over, or its driver is gone: the rank ends here."""
+
+
+class RankLost(RunError):  # noqa: N818 - says what happened, as the errors of gloo do
+    """Another rank of this host is gone or silent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +68,8 @@ class RankContext:
     """The gloo group of the gang, also torch's default group; None in a gang of one."""
     generation: str
     """Unique name of this run of a gang."""
+    timeout_s: float = 60.0
+    """How long a rank waits for another before it gives up."""
     _watch: Watch | None = field(default=None, repr=False, compare=False)
 
     def report(self, step: int, **values: float) -> None:
@@ -115,6 +122,7 @@ def run_rank(assignment: Assignment, function: Callable[..., Any], *arguments: A
                 torch_device=_torch_device(assignment.device),
                 group=group,
                 generation=assignment.meeting.generation,
+                timeout_s=assignment.timeout_s,
                 _watch=watch,
             )
             return Outcome(value=function(context, *arguments))
@@ -254,10 +262,15 @@ def _pickled(error: BaseException) -> bytes | None:
 
 def _follows_from_another(error: BaseException | None) -> bool:
     while error is not None:
-        if isinstance(error, Stopped | dist.DistError) or "gloo/transport" in str(error):
+        if isinstance(error, Stopped | RankLost | dist.DistError) or "gloo/transport" in str(error):
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def rank_socket_name(generation: str, rank: int) -> bytes:
+    """Abstract name of the Unix socket on which a rank expects the other ranks of its host."""
+    return _SOCKET_NAME + f"{generation}-{rank}".encode("ascii")
 
 
 def _open_sockets() -> dict[int, int]:
@@ -272,15 +285,16 @@ def _open_sockets() -> dict[int, int]:
 
 
 def _shut_down(descriptor: int, inode: int, spared: set[tuple[str, int]]) -> None:
-    """End both directions of a TCP connection, unless it belongs to Dask; whoever uses it sees an error at once."""
+    """End both directions of a connection between ranks or to the store; whoever uses it sees an error at once."""
     with contextlib.suppress(OSError):  # Listening or closed in the meantime.
         connection = socket.socket(fileno=os.dup(descriptor))
         with connection:
-            if os.fstat(connection.fileno()).st_ino != inode or connection.family not in (
-                socket.AF_INET,
-                socket.AF_INET6,
-            ):
+            if os.fstat(connection.fileno()).st_ino != inode:
                 return
-            if {connection.getsockname()[:2], connection.getpeername()[:2]} & spared:
-                return
-            connection.shutdown(socket.SHUT_RDWR)
+            ends = connection.getsockname(), connection.getpeername()
+            if connection.family == socket.AF_UNIX:
+                ours = any(bytes(end).startswith(_SOCKET_NAME) for end in ends if isinstance(end, bytes))
+            else:
+                ours = not {end[:2] for end in ends} & spared
+            if ours:
+                connection.shutdown(socket.SHUT_RDWR)

@@ -1,9 +1,14 @@
 """Boxes between ranks on one host: through memory that both see, instead of twice through a socket.
 
-The sender packs a box into an anonymous memory file and tells the receiver, by a small gloo message, where it is; the
-receiver maps the file through ``/proc`` and copies the box out. A counter at the head of the file says which box has
-been copied, and keeps the sender from overwriting one that has not. The memory belongs to the processes alone: nothing
-is left behind when one is killed.
+The sender packs a box into an anonymous memory file and says so over a Unix socket that joins the two ranks; the first
+time it hands over the file, too. The receiver maps it and copies the box out. A counter at the head of the file says
+which box has been copied, and keeps the sender from overwriting one that has not.
+
+A rank that waits looks for itself, again and again with short sleeps. gloo answers by way of a thread of its own, which
+has to wait for a core where all of them are computing, up to some milliseconds for the smallest message; and a rank
+that is woken by another tends to be put on the core of the other, where the two share it for a while.
+
+The memory belongs to the processes alone: nothing is left behind when one is killed.
 """
 
 from __future__ import annotations
@@ -11,83 +16,130 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import socket
+import struct
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from pipeline.cluster.gang import RankContext
+from pipeline.cluster.rank import RankContext, RankLost, rank_socket_name
 
-LEAST_BYTES = 1 << 15
-"""A smaller box goes through the socket: telling where it is would cost as much as sending it."""
-LETTER = 3
-"""Numbers in the message that announces a box: process, file descriptor, count."""
 _HEAD_BYTES = 64
-_PATIENCE_S = 60.0
-_POLL_S = 5e-5
+_LETTER = struct.Struct("qqq")
+"""What announces a box: number of the file; bytes of the file, when it comes along; which box it is."""
+_CREDENTIALS = struct.Struct("iII")
+"""What the kernel says of a peer: process, user, group."""
+_HANDSHAKE_S = 30.0
+_LEAST_SLEEP_S, _MOST_SLEEP_S = 2e-5, 1e-3
 
 
 class Outbox:
     """The sender's end: one memory file for the boxes of one message, step after step."""
 
-    def __init__(self, like: torch.Tensor) -> None:
+    def __init__(self, neighbour: Neighbour, like: torch.Tensor) -> None:
+        self._neighbour = neighbour
         size = _HEAD_BYTES + like.numel() * like.element_size()
-        self._file = os.memfd_create("pipeline exchange")
-        os.ftruncate(self._file, size)
-        self._map = mmap.mmap(self._file, size)
-        self._copied = torch.frombuffer(self._map, dtype=torch.int64, count=1)
-        self._box = torch.frombuffer(self._map, dtype=like.dtype, offset=_HEAD_BYTES).view(like.shape)
-        self._count = 0
+        with _memory_file(size) as file:
+            mapped = mmap.mmap(file, size)
+            self._copied = torch.frombuffer(mapped, dtype=torch.int64, count=1)
+            self._box = torch.frombuffer(mapped, dtype=like.dtype, offset=_HEAD_BYTES).view(like.shape)
+            self._count = 0
+            self._number = neighbour.send_file(file, size)
 
-    def post(self, part: torch.Tensor) -> torch.Tensor:
-        """Put ``part`` into the box, and return the letter to send.
+    def post(self, part: torch.Tensor) -> None:
+        """Put ``part`` into the box and tell the neighbour; waits until it has copied the one before.
 
-        Raises ``RuntimeError`` if the receiver has not copied the last one within a minute.
+        Raises ``RankLost`` if the neighbour is gone, or does not copy the last box in the time of the gang.
         """
         self._await_copy()
         self._box.copy_(part)
         self._count += 1
-        return torch.tensor([os.getpid(), self._file, self._count])
-
-    def await_first_copy(self) -> None:
-        """Wait until the receiver has mapped the file; from then on it no longer needs this process.
-
-        Raises ``RuntimeError`` as ``post`` does.
-        """
-        if self._count == 1:
-            self._await_copy()
+        self._neighbour.send_letter(self._number, self._count)
 
     def _await_copy(self) -> None:
-        deadline = time.monotonic() + _PATIENCE_S
-        while int(self._copied[0]) != self._count:
-            if time.monotonic() > deadline:
-                raise RuntimeError("the receiver of a box in shared memory does not answer")
-            time.sleep(_POLL_S)
-
-    def __del__(self) -> None:
-        # The mapping lives on in the tensors; the receiver, if it ever asked, has its own.
-        with contextlib.suppress(OSError):
-            os.close(self._file)
+        for _ in self._neighbour.patience():
+            if int(self._copied[0]) == self._count:
+                return
+            self._neighbour.check()
 
 
-class Inbox:
-    """The receiver's end: maps what letters point to, and keeps it mapped for the next letter."""
+class Neighbour:
+    """Another rank of this host: what is sent to it and what comes from it, in the order of the program."""
 
-    def __init__(self) -> None:
-        self._maps: dict[tuple[int, int], mmap.mmap] = {}
+    def __init__(self, rank: int, connection: socket.socket, timeout_s: float) -> None:
+        self.rank, self.timeout_s = rank, timeout_s
+        self._connection = connection
+        connection.setblocking(False)
+        self._sent_files = 0
+        self._maps: dict[int, mmap.mmap] = {}
 
-    def open(self, letter: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, Receipt]:
-        """The box that ``letter`` announces, shaped and typed as ``like``; sign the receipt when it has been copied."""
-        process, file, count = letter.tolist()
-        size = _HEAD_BYTES + like.numel() * like.element_size()
-        if (process, file) not in self._maps:
-            with Path(f"/proc/{process}/fd/{file}").open("r+b") as opened:
-                self._maps[process, file] = mmap.mmap(opened.fileno(), size)
-        mapped = self._maps[process, file]
+    def send_file(self, file: int, size: int) -> int:
+        """Hand over a memory file of ``size`` bytes; returns the number by which letters name it."""
+        self._sent_files += 1
+        self._send(_LETTER.pack(self._sent_files, size, 0), [file])
+        return self._sent_files
+
+    def send_letter(self, number: int, count: int) -> None:
+        """Say that a file holds its ``count``-th box. Raises ``RankLost`` if the neighbour is gone."""
+        self._send(_LETTER.pack(number, 0, count), [])
+
+    def _send(self, letter: bytes, files: list[int]) -> None:
+        for _ in self.patience():  # once, unless a very long queue of letters has filled the socket
+            with self._errors():
+                socket.send_fds(self._connection, [letter], files)
+                return
+
+    def receive(self, like: torch.Tensor) -> tuple[torch.Tensor, Receipt]:
+        """Wait for the next box, shaped and typed as ``like``; sign the receipt when it has been copied.
+
+        Raises ``RankLost`` if the neighbour is gone or sends nothing in the time of the gang.
+        """
+        for _ in self.patience():
+            with self._errors():
+                letter, files, _, _ = socket.recv_fds(self._connection, _LETTER.size, 1)
+                if not letter:
+                    raise RankLost(f"rank {self.rank} closed its connection")
+                number, size, count = _LETTER.unpack(letter)
+                for file in files:
+                    self._maps[number] = mmap.mmap(file, size)
+                    os.close(file)
+                if not files:
+                    break
+        mapped = self._maps[number]
         box = torch.frombuffer(mapped, dtype=like.dtype, offset=_HEAD_BYTES, count=like.numel()).view(like.shape)
         return box, Receipt(torch.frombuffer(mapped, dtype=torch.int64, count=1), count)
+
+    def patience(self) -> Iterator[None]:
+        """Look again and again, with sleeps that grow with the time waited.
+
+        Raises ``RankLost`` when the time of the gang is over.
+        """
+        start = time.monotonic()
+        while True:
+            yield
+            waited = time.monotonic() - start
+            if waited > self.timeout_s:
+                raise RankLost(f"rank {self.rank} did not answer within {self.timeout_s:g} s")
+            time.sleep(min(max(waited / 16, _LEAST_SLEEP_S), _MOST_SLEEP_S))
+
+    def check(self) -> None:
+        """Raise ``RankLost`` if the neighbour is gone."""
+        with self._errors():
+            if not self._connection.recv(1, socket.MSG_PEEK):
+                raise RankLost(f"rank {self.rank} closed its connection")
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BlockingIOError:
+            pass  # nothing there yet, or no room: to be tried again
+        except OSError as error:
+            raise RankLost(f"the connection to rank {self.rank} broke: {error}") from error
 
 
 class Receipt:
@@ -101,18 +153,68 @@ class Receipt:
         self._copied[0] = self._count
 
 
-def neighbours(context: RankContext) -> frozenset[int]:
-    """The ranks with which this one can share memory: CPU ranks of one user on one host, in one space of processes.
+def neighbours(context: RankContext) -> dict[int, Neighbour]:
+    """The ranks with which this one can share memory: CPU ranks of one user on one host, in one network namespace.
 
-    Every rank of the gang must call this at the same point.
+    Every rank of the gang must call this at the same point. Raises ``RankLost`` if one is gone.
     """
     if context.group is None or context.size == 1:
-        return frozenset()
-    mine = torch.tensor([_place(context)])
-    places = [torch.zeros_like(mine) for _ in range(context.size)]
-    dist.all_gather(places, mine, group=context.group)
-    here = int(mine)
-    return frozenset(rank for rank, place in enumerate(places) if here and int(place) == here and rank != context.rank)
+        return {}
+    place = _place(context)
+    with contextlib.ExitStack() as stack:
+        listener = None
+        if place:
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            listener.bind(rank_socket_name(context.generation, context.rank))
+            listener.listen(context.size)
+            listener.settimeout(_HANDSHAKE_S)
+        # Every listener is there before anybody calls on it.
+        mine = torch.tensor([place])
+        places = [torch.zeros_like(mine) for _ in range(context.size)]
+        dist.all_gather(places, mine, group=context.group)
+        here = [rank for rank, other in enumerate(places) if place and int(other) == place]
+        found = {}
+        for rank in here:
+            if listener is None or rank == context.rank:
+                continue
+            caller, connection = _call(context, rank) if rank < context.rank else _answer(listener)
+            found[caller] = Neighbour(caller, connection, context.timeout_s)
+    return found
+
+
+def _call(context: RankContext, rank: int) -> tuple[int, socket.socket]:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        connection.settimeout(_HANDSHAKE_S)
+        connection.connect(rank_socket_name(context.generation, rank))
+        connection.send(bytes([context.rank & 255, context.rank >> 8]))
+    except OSError as error:
+        connection.close()
+        raise RankLost(f"rank {rank} could not be reached: {error}") from error
+    return rank, connection
+
+
+def _answer(listener: socket.socket) -> tuple[int, socket.socket]:
+    while True:
+        try:
+            connection, _ = listener.accept()
+            connection.settimeout(_HANDSHAKE_S)
+            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            if _CREDENTIALS.unpack(credentials)[1] == os.getuid():
+                return int.from_bytes(connection.recv(2), "little"), connection
+            connection.close()  # another user of this host has no business here
+        except OSError as error:
+            raise RankLost(f"a rank of this host did not call: {error}") from error
+
+
+@contextlib.contextmanager
+def _memory_file(size: int) -> Iterator[int]:
+    file = os.memfd_create("pipeline exchange")
+    try:
+        os.ftruncate(file, size)
+        yield file
+    finally:
+        os.close(file)  # the mappings live on
 
 
 def _place(context: RankContext) -> int:
@@ -121,8 +223,7 @@ def _place(context: RankContext) -> int:
         return 0
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        spaces = [str(Path("/proc/self/ns", name).readlink()) for name in ("pid", "user")]
+        network = str(Path("/proc/self/ns/net").readlink())
     except OSError:
         return 0
-    text = " ".join([boot, *spaces, str(os.getuid())])
-    return zlib.crc32(text.encode()) + 1
+    return zlib.crc32(f"{boot} {network} {os.getuid()}".encode()) + 1

@@ -2,8 +2,8 @@
 
 Tensors are seen as ``x_ICE``: images, channels, everything else. gloo wants contiguous CPU memory, so boxes are packed
 into staging buffers that live as long as the transport (pinned where a GPU is involved); a box that is already
-contiguous in CPU memory is sent and received in place. Between CPU ranks on one host, larger boxes go through shared
-memory.
+contiguous in CPU memory is sent and received in place. Between CPU ranks on one host, boxes go through shared memory
+instead.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import torch.distributed as dist
 from pipeline.cluster.gang import RankContext
 from pipeline.plan.layouts import Box, Message
 from pipeline.plan.program import Exchange, TensorSpec
-from pipeline.run.shared_memory import LEAST_BYTES, LETTER, Inbox, Outbox, neighbours
+from pipeline.run.shared_memory import Neighbour, Outbox, neighbours
 
 
 class Transport:
     """The exchanges of one rank."""
 
-    def __init__(self, context: RankContext) -> None:
+    def __init__(self, context: RankContext, *, shared_memory: bool = True) -> None:
+        """Every rank of the gang must call this at the same point; ``shared_memory=False`` sends all through gloo."""
         self.rank = context.rank
         self.group = context.group
         self.device = context.torch_device
-        self._neighbours = neighbours(context)
+        self._neighbours = neighbours(context) if shared_memory else {}
         self._buffers: dict[tuple[object, ...], torch.Tensor] = {}
         self._outboxes: dict[tuple[object, ...], Outbox] = {}
-        self._inbox = Inbox()
 
     def exchange(self, instruction: Exchange, source: torch.Tensor | None, target: torch.Tensor | None) -> None:
         """Carry out ``instruction`` for this rank, from start to end; see ``start``."""
@@ -47,7 +47,7 @@ class Transport:
         several messages carry becomes their sum, always in the same order, so that runs repeat bit by bit. In between
         neither tensor may be changed, nor the target read.
 
-        Raises gloo's ``RuntimeError``, here or at the end, if another rank is gone.
+        Raises gloo's ``RuntimeError`` or ``RankLost``, here or at the end, if another rank is gone.
         """
         spec = instruction.spec
         forward = instruction.direction == "forward"
@@ -66,17 +66,21 @@ class Transport:
         outgoing = [message for message in instruction.messages if message.source == self.rank != message.target]
         sums = _overlapping(incoming)
         key = (instruction.name, instruction.direction, spec.view)
+        self._clear(incoming, y_ICE, wanted, sums)
         arrivals = self._arrivals(key, incoming, y_ICE, wanted, in_place=not sums)
-        receives = [dist.P2POp(dist.irecv, one.buffer, one.source, self.group) for one in arrivals]
-        posted: list[Outbox] = []
-        sends = [
-            dist.P2POp(
-                dist.isend, self._packed((*key, index), x_ICE, held, message, posted), message.target, self.group
-            )
-            for index, message in enumerate(outgoing)
+        receives = [
+            dist.P2POp(dist.irecv, one.buffer, one.source, self.group) for one in arrivals if one.buffer is not None
         ]
+        sends = []
+        for index, message in enumerate(outgoing):
+            assert x_ICE is not None
+            part = _part(x_ICE, held, message.box)
+            if message.target in self._neighbours:
+                self._outbox((*key, index), self._neighbours[message.target], part).post(part)
+            else:
+                sends.append(dist.P2POp(dist.isend, self._packed((*key, index), part), message.target, self.group))
         requests = dist.batch_isend_irecv(receives + sends) if receives or sends else []
-        self._place_own(incoming, x_ICE, held, y_ICE, wanted, sums)
+        self._place_own(incoming, x_ICE, held, y_ICE, wanted)
 
         @torch.no_grad()
         def finish() -> None:
@@ -87,24 +91,21 @@ class Transport:
                 self._take_out(one, sums=sums)
             if strided and target is not None and landing is not None:
                 target.copy_(landing)
-            # After the arrivals have been taken out, so that two ranks that send to each other do not both wait.
-            for outbox in posted:
-                outbox.await_first_copy()
 
         return finish
 
     def _take_out(self, one: _Arrival, *, sums: bool) -> None:
-        """Bring what has arrived to where it belongs."""
-        box, receipt = self._inbox.open(one.buffer, one.part) if one.is_letter else (one.buffer, None)
+        """Bring what has arrived to where it belongs; from a neighbour, wait for it first."""
+        if one.buffer is None:
+            box, receipt = self._neighbours[one.source].receive(one.part)
+        else:
+            box, receipt = one.buffer, None
         if sums:
             one.part.add_(box.to(one.part.device))
         elif box is not one.part:
             one.part.copy_(box)
         if receipt is not None:
             receipt.sign()
-
-    def _is_shared(self, other: int, part: torch.Tensor) -> bool:
-        return other in self._neighbours and part.numel() * part.element_size() >= LEAST_BYTES
 
     def _arrivals(
         self,
@@ -121,29 +122,29 @@ class Transport:
             if message.source != self.rank and y_ICE is not None:
                 part = _part(y_ICE, wanted, message.box)
                 direct = in_place and part.is_contiguous() and part.device.type == "cpu"
-                is_letter = self._is_shared(message.source, part)
-                if is_letter:
-                    buffer = torch.empty(LETTER, dtype=torch.int64)
-                else:
+                buffer: torch.Tensor | None = None
+                if message.source not in self._neighbours:
                     buffer = part if direct else self._buffer((*key, "in", index), part)
-                found.append(_Arrival(message.source, buffer, part, is_letter))
+                found.append(_Arrival(message.source, buffer, part))
         return found
 
-    def _packed(
-        self, key: tuple[object, ...], x_ICE: torch.Tensor | None, held: Box, message: Message, posted: list[Outbox]
-    ) -> torch.Tensor:
-        """What to send for a message: the box itself, or the letter that tells where it was ``posted``."""
-        assert x_ICE is not None
-        part = _part(x_ICE, held, message.box)
-        if self._is_shared(message.target, part):
-            full_key = (*key, tuple(part.shape), part.dtype)
-            if full_key not in self._outboxes:
-                self._outboxes[full_key] = Outbox(part)
-            posted.append(self._outboxes[full_key])
-            return posted[-1].post(part)
+    def _outbox(self, key: tuple[object, ...], neighbour: Neighbour, part: torch.Tensor) -> Outbox:
+        full_key = (*key, tuple(part.shape), part.dtype)
+        if full_key not in self._outboxes:
+            self._outboxes[full_key] = Outbox(neighbour, part)
+        return self._outboxes[full_key]
+
+    def _packed(self, key: tuple[object, ...], part: torch.Tensor) -> torch.Tensor:
+        """The part in contiguous CPU memory."""
         if part.is_contiguous() and part.device.type == "cpu":
             return part
         return self._buffer((*key, "out"), part).copy_(part)
+
+    def _clear(self, incoming: Sequence[Message], y_ICE: torch.Tensor | None, wanted: Box, sums: bool) -> None:
+        """What is summed, or reached by no message, begins at zero; own parts are copied, not summed."""
+        covered = [message.box for message in incoming if not sums or message.source == self.rank]
+        if y_ICE is not None and sum(box.size for box in covered) < wanted.size:
+            y_ICE.zero_()
 
     def _place_own(
         self,
@@ -152,18 +153,13 @@ class Transport:
         held: Box,
         y_ICE: torch.Tensor | None,
         wanted: Box,
-        sums: bool,
     ) -> None:
-        """Local copies, made while the messages are under way; what is summed or left out begins at zero."""
-        if y_ICE is None:
-            return
-        own = [message.box for message in incoming if message.source == self.rank]
-        covered = own if sums else [message.box for message in incoming]
-        if sum(box.size for box in covered) < wanted.size:
-            y_ICE.zero_()
-        for box in own:
-            assert x_ICE is not None
-            _part(y_ICE, wanted, box).copy_(_part(x_ICE, held, box))
+        """Local copies, made while the messages are under way."""
+        for message in incoming:
+            if message.source == self.rank:
+                assert x_ICE is not None
+                assert y_ICE is not None
+                _part(y_ICE, wanted, message.box).copy_(_part(x_ICE, held, message.box))
 
     def _buffer(self, key: tuple[object, ...], like: torch.Tensor) -> torch.Tensor:
         """A staging buffer in CPU memory of the shape and type of ``like``; the same one for the same key."""
@@ -178,11 +174,10 @@ class _Arrival(NamedTuple):
     """A message under way to this rank."""
 
     source: int
-    buffer: torch.Tensor
+    buffer: torch.Tensor | None
+    """What gloo receives into; None for a box that comes through shared memory."""
     part: torch.Tensor
     """Where its content belongs; ``buffer`` itself if that can be received into."""
-    is_letter: bool
-    """Whether ``buffer`` only tells where in shared memory the content is."""
 
 
 def _view(tensor: torch.Tensor | None, spec: TensorSpec, box: Box) -> torch.Tensor | None:

@@ -84,7 +84,6 @@ def run_rank(context: RankContext, job: Job) -> Account:
     Raises ``RunError`` when the loss is no finite number.
     """
     torch.manual_seed(job.seed)
-    _allow_many_files()
     _reset_peak_memory(context)
     offset = clock_offset(context)
     runner = _DataParallelRun(context, job, offset) if job.plan.strategy == "ddp" else _ProgramRun(context, job, offset)
@@ -208,12 +207,6 @@ def _convolution_time(context: RankContext, runner: _ProgramRun | _DataParallelR
         with timer, runner.clock.step(recorded=False):
             runner.step(batch_size, batch)
     return timer.seconds / context.device.speed  # the timer does not see the sleep of an emulated device
-
-
-def _allow_many_files() -> None:
-    """Raise the soft limit of open files to the hard one: every box in shared memory is a file."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _reset_peak_memory(context: RankContext) -> None:
