@@ -15,8 +15,8 @@ from pipeline.datasets import StoredImages
 from pipeline.plan.plan import Strategy
 from pipeline.results.contracts import describe, validate_accuracy
 from pipeline.results.provenance import provenance
-from pipeline.run.execution import OptimizerFactory
 from pipeline.run.launch import OnProgress
+from pipeline.run.recipe import OptimizerFactory
 from pipeline.training import fit
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,8 +26,10 @@ from pipeline.plan.planner import plan_graph
 from pipeline.plan.strategies import Shares
 from pipeline.results.contracts import describe
 from pipeline.run.batches import batch_indices
-from pipeline.run.execution import Loss, OptimizerFactory
+from pipeline.run.callbacks import Callback
 from pipeline.run.launch import SGD, OnProgress, example_batch, run_plan
+from pipeline.run.parameters import ParameterGroups
+from pipeline.run.recipe import Loss, OptimizerFactory, Recipe, SchedulerFactory, check_recipe
 from pipeline.run.timeline import merged_losses, timing_dataset
 from pipeline.run.worker import Account
 
@@ -43,6 +45,8 @@ class FitResult:
     timing: xr.Dataset
     """``step_time(step)`` in s, and the timeline of the last steps by instruction and device."""
     plan: Plan
+    callbacks: tuple[Callback, ...]
+    """As they ended."""
 
 
 def fit(
@@ -56,10 +60,18 @@ def fit(
     max_steps: int | None = None,
     strategy: Strategy = "auto",
     optimizer: OptimizerFactory = SGD,
+    parameter_groups: ParameterGroups | None = None,
+    scheduler: SchedulerFactory | None = None,
+    scheduled_by: Literal["epoch", "step"] = "epoch",
+    clip_norm: float | None = None,
+    clip_value: float | None = None,
+    accumulate: int = 1,
     loss: Loss | None = None,
     shuffle: bool = True,
     seed: int = 0,
     validation: Dataset[Any] | None = None,
+    loader: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
     checkpoint: str | Path | None = None,
     calibration: xr.Dataset | None = None,
     shares: Shares | None = None,
@@ -81,6 +93,11 @@ def fit(
     """
     if strategy not in STRATEGIES:
         raise InputError(f"strategy '{strategy}' is unknown; the strategies are {', '.join(STRATEGIES)}")
+    recipe = Recipe(
+        loss=loss or nn.CrossEntropyLoss(), optimizer=optimizer, groups=parameter_groups, scheduler=scheduler,
+        scheduled_by=scheduled_by, clip_norm=clip_norm, clip_value=clip_value, accumulate=accumulate,
+    )  # fmt: skip
+    check_recipe(recipe)
     images = _checked_length(dataset, batch_size, epochs, max_steps)
     if checkpoint is not None and not Path(checkpoint).resolve().parent.is_dir():
         raise InputError(f"checkpoint '{checkpoint}' cannot be written: its folder does not exist")
@@ -95,7 +112,7 @@ def fit(
         indices = batch_indices(images, batch_size, epochs=epochs, max_steps=max_steps, shuffle=shuffle, seed=seed)
         accounts = run_plan(
             connected, chosen, plan, graph, model, dataset,
-            validation=validation, loss=loss, optimizer=optimizer, indices=indices, seed=seed,
+            validation=validation, recipe=recipe, loader=loader, callbacks=callbacks, indices=indices, seed=seed,
             label=label or f"{plan.strategy} {type(model).__name__}", on_progress=on_progress,
         )  # fmt: skip
     trained = copy.deepcopy(model).cpu()
@@ -108,6 +125,7 @@ def fit(
         history=_history(accounts),
         timing=timing_dataset(graph, plan, batch_size, accounts),
         plan=plan,
+        callbacks=accounts[0].callbacks,
     )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from pipeline.run.batches import batch_indices
-from pipeline.run.execution import OptimizerFactory
+from pipeline.run.recipe import OptimizerFactory
 
 IMAGES = 22
 BATCH = 8

@@ -23,6 +23,7 @@ from pipeline.cluster.devices import Member, discover
 from pipeline.cluster.gang import run_gang
 from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph, Operation, trace
+from pipeline.plan.ties import bound
 from pipeline.results.contracts import describe, validate_calibration
 from pipeline.results.provenance import provenance
 
@@ -80,28 +81,42 @@ def calibration_images(graph: Graph, batch_size: int) -> int:
 
 
 def chains_of(graph: Graph) -> list[Chain]:
-    """The segments to measure: every convolution and dense layer by itself, and what lies between them together."""
-    if any(operation.shape is None for operation in graph.operations):
-        return [_chain(graph, graph.operations)]  # values that are no tensors of images cannot be made up
+    """The segments to measure: every convolution and dense layer by itself, and what lies between them together.
+
+    What gives or takes values that are no tensors of images, which cannot be made up, stays together.
+    """
+    place = {operation.name: index for index, operation in enumerate(graph.operations)}
+    together = bound(graph)
     chains: list[list[Operation]] = []
-    for operation in graph.operations:
-        alone = operation.effect is Effect.KERNEL
-        if not chains or alone or chains[-1][0].effect is Effect.KERNEL:
+    open_until = -1
+    for index, operation in enumerate(graph.operations):
+        begins = not chains or _is_alone(operation) or _is_alone(chains[-1][0])
+        differs = bool(chains) and _is_splittable(operation) != _is_splittable(chains[-1][-1])
+        if index > open_until and (begins or differs):
             chains.append([])
         chains[-1].append(operation)
+        open_until = max(open_until, *(place[name] for name in together[operation.name]))
     return [_chain(graph, operations) for operations in chains]
+
+
+def _is_alone(operation: Operation) -> bool:
+    return operation.effect in (Effect.KERNEL, Effect.GROUPED)
+
+
+def _is_splittable(operation: Operation) -> bool:
+    return operation.effect not in (Effect.WHOLE, Effect.IMAGEWISE)
 
 
 def _chain(graph: Graph, operations: Sequence[Operation]) -> Chain:
     inside = {operation.name for operation in operations}
     inputs = {value for operation in operations for value in operation.inputs if value not in inside}
     used = {value for operation in graph.operations if operation.name not in inside for value in operation.inputs}
-    outputs = [name for name in (one.name for one in operations) if name in used | {graph.output}]
+    outputs = [name for name in (one.name for one in operations) if name in used | set(graph.outputs)]
     return Chain(
         operations=tuple(operation.name for operation in operations),
         inputs=tuple(sorted(inputs)),
         outputs=tuple(outputs),
-        splittable=all(operation.effect is not Effect.WHOLE for operation in operations),
+        splittable=all(_is_splittable(operation) for operation in operations),
     )
 
 

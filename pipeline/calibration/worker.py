@@ -15,9 +15,10 @@ from torch import nn
 
 from pipeline.cluster.gang import RankContext
 from pipeline.graph.trace import Graph
+from pipeline.plan.instructions import Compute, Exchange, Placed, Step, TensorSpec
 from pipeline.plan.layouts import Layout, kernels
 from pipeline.plan.plan import Plan
-from pipeline.plan.program import Compute, Exchange, Placed, TensorSpec, activation_spec
+from pipeline.plan.program import activation_spec
 from pipeline.plan.strategies import plan_network
 from pipeline.run.emulation import Throttle
 from pipeline.run.execution import Execution
@@ -133,16 +134,30 @@ def _kernels(graph: Graph, plan: Plan, chain: Chain) -> int:
 def _measure_chain(context: RankContext, execution: Execution, chain: Chain, task: Task) -> NDArray[np.float64]:
     """Forward and backward time in s, (repetition, 2); one more repetition before them warms up."""
     graph, plan = task.graph, execution.plan
-    inputs = tuple(Placed(value, _input_layout(chain, value, graph, plan)) for value in chain.inputs)
+    inputs = tuple(dict.fromkeys(
+        Placed(value, plan[name].input)
+        for name in chain.operations
+        for value in graph[name].inputs
+        if value in chain.inputs or plan[value].output != plan[name].input
+    ))  # fmt: skip
     outputs = tuple(Placed(name, plan[name].output) for name in chain.outputs)
     trained = {one.name for name in chain.operations for one in graph[name].parameters if one.trained}
     differentiable = frozenset(one for one in inputs if one.name != graph.input)
+    steps = tuple(
+        Step(
+            operation=name,
+            part="whole",
+            inputs=tuple(Placed(value, plan[name].input) for value in graph[name].inputs),
+            output=Placed(name, plan[name].output),
+        )
+        for name in chain.operations
+    )
     gradients = differentiable | (frozenset(outputs) if trained or differentiable else frozenset())
     instruction = Compute(
         name=chain.name,
         direction="forward",
         segment=0,
-        operations=chain.operations,
+        steps=steps,
         inputs=inputs,
         outputs=outputs,
         ranks=(0,),
@@ -151,7 +166,7 @@ def _measure_chain(context: RankContext, execution: Execution, chain: Chain, tas
     incoming: dict[Placed, torch.Tensor] = {}
 
     def once() -> tuple[float, float]:
-        execution.values.clear()
+        execution.begin(task.images, None, training=True)
         execution.parameters.clear_gradients()
         for placed, value in values.items():
             value.grad = None
@@ -177,10 +192,6 @@ def _keep_busy(context: RankContext, work: Callable[[], object]) -> None:
     while not others.is_completed():
         work()
     others.wait()
-
-
-def _input_layout(chain: Chain, value: str, graph: Graph, plan: Plan) -> Layout:
-    return next(plan[name].input for name in chain.operations if value in graph[name].inputs)
 
 
 def _made_up(execution: Execution, placed: Placed, task: Task) -> torch.Tensor:
@@ -239,7 +250,6 @@ def _round_trips(
             source=Placed("message", here),
             target=Placed("message", there),
             spec=TensorSpec(shape=(1, elements), channel_axis=1, images_axis=0),
-            parameter=False,
         )
         back = replace(out, direction="backward")
         message = torch.zeros(1, elements, device=context.torch_device)

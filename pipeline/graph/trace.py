@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from pipeline.errors import InputError
-from pipeline.graph.effects import Effect, effect_of
+from pipeline.graph.effects import Effect
+from pipeline.graph.rules import WHOLE, Call, Judgement, Noise, aligned_axis, judge
+from pipeline.graph.tracing import EVALUATION, traced
+
+_TRIALS = (3, 5)
+"""Two numbers of images: what has as many entries along axis 0 for both is a tensor of images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +30,10 @@ class Parameter:
     trained: bool
     """Whether it gets a gradient; never for buffers."""
     buffer: bool
+    axis: int | None = None
+    """The axis that goes with the output's channels; None if it is the same for all of them."""
+    input_axis: int | None = None
+    """The axis that goes with the input's channels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +48,14 @@ class Operation:
     """Names of the operations whose output it takes; ``graph.input`` is the batch."""
     shape: tuple[int, ...] | None
     """Shape of its output for one image, ``(C, H, W)`` or ``(C,)``; None where the output is not a tensor of images."""
+    channel_axis: int
+    """Axis of the channels in its output, counting the images' as 0."""
+    unit: int
+    """How many adjacent output channels stay together: the width of a group."""
+    input_unit: int
+    """The same for its input."""
+    noise: Noise | None
+    """What a random operation multiplies its input by."""
     parameters: tuple[Parameter, ...]
     flops_per_image: int
     """Floating-point operations of the forward pass for one image; 0 for anything but convolutions and dense layers."""
@@ -46,7 +64,7 @@ class Operation:
     @property
     def channels(self) -> int:
         """Channels (features after flatten) of the output."""
-        return self.shape[0] if self.shape else 0
+        return self.shape[self.channel_axis - 1] if self.shape else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +75,18 @@ class Graph:
     input_shape: tuple[int, ...]
     """Shape of one image, ``(C, H, W)``."""
     operations: tuple[Operation, ...]
-    output: str
+    outputs: tuple[str, ...]
+    """What the model returns: most often one, with auxiliary heads several."""
+    evaluable: bool
+    """Whether evaluation mode runs the same operations as training."""
+
+    _by_name: Mapping[str, Operation] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_by_name", {operation.name: operation for operation in self.operations})
 
     def __getitem__(self, name: str) -> Operation:
-        for operation in self.operations:
-            if operation.name == name:
-                return operation
-        raise KeyError(name)
+        return self._by_name[name]
 
     @property
     def convolutions(self) -> tuple[Operation, ...]:
@@ -74,43 +97,9 @@ class Graph:
         """Shape for one image of an operation's output or of the batch."""
         return self.input_shape if value == self.input else self[value].shape
 
-
-class _Whole(nn.Module):
-    """A model that cannot be traced, as a single operation."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.model(x)
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return isinstance(self.root, _Whole) or super().is_leaf_module(module, qualified_name)
-
-
-def traced(model: nn.Module) -> fx.GraphModule:
-    """The model as an ``fx.GraphModule`` over its own submodules (shared, not copied).
-
-    A model whose control flow depends on data cannot be traced and becomes one operation.
-    """
-    own = set(vars(model))
-    try:
-        graph = _Tracer().trace(model)
-        for node in graph.nodes:
-            if node.kwargs.get("inplace"):
-                # A segment's input is a leaf of its own, which must not be written to.
-                node.kwargs = {**node.kwargs, "inplace": False}
-        return fx.GraphModule(model, graph)
-    except Exception:  # noqa: BLE001 - fx fails in as many ways as there are models; all mean "keep it whole"
-        whole = _Whole(model)
-        return fx.GraphModule(whole, _Tracer().trace(whole))
-    finally:
-        # The tracer leaves constants on the model, under other names each time; the graph has its own.
-        for name in set(vars(model)) - own:
-            delattr(model, name)
+    def channel_axis_of(self, value: str) -> int:
+        """Axis of the channels of an operation's output or of the batch."""
+        return 1 if value == self.input else self[value].channel_axis
 
 
 def trace(model: nn.Module, example_input: torch.Tensor) -> Graph:
@@ -120,72 +109,144 @@ def trace(model: nn.Module, example_input: torch.Tensor) -> Graph:
     if the model does not take such images.
     """
     graph_module = traced(model)
-    nodes = list(graph_module.graph.nodes)
-    placeholders = [node for node in nodes if node.op == "placeholder"]
-    results = _shapes(graph_module, example_input)
-    images = example_input.shape[0]
-    calls: dict[str, int] = {}
-    for node in nodes:
-        if node.op == "call_module":
-            calls[node.target] = calls.get(node.target, 0) + 1
-    owners = _owners(graph_module)
-    operations = []
-    for node in nodes:
-        if node.op in ("placeholder", "output"):
-            continue
-        module = graph_module.get_submodule(node.target) if node.op == "call_module" else None
-        shape = _image_shape(results.get(node.name), images)
-        effect = effect_of(node, module) if shape is not None else Effect.WHOLE
-        if isinstance(module, nn.Linear) and len(shape or ()) != 1:
-            effect = Effect.WHOLE  # over sequences the channels of a dense layer are not dimension 1
-        parameters = _parameters(module, node.target) if module is not None else _attribute(graph_module, node)
-        if module is not None and (calls[node.target] > 1 or any(owners[id(t)] > 1 for t in _state(module))):
-            effect = Effect.WHOLE  # used twice or tied: one copy of the weights must see all gradients
-        if effect is Effect.CHANNELWISE and not _same_shape_inputs(node, results):
-            effect = Effect.WHOLE
-        operations.append(
-            Operation(
-                name=node.name,
-                effect=effect,
-                module=str(node.target) if module is not None else None,
-                inputs=tuple(argument.name for argument in node.all_input_nodes),
-                shape=shape,
-                parameters=parameters,
-                flops_per_image=_flops(module, shape),
-                convolution=isinstance(module, nn.modules.conv._ConvNd),
-            )
-        )
-    output = nodes[-1].args[0]
-    if len(placeholders) != 1 or not isinstance(output, fx.Node):
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    required = [node for node in placeholders if not node.args]
+    if len(required) != 1 or any(node.users for node in placeholders[1:]):
         raise InputError(
-            f"{type(model).__name__}.forward takes {len(placeholders)} inputs and returns {type(output).__name__}: "
-            "a model must take one batch of images and return one tensor"
+            f"{type(model).__name__}.forward takes {len(required)} inputs: it must take one batch of images"
         )
-    return Graph(
-        input=placeholders[0].name,
-        input_shape=tuple(example_input.shape[1:]),
-        operations=tuple(operations),
-        output=output.name,
-    )
+    return _Analysis(graph_module, example_input, type(model).__name__).graph()
 
 
-def _shapes(graph_module: fx.GraphModule, example_input: torch.Tensor) -> dict[str, Any]:
-    """The result of every node, on the meta device; by real arithmetic only where the model looks at its data."""
-    dtype = next((p.dtype for p in graph_module.parameters() if p.dtype.is_floating_point), torch.get_default_dtype())
-    x_BCHW = example_input.to(dtype)
+class _Analysis:
+    """From a traced model and the results of its nodes to its operations."""
+
+    def __init__(self, graph_module: fx.GraphModule, example_input: torch.Tensor, name: str) -> None:
+        self._model, self._name = graph_module, name
+        self._input_shape = tuple(example_input.shape[1:])
+        self._dtype = model_dtype(graph_module)
+        self._trials, self._images = _results(graph_module, example_input.to(self._dtype))
+        self._axes: dict[str, int] = {}
+        self._owners = _owners(graph_module)
+
+    def graph(self) -> Graph:
+        nodes = list(self._model.graph.nodes)
+        source = next(node for node in nodes if node.op == "placeholder")
+        self._axes[source.name] = 1
+        operations = [self._operation(node) for node in nodes if node.op.startswith("call_")]
+        outputs: list[str] = []
+        fx.map_arg(nodes[-1].args[0], lambda node: outputs.append(node.name))
+        if not outputs:
+            raise InputError(f"{self._name}.forward returns nothing that depends on its input")
+        return Graph(
+            input=source.name,
+            input_shape=self._input_shape,
+            operations=tuple(operations),
+            outputs=tuple(dict.fromkeys(outputs)),
+            evaluable=bool(self._model.meta.get(EVALUATION, True)),
+        )
+
+    def _operation(self, node: fx.Node) -> Operation:
+        module = self._model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        reads = [one for one in node.all_input_nodes if one.op == "get_attr"]
+        taken = [one for one in node.all_input_nodes if one.op != "get_attr"]
+        result = self._trials[0].get(node.name)
+        call = Call(
+            node=node,
+            module=module,
+            result=result,
+            inputs={one.name: self._trials[0].get(one.name) for one in taken},
+            axes={one.name: self._axes[one.name] for one in taken},
+            parameters=[_attribute(self._model, str(one.target)) for one in reads],
+            is_images=self._is_images,
+        )
+        judgement = self._judged(call, reads)
+        shape = tuple(result.shape[1:]) if result is not None and self._is_images_of(node.name) else None
+        axis = judgement.channel_axis if shape and judgement.channel_axis <= len(shape) else 1
+        self._axes[node.name] = axis
+        if judgement.effect is Effect.FLATTEN:
+            taken = [one for one in taken if isinstance(call.inputs[one.name], torch.Tensor)]
+        parameters = _module_parameters(module, str(node.target), judgement, call) if module is not None else ()
+        return Operation(
+            name=node.name,
+            effect=judgement.effect,
+            module=str(node.target) if module is not None else None,
+            inputs=tuple(one.name for one in taken),
+            shape=shape,
+            channel_axis=axis,
+            unit=judgement.unit,
+            input_unit=judgement.input_unit,
+            noise=judgement.noise,
+            parameters=parameters or self._read(reads, result, axis, judgement),
+            flops_per_image=_flops(module, call, self._images),
+            convolution=isinstance(module, nn.modules.conv._ConvNd),
+        )
+
+    def _judged(self, call: Call, reads: list[fx.Node]) -> Judgement:
+        if any(
+            len(one.users) > 1 or self._owners.get(id(p), 1) > 1 for one, p in zip(reads, call.parameters, strict=True)
+        ):
+            return WHOLE  # read in several places: one copy must see all gradients
+        if call.module is not None and any(self._owners[id(tensor)] > 1 for tensor in _state(call.module)):
+            return WHOLE  # tied to another module, for the same reason
+        return judge(call)
+
+    def _is_images(self, value: Any) -> bool:
+        """Whether a result of the first trial is a tensor of images."""
+        name = next((name for name, one in self._trials[0].items() if one is value), None)
+        return name is not None and self._is_images_of(name)
+
+    def _is_images_of(self, name: str) -> bool:
+        return all(
+            isinstance(one, torch.Tensor) and one.dim() >= 2 and one.shape[0] == images and one.dtype == self._dtype
+            for one, images in zip((trial.get(name) for trial in self._trials), self._images, strict=True)
+        )
+
+    def _read(self, reads: list[fx.Node], result: Any, axis: int, judgement: Judgement) -> tuple[Parameter, ...]:
+        """What the model's own forward reads of its parameters and buffers for this call."""
+        found = []
+        for one in reads:
+            tensor = _attribute(self._model, str(one.target))
+            broadcast = judgement.effect is Effect.CHANNELWISE and isinstance(result, torch.Tensor)
+            found.append(
+                Parameter(
+                    name=str(one.target),
+                    shape=tuple(tensor.shape),
+                    trained=tensor.requires_grad,
+                    buffer=not isinstance(tensor, nn.Parameter),
+                    axis=aligned_axis(tensor, result, axis) if broadcast else None,
+                )
+            )
+        return tuple(found)
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """The number type of a model: that of its first floating-point parameter."""
+    return next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.get_default_dtype())
+
+
+def _results(graph_module: fx.GraphModule, example_BCHW: torch.Tensor) -> tuple[list[dict[str, Any]], tuple[int, ...]]:
+    """The result of every node for some numbers of images, and these numbers.
+
+    On the meta device, and by real arithmetic on the example only where the model looks at its data.
+    """
+    shape = example_BCHW.shape[1:]
+    empty = copy.deepcopy(graph_module).to("meta")
     try:
-        return _results(copy.deepcopy(graph_module).to("meta"), x_BCHW.to("meta"))
+        trials = [
+            _run(empty, torch.empty(images, *shape, dtype=example_BCHW.dtype, device="meta")) for images in _TRIALS
+        ]
     except Exception:  # noqa: BLE001 - whatever the model's own code raises
         try:
-            return _results(copy.deepcopy(graph_module).cpu(), x_BCHW.cpu())
+            return [_run(copy.deepcopy(graph_module).cpu(), example_BCHW.cpu())], (len(example_BCHW),)
         except Exception as error:
-            shape = tuple(example_input.shape[1:])
             raise InputError(
-                f"the model does not take images of shape {shape} (C, H, W): {_last_line(error)}"
+                f"the model does not take images of shape {tuple(shape)} (C, H, W): {_last_line(error)}"
             ) from error
+    return trials, _TRIALS
 
 
-def _results(graph_module: fx.GraphModule, x_BCHW: torch.Tensor) -> dict[str, Any]:
+def _run(graph_module: fx.GraphModule, x_BCHW: torch.Tensor) -> dict[str, Any]:
     results: dict[str, Any] = {}
 
     class Recorder(fx.Interpreter):
@@ -194,29 +255,13 @@ def _results(graph_module: fx.GraphModule, x_BCHW: torch.Tensor) -> dict[str, An
             return results[n.name]
 
     with torch.no_grad():
-        Recorder(graph_module).run(x_BCHW)
+        Recorder(graph_module.train()).run(x_BCHW)
     return results
 
 
 def _last_line(error: Exception) -> str:
     """The first line of the error itself, without fx's account of the node."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _image_shape(result: Any, images: int) -> tuple[int, ...] | None:
-    is_batch = isinstance(result, torch.Tensor) and result.dim() >= 2 and result.shape[0] == images
-    return tuple(result.shape[1:]) if is_batch else None
-
-
-def _same_shape_inputs(node: fx.Node, results: dict[str, Any]) -> bool:
-    """Whether all tensor inputs have one shape, so that one split serves them all; false if one is no tensor."""
-    inputs = [results.get(argument.name) for argument in node.all_input_nodes]
-    kinds = {(one.shape, one.dtype) if isinstance(one, torch.Tensor) else None for one in inputs}
-    own = results.get(node.name)
-    if len(kinds) != 1 or None in kinds or not isinstance(own, torch.Tensor):
-        return False
-    # Only numbers of the model's own type travel: a comparison, for one, gives truth values.
-    return bool(own.is_floating_point() and own.dtype == results[node.all_input_nodes[0].name].dtype)
 
 
 def _state(module: nn.Module) -> list[torch.Tensor]:
@@ -232,30 +277,41 @@ def _owners(model: nn.Module) -> dict[int, int]:
     return owners
 
 
-def _parameters(module: nn.Module, prefix: str) -> tuple[Parameter, ...]:
-    found = [
-        Parameter(name=f"{prefix}.{name}", shape=tuple(p.shape), trained=p.requires_grad, buffer=False)
-        for name, p in module.named_parameters()
-    ]
-    found += [
-        Parameter(name=f"{prefix}.{name}", shape=tuple(b.shape), trained=False, buffer=True)
-        for name, b in module.named_buffers()
-    ]
+def _attribute(root: nn.Module, target: str) -> torch.Tensor:
+    owner, _, leaf = target.rpartition(".")
+    return getattr(root.get_submodule(owner), leaf)  # type: ignore[no-any-return]
+
+
+def _module_parameters(module: nn.Module, prefix: str, judgement: Judgement, call: Call) -> tuple[Parameter, ...]:
+    channels = call.result.shape[judgement.channel_axis] if judgement.effect is not Effect.WHOLE else 0
+    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+    kernel = judgement.effect in (Effect.KERNEL, Effect.GROUPED)
+    found = []
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        axis, input_axis = None, None
+        if kernel and name == "weight":
+            axis, input_axis = (1, 0) if transposed else (0, 1)
+            if judgement.effect is Effect.GROUPED:
+                axis, input_axis = 0, None  # both axes of a group's weights belong to the group
+        elif tensor.dim() and tensor.shape[0] == channels:
+            axis = 0
+        found.append(
+            Parameter(
+                name=f"{prefix}.{name}",
+                shape=tuple(tensor.shape),
+                trained=isinstance(tensor, nn.Parameter) and tensor.requires_grad,
+                buffer=not isinstance(tensor, nn.Parameter),
+                axis=axis,
+                input_axis=input_axis,
+            )
+        )
     return tuple(found)
 
 
-def _attribute(root: nn.Module, node: fx.Node) -> tuple[Parameter, ...]:
-    """The parameter or buffer that the model's own forward reads, if ``node`` does that."""
-    if node.op != "get_attr":
-        return ()
-    owner, _, leaf = str(node.target).rpartition(".")
-    tensor = getattr(root.get_submodule(owner), leaf)
-    trained, buffer = tensor.requires_grad, not isinstance(tensor, nn.Parameter)
-    return (Parameter(name=str(node.target), shape=tuple(tensor.shape), trained=trained, buffer=buffer),)
-
-
-def _flops(module: nn.Module | None, shape: tuple[int, ...] | None) -> int:
+def _flops(module: nn.Module | None, call: Call, images: tuple[int, ...]) -> int:
     """Two per multiply-add: each output position takes one product with a kernel."""
-    if shape is None or not isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+    if not isinstance(module, nn.modules.conv._ConvNd | nn.Linear) or not isinstance(call.result, torch.Tensor):
         return 0
-    return 2 * math.prod(shape) * (module.weight.numel() // shape[0])
+    over = call.tensors[0] if isinstance(module, nn.modules.conv._ConvTransposeNd) else call.result
+    channels = over.shape[-1] if isinstance(module, nn.Linear) else over.shape[1]
+    return 2 * (math.prod(over.shape) // images[0]) * (module.weight.numel() // channels)

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from pipeline.plan.program import Direction
+from pipeline.plan.instructions import Direction
 
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph, Operation, Parameter
 from pipeline.plan.layouts import Layout, master, replicated
 
-Strategy = Literal["auto", "single", "ddp", "equal", "paper", "kernel"]
-STRATEGIES: tuple[Strategy, ...] = ("single", "ddp", "equal", "paper", "kernel", "auto")
+Strategy = Literal["auto", "single", "ddp", "equal", "paper", "kernel", "batch"]
+STRATEGIES: tuple[Strategy, ...] = ("single", "ddp", "equal", "paper", "kernel", "batch", "auto")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,16 @@ class ParameterPlan:
     home: Layout
     work: Layout
 
+    @property
+    def is_summed(self) -> bool:
+        """Whether several ranks have a copy of it, each with a part of its gradient."""
+        return self.parameter.trained and self.home == self.work and self.home.kind == "R"
+
+    @property
+    def elements(self) -> int:
+        """Numbers in the whole parameter."""
+        return math.prod(self.parameter.shape)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -59,11 +70,13 @@ class Plan:
         """Number of ranks."""
         return len(self.devices)
 
+    _by_name: Mapping[str, OperationPlan] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_by_name", {operation.name: operation for operation in self.operations})
+
     def __getitem__(self, name: str) -> OperationPlan:
-        for operation in self.operations:
-            if operation.name == name:
-                return operation
-        raise KeyError(name)
+        return self._by_name[name]
 
     def convolution_shares(self, graph: Graph) -> tuple[float, ...]:
         """For each rank its fraction of all convolution FLOPs; equal parts of the batch under ``ddp``."""
@@ -76,6 +89,20 @@ class Plan:
                 flops[rank] += operation.flops_per_image * share / sum(output.shares)
         total = sum(flops)
         return tuple(one / total if total else float(rank == 0) for rank, one in enumerate(flops))
+
+    def split_convolutions(self, graph: Graph) -> float:
+        """The fraction of the convolutions' FLOPs that is split, by kernels or by images; NaN without convolutions."""
+        total = sum(operation.flops_per_image for operation in graph.convolutions)
+        split = sum(
+            operation.flops_per_image
+            for operation in graph.convolutions
+            if self.strategy == "ddp" or self[operation.name].output.kind in ("K", "B")
+        )
+        return split / total if total else math.nan
+
+    def on_master(self, graph: Graph) -> tuple[str, ...]:
+        """The operations that run on the master because nothing is known of them."""
+        return tuple(one.name for one in graph.operations if one.effect is Effect.WHOLE)
 
     def table(self) -> str:
         """The plan as text: one line per operation."""
@@ -99,17 +126,17 @@ def parameter_plans(operation: Operation, plan: OperationPlan) -> tuple[Paramete
 
 
 def _work_layout(operation: Operation, plan: OperationPlan, parameter: Parameter) -> tuple[int, Layout]:
-    leaf = parameter.name.rpartition(".")[2]
     if operation.effect is Effect.KERNEL and plan.input.kind == "K":
         # Input channels are split: rank i needs w[:, its channels]; the bias is added once, by the first of the ranks.
-        if leaf == "weight":
-            return 1, plan.input
+        if parameter.input_axis is not None:
+            return parameter.input_axis, plan.input
         first = plan.input.holders[0]
         return 0, replicated(tuple(int(rank == first) for rank in range(len(plan.input.shares))))
-    if plan.output.kind == "K":
-        if parameter.shape and parameter.shape[0] == operation.channels:
-            return 0, plan.output
-        return 0, replicated(plan.output.shares)  # a scalar such as BatchNorm's count of batches: each rank keeps one
+    if plan.output.kind == "K" and parameter.axis is not None:
+        return parameter.axis, plan.output
+    if plan.output.kind in ("K", "B"):
+        # The same for all channels, such as BatchNorm's count of batches, or for all images: each rank has a copy.
+        return 0, replicated(plan.output.shares)
     return 0, plan.output
 
 

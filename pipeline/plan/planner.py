@@ -16,7 +16,7 @@ from pipeline.plan.plan import STRATEGIES, Plan, Strategy
 from pipeline.plan.prediction import predict_step
 from pipeline.plan.strategies import Shares, plan_network
 
-CANDIDATES: tuple[Strategy, ...] = ("single", "paper", "kernel")
+CANDIDATES: tuple[Strategy, ...] = ("single", "paper", "kernel", "batch")
 """What ``auto`` chooses from, by predicted step time; all of them are exact."""
 
 

@@ -8,9 +8,10 @@ from numpy.typing import NDArray
 from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph
 from pipeline.plan.costs import Costs
+from pipeline.plan.instructions import Compute, Direction, Exchange, Instruction, Step
 from pipeline.plan.layouts import Layout
 from pipeline.plan.plan import Plan
-from pipeline.plan.program import Compute, Exchange, Instruction, Program, compile_program
+from pipeline.plan.program import Program, compile_program
 
 
 def predict_step(graph: Graph, plan: Plan, costs: Costs, *, batch_size: int, itemsize: int = 4) -> float:
@@ -55,8 +56,9 @@ def _work(graph: Graph, plan: Plan, program: Program, instruction: Instruction, 
         # The gradients of a convolution's input and of its weights take the same number of operations.
         part = 1.0 if instruction.gradients == "all" else 0.5
         return part * sum(
-            costs.seconds(name, rank, _fraction(graph, plan, name, rank), instruction.direction, program.batch_size)
-            for name in instruction.operations
+            _step_seconds(graph, plan, step, costs, rank, instruction.direction, program.batch_size)
+            for step in instruction.steps
+            if step.part in ("whole", "normalise")
         )
     elements = 0.0
     for one in program.parameters:
@@ -66,11 +68,16 @@ def _work(graph: Graph, plan: Plan, program: Program, instruction: Instruction, 
     return elements * float(costs.update[rank])
 
 
-def _fraction(graph: Graph, plan: Plan, name: str, rank: int) -> float:
-    """Which part of an operation a rank computes."""
-    planned = plan[name]
-    split_input = graph[name].effect is Effect.KERNEL and planned.input.kind == "K"
-    return _part(planned.input if split_input else planned.output, rank)
+def _step_seconds(
+    graph: Graph, plan: Plan, step: Step, costs: Costs, rank: int, direction: Direction, images: int
+) -> float:
+    """Time of a rank's part of an operation: some of its kernels, or all of them for some images."""
+    planned = plan[step.operation]
+    split_input = graph[step.operation].effect is Effect.KERNEL and planned.input.kind == "K"
+    if step.output is not None and step.output.layout.kind == "B":
+        return costs.seconds(step.operation, rank, 1.0, direction, step.output.layout.shares[rank])
+    fraction = _part(planned.input if split_input else planned.output, rank)
+    return costs.seconds(step.operation, rank, fraction, direction, images)
 
 
 def _part(layout: Layout, rank: int) -> float:
@@ -80,7 +87,7 @@ def _part(layout: Layout, rank: int) -> float:
 
 def _exchange_ends(exchange: Exchange, free: NDArray[np.float64], costs: Costs, itemsize: int) -> NDArray[np.float64]:
     link, done = free.copy(), free.copy()
-    rest = exchange.spec.view[2] * itemsize
+    rest = exchange.spec.rest * itemsize
     for message in exchange.messages:
         source, target = message.source, message.target
         if source == target:

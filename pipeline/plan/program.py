@@ -5,124 +5,27 @@ segment and exchange by exchange, so every rank knows from the list alone what i
 the order never depends on the autograd engine and no two ranks can wait for each other.
 
 Where the gradient of a split convolution's input has to travel, the backward computation is divided: first that
-gradient, whose exchange then runs beside the computation of the weights' gradient and hides behind it.
+gradient, whose exchange then runs beside the computation of the weights' gradient and hides behind it. Gradients of
+parameters that several ranks have a copy of are summed bucket by bucket, beside the computations that follow.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Literal
 
 from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph, Operation
-from pipeline.plan.layouts import Box, Layout, Message, master, messages, transposed
-from pipeline.plan.plan import ParameterPlan, Plan, parameter_plans
+from pipeline.plan.instructions import LOSS, Compute, Exchange, Instruction, Part, Placed, Step, TensorSpec, Update
+from pipeline.plan.layouts import Layout, images, kernels, master, partial, replicated
+from pipeline.plan.plan import OperationPlan, ParameterPlan, Plan, parameter_plans
+from pipeline.plan.shares import proportional
 
-Direction = Literal["forward", "backward"]
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A tensor in a layout: what a rank looks up when it needs "the output of conv1, split by kernels"."""
-
-    name: str
-    layout: Layout
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorSpec:
-    """Global shape of a tensor and the two axes a layout may split."""
-
-    shape: tuple[int, ...]
-    channel_axis: int
-    images_axis: int | None
-    """None for parameters: they have no images."""
-
-    @property
-    def view(self) -> tuple[int, int, int]:
-        """The shape as (images, channels, rest); what lies before the channels counts as images."""
-        if not self.shape:
-            return (1, 1, 1)
-        before, after = self.shape[: self.channel_axis], self.shape[self.channel_axis + 1 :]
-        return math.prod(before), self.shape[self.channel_axis], math.prod(after)
-
-    def local_shape(self, box: Box) -> tuple[int, ...]:
-        """Shape of the part of the tensor in ``box``."""
-        if not self.shape:
-            return ()
-        shape = list(self.shape)
-        shape[self.channel_axis] = len(box.channels)
-        if self.images_axis is not None:
-            shape[self.images_axis] = len(box.images)
-        return tuple(shape)
-
-    def boxes(self, layout: Layout) -> tuple[Box, ...]:
-        """The box of every rank."""
-        images, channels, _ = self.view
-        return layout.boxes(images, channels)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compute:
-    """Run the operations of one segment on the ranks that hold its outputs."""
-
-    name: str
-    direction: Direction
-    segment: int
-    """Its number in the forward half; the backward instruction carries the same."""
-    operations: tuple[str, ...]
-    """Empty for the loss."""
-    inputs: tuple[Placed, ...]
-    outputs: tuple[Placed, ...]
-    ranks: tuple[int, ...]
-    gradients: Literal["all", "inputs", "parameters"] = "all"
-    """Backward, whose gradients it computes; of a pair, ``inputs`` comes first."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Exchange:
-    """Move a tensor from one layout to another; backward, its gradient the other way, with sums for copies."""
-
-    name: str
-    direction: Direction
-    source: Placed
-    target: Placed
-    spec: TensorSpec
-    parameter: bool
-    """Whether it moves a parameter from its home to where it works, rather than an activation."""
-    deferred: bool = False
-    """Whether it only has to be complete after the computation that follows it, and runs beside that."""
-
-    @cached_property
-    def messages(self) -> tuple[Message, ...]:
-        """What travels in this direction, local copies included."""
-        images, channels, _ = self.spec.view
-        forward = messages(self.source.layout, self.target.layout, images, channels)
-        return forward if self.direction == "forward" else transposed(forward)
-
-    @cached_property
-    def ranks(self) -> tuple[int, ...]:
-        """The ranks that send or receive."""
-        return tuple(sorted({rank for message in self.messages for rank in (message.source, message.target)}))
-
-    @property
-    def elements(self) -> int:
-        """Elements that travel between different ranks."""
-        rest = self.spec.view[2]
-        return sum(message.box.size * rest for message in self.messages if message.source != message.target)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Update:
-    """Let the optimiser update the parameters whose home is on the rank."""
-
-    name: str
-    ranks: tuple[int, ...]
-
-
-Instruction = Compute | Exchange | Update
+BUCKET_ELEMENTS = 1 << 20
+"""Gradients are summed together until there are so many."""
+_SUMMED_AT_ONCE = 1 << 14
+"""So few gradients are sent to everyone at once instead of summed in parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,87 +42,126 @@ class Program:
     """The activations that need a gradient."""
     parameters: tuple[ParameterPlan, ...]
     """Every parameter and buffer, in the order of the operations."""
-    output: Placed
+    buckets: dict[str, tuple[str, ...]]
+    """By the name of a tensor of gradients, the parameters whose gradients it joins."""
+    outputs: tuple[Placed, ...]
 
     @property
     def instructions(self) -> tuple[Instruction, ...]:
         """The whole step in order."""
         return (*self.forward, *self.backward, self.update)
 
-    @property
-    def inference(self) -> tuple[Compute | Exchange, ...]:
-        """The forward half without the loss."""
-        return self.forward[:-1]
-
-
-LOSS = "loss"
-
 
 def compile_program(graph: Graph, plan: Plan, batch_size: int) -> Program:
-    """Compile ``plan`` for batches of ``batch_size`` images."""
-    return _Compiler(graph, plan, batch_size).compile()
+    """Compile a training step of ``plan`` for batches of ``batch_size`` images."""
+    return _Compiler(graph, plan, batch_size, training=True).compile()
+
+
+def compile_inference(graph: Graph, plan: Plan, batch_size: int) -> tuple[Compute | Exchange, ...]:
+    """The instructions that evaluate the network on ``batch_size`` images."""
+    compiler = _Compiler(graph, plan, batch_size, training=False)
+    return tuple(compiler.with_outputs(compiler.place_all()))
 
 
 class _Compiler:
-    def __init__(self, graph: Graph, plan: Plan, batch_size: int) -> None:
-        self.graph, self.plan, self.batch_size = graph, plan, batch_size
+    def __init__(self, graph: Graph, plan: Plan, batch_size: int, *, training: bool) -> None:
+        self.graph, self.plan, self.batch_size, self.training = graph, plan, batch_size, training
         self.instructions: list[Compute | Exchange] = []
-        self.produced: dict[str, Layout] = {graph.input: master(plan.ranks)}
-        self.available: set[Placed] = {Placed(graph.input, master(plan.ranks))}
-        self.segment: list[Operation] = []
+        source = master(plan.ranks)
+        self.available: dict[str, list[Layout]] = {graph.input: [source]}
+        """The layouts that each value is in, the one it was produced in first."""
+        self.segment: list[Step] = []
+        self.segment_ranks: tuple[int, ...] = ()
         self.segments = 0
         self.differentiable = _differentiable(graph)
-        self.parameters: list[ParameterPlan] = []
+        self.parameters: dict[str, ParameterPlan] = {}
 
     def compile(self) -> Program:
-        for operation in self.graph.operations:
-            self._place(operation)
-        output = self._available_as(self.graph.output, master(self.plan.ranks))
-        self._close_segment()
-        forward = self._forward_with_outputs(output)
+        outputs = self.place_all()
+        forward = self.with_outputs(outputs)
         gradients = self._gradients(forward)
         forward.append(
             Compute(
-                name=LOSS,
-                direction="forward",
-                segment=self.segments,
-                operations=(),
-                inputs=(output,),
-                outputs=(),
-                ranks=(0,),
+                name=LOSS, direction="forward", segment=self.segments, steps=(), inputs=outputs, outputs=(), ranks=(0,)
             )
         )
-        homes = {rank for one in self.parameters if one.parameter.trained for rank in one.home.holders}
+        homes = {rank for one in self.parameters.values() if one.parameter.trained for rank in one.home.holders}
+        backward, buckets = self._backward(forward, gradients)
         return Program(
             batch_size=self.batch_size,
             ranks=self.plan.ranks,
             forward=tuple(forward),
-            backward=_mirrored(forward, gradients, self._trained()),
+            backward=backward,
             update=Update(name="update", ranks=tuple(sorted(homes))),
             gradients=gradients,
-            parameters=tuple(self.parameters),
-            output=output,
+            parameters=tuple(self.parameters.values()),
+            buckets=buckets,
+            outputs=outputs,
         )
 
+    def place_all(self) -> tuple[Placed, ...]:
+        """All operations; returns where the outputs of the network are."""
+        for operation in self.graph.operations:
+            self._place(operation)
+        outputs = tuple(self._available_as(output, master(self.plan.ranks)) for output in self.graph.outputs)
+        self._close_segment()
+        return outputs
+
     def _place(self, operation: Operation) -> None:
-        planned = self.plan[operation.name]
-        for value in operation.inputs:
-            self._available_as(value, planned.input)
-        known = {one.parameter.name for one in self.parameters}
-        for parameter in parameter_plans(operation, planned):
-            if parameter.parameter.name in known:
+        planned = self._scaled_plan(operation.name)
+        inputs = tuple(self._available_as(value, planned.input) for value in operation.inputs)
+        for parameter in parameter_plans(operation, self.plan[operation.name]):
+            if parameter.parameter.name in self.parameters:
                 continue
-            self.parameters.append(parameter)
+            self.parameters[parameter.parameter.name] = parameter
             if parameter.home != parameter.work:
                 self._close_segment()
                 self._exchange_parameter(parameter)
-        if self._is_divided(operation) or (self.segment and self.plan[self.segment[-1].name].ranks != planned.ranks):
-            self._close_segment()
-        self.segment.append(operation)
-        self.produced[operation.name] = planned.output
-        self.available.add(Placed(operation.name, planned.output))
         if self._is_divided(operation):
             self._close_segment()
+        output = Placed(operation.name, planned.output)
+        ranks = planned.output.holders
+        if operation.effect is Effect.BATCHNORM and planned.output.kind == "B" and self._needs_sums(operation):
+            self._place_batchnorm(operation, inputs, output)
+        else:
+            self._add(Step(operation=operation.name, part="whole", inputs=inputs, output=output), ranks)
+        self.available[operation.name] = [planned.output]
+        if self._is_divided(operation):
+            self._close_segment()
+
+    def _needs_sums(self, operation: Operation) -> bool:
+        return self.training or not _tracks(operation)
+
+    def _place_batchnorm(self, operation: Operation, inputs: tuple[Placed, ...], output: Placed) -> None:
+        """Sums over the images of each rank, their sum over ranks, and only then the operation itself."""
+        ranks = output.layout.holders
+        everyone = self.plan[operation.name].output.shares  # also who has no image of a small last batch
+        name = f"{operation.name} sums"
+        own, total = Placed(name, partial(output.layout.shares)), Placed(name, replicated(everyone))
+        self._add(Step(operation=operation.name, part="sums", inputs=inputs, output=own), ranks)
+        if own != total:
+            self._close_segment()
+            spec = TensorSpec(shape=(2, operation.channels), channel_axis=1, images_axis=None)
+            self._exchange(own, total, spec)
+        self._add(Step(operation=operation.name, part="normalise", inputs=(*inputs, total), output=output), ranks)
+        if self.training and _tracks(operation):
+            self._add(Step(operation=operation.name, part="track", inputs=(total,), output=None), total.layout.holders)
+
+    def _add(self, step: Step, ranks: tuple[int, ...]) -> None:
+        if self.segment and self.segment_ranks != ranks:
+            self._close_segment()
+        self.segment.append(step)
+        self.segment_ranks = ranks
+
+    def _scaled_plan(self, name: str) -> OperationPlan:
+        """The plan of an operation, with images split anew where this batch is of another size than planned."""
+        planned = self.plan[name]
+        return replace(planned, input=self._scaled(planned.input), output=self._scaled(planned.output))
+
+    def _scaled(self, layout: Layout) -> Layout:
+        if layout.kind != "B" or sum(layout.shares) == self.batch_size:
+            return layout
+        return images(proportional(self.batch_size, layout.shares))
 
     def _is_divided(self, operation: Operation) -> bool:
         """Whether its backward computation is to be divided, for which it has to be a segment of its own."""
@@ -231,23 +173,19 @@ class _Compiler:
     def _available_as(self, value: str, layout: Layout) -> Placed:
         """Make sure that ``value`` is there in ``layout``, by an exchange if need be."""
         target = Placed(value, layout)
-        if target in self.available:
+        if layout in self.available[value]:
             return target
         self._close_segment()
-        source = Placed(value, self.produced[value])
-        known_as = "images" if value == self.graph.input else value
-        self.instructions.append(
-            Exchange(
-                name=f"{known_as} {source.layout.kind}→{layout.kind}",
-                direction="forward",
-                source=source,
-                target=target,
-                spec=activation_spec(self.graph, value, self.batch_size),
-                parameter=False,
-            )
-        )
-        self.available.add(target)
+        copied = [one for one in self.available[value] if one.kind == "R" and set(layout.holders) <= set(one.holders)]
+        source = Placed(value, (copied or self.available[value])[0])
+        self._exchange(source, target, activation_spec(self.graph, value, self.batch_size))
+        self.available[value].append(layout)
         return target
+
+    def _exchange(self, source: Placed, target: Placed, spec: TensorSpec) -> None:
+        known_as = "images" if source.name == self.graph.input else source.name
+        name = f"{known_as} {source.layout.kind}→{target.layout.kind}"
+        self.instructions.append(Exchange(name=name, direction="forward", source=source, target=target, spec=spec))
 
     def _exchange_parameter(self, one: ParameterPlan) -> None:
         name = one.parameter.name
@@ -258,49 +196,40 @@ class _Compiler:
                 source=Placed(name, one.home),
                 target=Placed(name, one.work),
                 spec=parameter_spec(one),
-                parameter=True,
+                moves="parameter",
             )
         )
 
     def _close_segment(self) -> None:
         if not self.segment:
             return
-        inside = {operation.name for operation in self.segment}
-        inputs: dict[Placed, None] = {}
-        for operation in self.segment:
-            for value in operation.inputs:
-                if value not in inside or self.plan[operation.name].input != self.produced[value]:
-                    inputs[Placed(value, self.plan[operation.name].input)] = None
+        made = {step.output for step in self.segment}
+        inputs = dict.fromkeys(one for step in self.segment for one in step.inputs if one not in made)
         self.instructions.append(
             Compute(
-                name="+".join(operation.name for operation in self.segment),
+                name="+".join(_name(step.operation, step.part) for step in self.segment),
                 direction="forward",
                 segment=self.segments,
-                operations=tuple(operation.name for operation in self.segment),
+                steps=tuple(self.segment),
                 inputs=tuple(inputs),
-                outputs=tuple(Placed(operation.name, self.produced[operation.name]) for operation in self.segment),
-                ranks=self.plan[self.segment[-1].name].ranks,
+                outputs=tuple(step.output for step in self.segment if step.output is not None),
+                ranks=self.segment_ranks,
             )
         )
         self.segments += 1
         self.segment = []
 
-    def _forward_with_outputs(self, output: Placed) -> list[Compute | Exchange]:
+    def with_outputs(self, outputs: tuple[Placed, ...]) -> list[Compute | Exchange]:
         """The forward half with each segment's outputs cut down to those that something outside it uses."""
-        wanted = {output}
+        wanted = set(outputs)
         for instruction in self.instructions:
             wanted.update(instruction.inputs if isinstance(instruction, Compute) else (instruction.source,))
-        forward: list[Compute | Exchange] = []
-        for instruction in self.instructions:
-            if isinstance(instruction, Compute):
-                outputs = tuple(one for one in instruction.outputs if one in wanted)
-                forward.append(replace(instruction, outputs=outputs))
-            else:
-                forward.append(instruction)
-        return forward
-
-    def _trained(self) -> frozenset[str]:
-        return frozenset(one.parameter.name for one in self.parameters if one.parameter.trained)
+        return [
+            replace(one, outputs=tuple(output for output in one.outputs if output in wanted))
+            if isinstance(one, Compute)
+            else one
+            for one in self.instructions
+        ]
 
     def _gradients(self, forward: list[Compute | Exchange]) -> frozenset[Placed]:
         """The activations that depend on something that is trained."""
@@ -311,13 +240,98 @@ class _Compiler:
                     found.add(instruction.target)
                 continue
             inside = {placed for placed in instruction.inputs if placed in found}
-            for name in instruction.operations:
-                operation, planned = self.graph[name], self.plan[name]
-                trained = any(one.trained for one in operation.parameters)
-                if trained or any(Placed(value, planned.input) in inside for value in operation.inputs):
-                    inside.add(Placed(name, planned.output))
+            for step in instruction.steps:
+                # The sums of BatchNorm depend on its input only.
+                trained = step.part != "sums" and any(one.trained for one in self.graph[step.operation].parameters)
+                if step.output is not None and (trained or inside & set(step.inputs)):
+                    inside.add(step.output)
             found.update(placed for placed in instruction.outputs if placed in inside)
         return frozenset(found)
+
+    def _backward(
+        self, forward: list[Compute | Exchange], gradients: frozenset[Placed]
+    ) -> tuple[tuple[Compute | Exchange, ...], dict[str, tuple[str, ...]]]:
+        trained = {name for name, one in self.parameters.items() if one.parameter.trained}
+        mirrored = _mirrored(forward, gradients, trained)
+        return _Buckets(self.graph, self.parameters, mirrored).inserted()
+
+
+class _Buckets:
+    """Puts the sums of gradients behind the computations that complete them."""
+
+    def __init__(
+        self, graph: Graph, parameters: dict[str, ParameterPlan], backward: Sequence[Compute | Exchange]
+    ) -> None:
+        self._parameters, self._backward = parameters, backward
+        self._ready: dict[int, list[str]] = {}
+        """By position, the parameters whose gradients are complete then."""
+        last: dict[str, int] = {}
+        for position, one in enumerate(backward):
+            if isinstance(one, Compute) and one.gradients != "inputs":
+                for operation in one.operations:
+                    last.update((parameter.name, position) for parameter in graph[operation].parameters)
+        for name, position in last.items():
+            if parameters[name].is_summed:
+                self._ready.setdefault(position, []).append(name)
+        self._buckets: dict[str, tuple[str, ...]] = {}
+        self._waiting: dict[Layout, list[str]] = {}
+        self._half: list[Exchange] = []
+        self._found: list[Compute | Exchange] = []
+
+    def inserted(self) -> tuple[tuple[Compute | Exchange, ...], dict[str, tuple[str, ...]]]:
+        for position, one in enumerate(self._backward):
+            self._found.append(one)
+            for name in self._ready.get(position, ()):
+                home = self._parameters[name].home
+                self._waiting.setdefault(home, []).append(name)
+                if self._elements(self._waiting[home]) >= BUCKET_ELEMENTS:
+                    self._flush(home)
+        for home in list(self._waiting):
+            self._flush(home)
+        self._found += self._half
+        return tuple(self._found), self._buckets
+
+    def _elements(self, names: Iterable[str]) -> int:
+        return sum(self._parameters[name].elements for name in names)
+
+    def _flush(self, home: Layout) -> None:
+        """Begin to sum what waits; the second half of the bucket before follows on its first."""
+        names = tuple(self._waiting.pop(home))
+        bucket = f"gradients {len(self._buckets) + 1}"
+        self._buckets[bucket] = names
+        elements = self._elements(names)
+        self._found += self._half
+        self._half = []
+        own, total = partial(home.shares), home
+        if elements < _SUMMED_AT_ONCE:
+            self._found.append(_summing(bucket, elements, own, total))
+            return
+        holders = home.holders
+        parts = iter(proportional(elements, [1.0] * len(holders)))
+        middle = kernels(tuple(next(parts) if share else 0 for share in home.shares))
+        self._found.append(_summing(bucket, elements, own, middle))
+        self._half = [_summing(bucket, elements, middle, total)]
+
+
+def _summing(bucket: str, elements: int, source: Layout, target: Layout) -> Exchange:
+    return Exchange(
+        name=f"{bucket} {source.kind}→{target.kind}",
+        direction="forward",
+        source=Placed(bucket, source),
+        target=Placed(bucket, target),
+        spec=TensorSpec(shape=(elements,), channel_axis=0, images_axis=None),
+        moves="gradients",
+        deferred=True,
+    )
+
+
+def _name(operation: str, part: Part) -> str:
+    return operation if part == "whole" else f"{operation} {part}"
+
+
+def _tracks(operation: Operation) -> bool:
+    """Whether a BatchNorm keeps running statistics."""
+    return any(one.name.endswith("running_mean") for one in operation.parameters)
 
 
 def _differentiable(graph: Graph) -> frozenset[str]:
@@ -330,8 +344,8 @@ def _differentiable(graph: Graph) -> frozenset[str]:
 
 
 def _mirrored(
-    forward: list[Compute | Exchange], gradients: frozenset[Placed], trained: frozenset[str]
-) -> tuple[Compute | Exchange, ...]:
+    forward: list[Compute | Exchange], gradients: frozenset[Placed], trained: set[str]
+) -> list[Compute | Exchange]:
     """The backward half: the forward half in reverse, without what no gradient flows through."""
     needed = [one for one in reversed(forward) if _carries_gradient(one, gradients, trained)]
     backward: list[Compute | Exchange] = []
@@ -344,19 +358,20 @@ def _mirrored(
             backward.append(_part(instruction, "parameters"))
         else:
             backward.append(replace(instruction, direction="backward"))
-    return tuple(backward)
+    return backward
 
 
-def _carries_gradient(instruction: Compute | Exchange, gradients: frozenset[Placed], trained: frozenset[str]) -> bool:
+def _carries_gradient(instruction: Compute | Exchange, gradients: frozenset[Placed], trained: set[str]) -> bool:
     if isinstance(instruction, Compute):
         return instruction.name == LOSS or any(placed in gradients for placed in instruction.outputs)
-    return instruction.source.name in trained if instruction.parameter else instruction.source in gradients
+    of_parameter = instruction.moves == "parameter"
+    return instruction.source.name in trained if of_parameter else instruction.source in gradients
 
 
 def _hideable(compute: Compute, following: list[Compute | Exchange]) -> Exchange | None:
     """The exchange of this computation's input gradient, if nothing but parameters' gradients travel before it."""
-    after = next((one for one in following if isinstance(one, Compute) or not one.parameter), None)
-    if len(compute.operations) != 1 or not isinstance(after, Exchange) or after.target not in compute.inputs:
+    after = next((one for one in following if isinstance(one, Compute) or one.moves == "activation"), None)
+    if len(compute.steps) != 1 or not isinstance(after, Exchange) or after.target not in compute.inputs:
         return None
     return after if after.target.layout.kind == "R" else None
 
@@ -370,8 +385,8 @@ def activation_spec(graph: Graph, value: str, batch_size: int) -> TensorSpec:
     """Shape and axes of an operation's output for ``batch_size`` images."""
     shape = graph.shape_of(value)
     if shape is None:
-        raise ValueError(f"{value} is not a tensor of images and cannot leave the master")
-    return TensorSpec(shape=(batch_size, *shape), channel_axis=1, images_axis=0)
+        raise ValueError(f"{value} is not a tensor of images and cannot leave the rank it is on")
+    return TensorSpec(shape=(batch_size, *shape), channel_axis=graph.channel_axis_of(value), images_axis=0)
 
 
 def parameter_spec(one: ParameterPlan) -> TensorSpec:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,10 +30,11 @@ def batch_indices(
     return found
 
 
-def batches(dataset: Dataset[Any], indices: Sequence[Sequence[int]]) -> Iterator[Batch]:
-    """The batches themselves, collated as torch's own loader does."""
-    loader = DataLoader(dataset, batch_sampler=[list(one) for one in indices])
-    yield from loader
+def batches(
+    dataset: Dataset[Any], indices: Sequence[Sequence[int]], options: Mapping[str, Any] | None = None
+) -> Iterator[Batch]:
+    """The batches themselves, as torch's own loader makes them with ``options``."""
+    yield from DataLoader(dataset, batch_sampler=[list(one) for one in indices], **(options or {}))
 
 
 def part_of(rank: int, ranks: int, batch: Sequence[int]) -> list[int]:

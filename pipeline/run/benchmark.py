@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,8 @@ from pipeline.plan.plan import Plan, Strategy
 from pipeline.plan.planner import plan_graph, predicted_step_time
 from pipeline.results.contracts import FAILED, OK, OUT_OF_MEMORY, CellIndex, describe, unmeasured_cell, validate_cell
 from pipeline.run.batches import batch_indices
-from pipeline.run.execution import OptimizerFactory
-from pipeline.run.launch import SGD, OnProgress, example_batch, run_plan
+from pipeline.run.launch import PLAIN, SGD, OnProgress, example_batch, run_plan
+from pipeline.run.recipe import OptimizerFactory
 from pipeline.run.timeline import busy_times, instruction_labels, label_variables, merged_losses, stacked
 from pipeline.run.worker import Account
 
@@ -62,7 +63,8 @@ def measure_cell(
     try:
         accounts = run_plan(
             client, members, plan, graph, model, dataset,
-            optimizer=optimizer, indices=_full_batches(images, batch_size, warmup + repetitions, seed), seed=seed,
+            recipe=replace(PLAIN, optimizer=optimizer),
+            indices=_full_batches(images, batch_size, warmup + repetitions, seed), seed=seed,
             label=f"{strategy} {network}", synchronised=True, profiled=strategy == "single", keep_weights=False,
             keep_steps=repetitions,
             on_progress=on_progress,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pipeline.cluster.gang import RankContext
+from pipeline.graph.trace import model_dtype
 from pipeline.run.clock import Clock
 from pipeline.run.emulation import Throttle
-from pipeline.run.execution import Loss, OptimizerFactory
+from pipeline.run.recipe import Recipe, Turn
 
 INSTRUCTIONS = (("forward", "compute", "forward"), ("backward", "compute", "backward"), ("update", "update", "update"))
 """Name, kind and phase of what a step of ``ddp`` consists of; its all-reduce runs within the backward pass."""
@@ -18,35 +21,59 @@ INSTRUCTIONS = (("forward", "compute", "forward"), ("backward", "compute", "back
 class DataParallel:
     """One rank of DistributedDataParallel: the whole model, fed with its part of each batch."""
 
-    def __init__(self, context: RankContext, model: nn.Module, loss: Loss, optimizer: OptimizerFactory) -> None:
-        self.context, self.device = context, context.torch_device
+    def __init__(self, context: RankContext, model: nn.Module, recipe: Recipe) -> None:
+        self.context, self.device, self._recipe = context, context.torch_device, recipe
         self.model = model.to(self.device)
         self.throttle = Throttle(context.device)
         ids = [self.device.index] if self.device.type == "cuda" else None
         self._parallel = DistributedDataParallel(self.model, device_ids=ids) if context.size > 1 else self.model
-        self._loss = loss
-        self._optimizer = optimizer([p for p in self._parallel.parameters() if p.requires_grad])
-        self.dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.get_default_dtype())
+        self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        self._optimizer = recipe.optimizer(list(recipe.groups(self.model)) if recipe.groups else self._trained)
+        self._scheduler = recipe.scheduler(self._optimizer) if recipe.scheduler else None
+        self.dtype = model_dtype(model)
 
-    def train_step(self, part: float, x_BCHW: torch.Tensor, y_B: torch.Tensor, clock: Clock) -> float:
+    def train_step(self, part: float, x_BCHW: torch.Tensor, y_B: torch.Tensor, clock: Clock, turn: Turn) -> float:
         """One step on this rank's images, which are ``part`` of the whole batch; the mean loss over them.
 
         DistributedDataParallel averages gradients over ranks. Where the batch does not divide evenly the loss is
         weighted, so that every image still counts the same.
         """
         self._parallel.train()
-        self._optimizer.zero_grad()
+        if turn.first:
+            self._optimizer.zero_grad()
         x_BCHW, y_B = x_BCHW.to(self.device, self.dtype), y_B.to(self.device)
         with clock.instruction(0), self.throttle.work():
-            loss = self._loss(self._parallel(x_BCHW), y_B)
+            loss = self._recipe.loss(self._parallel(x_BCHW), y_B)
             self._synchronise()
         with clock.instruction(1), self.throttle.work():
-            (loss * (part * self.context.size)).backward()
+            (loss * (part * self.context.size * turn.weight)).backward()
             self._synchronise()
-        with clock.instruction(2), self.throttle.work():
-            self._optimizer.step()
-            self._synchronise()
+        if turn.last:
+            with clock.instruction(2), self.throttle.work():
+                self._update()
+                self._synchronise()
         return float(loss.detach())
+
+    def end_epoch(self, loss: float | None) -> None:
+        """Go on in a schedule by epochs."""
+        if self._scheduler is None or self._recipe.scheduled_by != "epoch":
+            return
+        if isinstance(self._scheduler, ReduceLROnPlateau):
+            mean = torch.tensor(loss, dtype=torch.float64)
+            if self.context.group is not None:
+                dist.all_reduce(mean, group=self.context.group)
+            self._scheduler.step(float(mean) / self.context.size)
+        else:
+            self._scheduler.step()
+
+    def _update(self) -> None:
+        if self._recipe.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._trained, self._recipe.clip_norm)
+        if self._recipe.clip_value is not None:
+            nn.utils.clip_grad_value_(self._trained, self._recipe.clip_value)
+        self._optimizer.step()
+        if self._scheduler is not None and self._recipe.scheduled_by == "step":
+            self._scheduler.step()
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":

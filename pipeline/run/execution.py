@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from pipeline.cluster.gang import RankContext
-from pipeline.graph.trace import Graph, traced
-from pipeline.plan.layouts import Layout
+from pipeline.graph.effects import Effect
+from pipeline.graph.trace import Graph, model_dtype
+from pipeline.graph.tracing import EVALUATION, traced
+from pipeline.plan.instructions import LOSS, Compute, Exchange, Instruction, Placed, Step
+from pipeline.plan.layouts import master
 from pipeline.plan.plan import Plan
-from pipeline.plan.program import LOSS, Compute, Exchange, Instruction, Placed, Program, compile_program
+from pipeline.plan.program import Program, activation_spec, compile_inference, compile_program
+from pipeline.run import batch_norm
 from pipeline.run.clock import Clock
 from pipeline.run.emulation import Throttle
+from pipeline.run.noise import Masks
 from pipeline.run.parameters import Parameters
+from pipeline.run.recipe import Recipe, Turn, Updater
 from pipeline.run.transport import Transport
 
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+class _Pending(NamedTuple):
+    """An exchange that is under way."""
+
+    place: int
+    exchange: Exchange
+    finish: Callable[[], None]
 
 
 class Execution:
@@ -36,63 +49,89 @@ class Execution:
         self.throttle = Throttle(context.device)
         graph_module = traced(model)
         self._nodes = {node.name: node for node in graph_module.graph.nodes}
-        self._plans = {planned.name: planned for planned in plan.operations}
-        self.parameters = Parameters(graph_module, graph, plan, self.transport)
-        self._get_attribute = functools.partial(_attribute, graph_module)
-        self.dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.get_default_dtype())
+        self._returned = next(node for node in graph_module.graph.nodes if node.op == "output").args[0]
+        self.parameters = Parameters(model, graph_module, graph, plan, self.transport)
+        self.dtype = model_dtype(model)
         self.program = functools.lru_cache(maxsize=8)(functools.partial(compile_program, graph, plan))
         """The program for a batch size; the last batch of an epoch is often smaller."""
+        self._inference = functools.lru_cache(maxsize=8)(functools.partial(compile_inference, graph, plan))
         self.values: dict[Placed, Any] = {}
         """The tensors in flight, each a leaf of its own whose gradient gathers in ``.grad``."""
+        self._batch_size = 0
+        self._is_training = True
+        self._weight = 1.0
+        self._masks = Masks(graph, 0)
         self._attached: dict[int, list[Any]] = {}
-        self._deferred: tuple[int, Callable[[], None]] | None = None
-        """Position and rest of an exchange that is under way."""
+        self._pending: list[_Pending] = []
         self._target: torch.Tensor | None = None
         self._loss: torch.Tensor | None = None
-        self._loss_function: Loss | None = None
-        self._optimizer: torch.optim.Optimizer | None = None
+        self._recipe: Recipe | None = None
+        self.updater: Updater | None = None
 
-    def prepare(self, loss: Loss, optimizer: OptimizerFactory) -> None:
+    def prepare(self, recipe: Recipe, seed: int) -> None:
         """Move the parameters to their homes and make an optimiser for those that live here."""
         self.parameters.load()
-        self._loss_function = loss
-        trained = self.parameters.trained
-        self._optimizer = optimizer(trained) if trained else None
+        self._masks = Masks(self.graph, seed)
+        self._recipe = recipe
+        self.updater = Updater(recipe, self.parameters, self.context)
 
     def train_step(
-        self, batch_size: int, x_BCHW: torch.Tensor | None, y_B: torch.Tensor | None, clock: Clock
+        self,
+        batch_size: int,
+        x_BCHW: torch.Tensor | None,
+        y_B: torch.Tensor | None,
+        clock: Clock,
+        turn: Turn,
     ) -> float | None:
         """One step of training on a batch of ``batch_size`` images; the master gives the batch and gets the loss."""
         program = self.program(batch_size)
-        self._training(True)
-        self.parameters.clear_gradients()
-        self.values.clear()
-        self._feed(x_BCHW)
+        self.begin(batch_size, x_BCHW, training=True)
+        self._weight = turn.weight
+        if turn.first:
+            self.parameters.clear_gradients()
         self._target = None if y_B is None else y_B.to(self.transport.device)
         for index, instruction in enumerate(program.instructions):
-            if not (isinstance(instruction, Compute) and instruction.gradients == "parameters"):
-                self._complete_deferred(clock)
+            if not turn.last and _only_last(instruction):
+                continue
+            self._complete(instruction, clock)
+            if turn.last and instruction is program.update and self.updater is not None:
+                self.updater.clip()
             if self.context.rank in instruction.ranks:
                 with clock.instruction(index):
                     self._run(instruction, program, index)
                     self._synchronise()
-        self._complete_deferred(clock)
+        self._complete(None, clock)
         loss, self._loss = self._loss, None
         return None if loss is None else float(loss.detach())
 
-    def predict(self, batch_size: int, x_BCHW: torch.Tensor | None) -> torch.Tensor | None:
-        """The network's output for a batch, on the master; the model is in evaluation mode."""
-        program = self.program(batch_size)
-        self._training(False)
-        self.values.clear()
-        self._feed(x_BCHW)
+    def predict(self, batch_size: int, x_BCHW: torch.Tensor | None) -> Any:
+        """What the network returns for a batch, on the master; the model is in evaluation mode.
+
+        Where evaluation mode runs other operations than training, the weights are gathered and the master does it.
+        """
+        if not self.graph.evaluable:
+            return self._predict_whole(x_BCHW)
+        instructions = self._inference(batch_size)
+        self.begin(batch_size, x_BCHW, training=False)
         with torch.no_grad():
-            for instruction in program.inference:
+            for instruction in instructions:
                 if self.context.rank in instruction.ranks:
-                    self._run(instruction, program, 0)
-        output: torch.Tensor | None = self.values.get(program.output)
+                    self._run(instruction, None, 0)
+        output = self._output() if self.context.rank == 0 else None
         self.values.clear()
         self._attached.clear()
+        return output
+
+    def _predict_whole(self, x_BCHW: torch.Tensor | None) -> Any:
+        self.parameters.gather()
+        if self.context.rank != 0 or x_BCHW is None:
+            return None
+        modes = {module: module.training for module in self.model.modules()}
+        with torch.no_grad():
+            device = next((one.device for one in self.model.parameters()), self.transport.device)
+            output = self.model.eval()(x_BCHW.to(device, self.dtype))
+        for module, mode in modes.items():
+            module.training = mode
         return output
 
     def gather(self) -> dict[str, torch.Tensor] | None:
@@ -102,86 +141,126 @@ class Execution:
             return None
         return {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
 
-    def _feed(self, x_BCHW: torch.Tensor | None) -> None:
-        if x_BCHW is not None:
-            source = Layout("M", (1,) + (0,) * (self.plan.ranks - 1))
-            self.values[Placed(self.graph.input, source)] = x_BCHW.to(self.transport.device, self.dtype)
-
-    def _training(self, mode: bool) -> None:
-        for module in self.parameters.modules.values():
-            module.train(mode)
-
-    def _synchronise(self) -> None:
-        if self.transport.device.type == "cuda":
-            torch.cuda.synchronize(self.transport.device)
-
-    def _complete_deferred(self, clock: Clock) -> None:
-        if self._deferred is not None:
-            index, finish = self._deferred
-            self._deferred = None
-            with clock.instruction(index):
-                finish()
-
-    def _run(self, instruction: Instruction, program: Program, index: int) -> None:
-        if isinstance(instruction, Exchange):
-            finish = self._exchange(instruction, program)
-            if instruction.deferred:
-                self._deferred = index, finish
-            else:
-                finish()
-            return
-        if isinstance(instruction, Compute):
-            self.compute(instruction, program.gradients)
-        elif self._optimizer is not None:
-            with self.throttle.work():
-                self._optimizer.step()
-
     def compute(self, instruction: Compute, gradients: frozenset[Placed]) -> None:
         """Run a segment, forward or backward, on what is in ``values``; ``gradients`` need a gradient."""
         with self.throttle.work():
             (self._forward if instruction.direction == "forward" else self._backward)(instruction, gradients)
 
+    def begin(self, batch_size: int, x_BCHW: torch.Tensor | None, *, training: bool) -> None:
+        """Forget what was in flight, and take up a batch; the master gives the images."""
+        self._batch_size, self._is_training = batch_size, training
+        for module in self.parameters.modules.values():
+            module.train(training)
+        self.values.clear()
+        if x_BCHW is not None:
+            source = master(self.plan.ranks)
+            self.values[Placed(self.graph.input, source)] = x_BCHW.to(self.transport.device, self.dtype)
+        if training:
+            self._masks.draw(batch_size, self.dtype)
+
+    def _synchronise(self) -> None:
+        if self.transport.device.type == "cuda":
+            torch.cuda.synchronize(self.transport.device)
+
+    def _complete(self, following: Instruction | None, clock: Clock) -> None:
+        """End the exchanges under way that ``following`` cannot wait for."""
+        left = []
+        for one in self._pending:
+            if _may_go_on(one.exchange, following):
+                left.append(one)
+            else:
+                with clock.instruction(one.place):
+                    one.finish()
+        self._pending = left
+
+    def _run(self, instruction: Instruction, program: Program | None, index: int) -> None:
+        if isinstance(instruction, Exchange):
+            finish = self._exchange(instruction, program)
+            if instruction.deferred:
+                self._pending.append(_Pending(index, instruction, finish))
+            else:
+                finish()
+        elif isinstance(instruction, Compute):
+            self.compute(instruction, program.gradients if program is not None else frozenset())
+        elif self.updater is not None:
+            with self.throttle.work():
+                self.updater.step()
+
     def _forward(self, instruction: Compute, gradients: frozenset[Placed]) -> None:
         if instruction.name == LOSS:
-            assert self._loss_function is not None
+            assert self._recipe is not None
             assert self._target is not None
-            self._loss = self._loss_function(self.values[instruction.inputs[0]], self._target)
+            self._loss = self._recipe.loss(self._output(), self._target)
             return
         # By layout as well as by name: a segment may use one tensor both whole and split.
         local = {placed: self.values[placed] for placed in instruction.inputs}
-        for name in instruction.operations:
-            planned = self._plans[name]
-            local[Placed(name, planned.output)] = self._call(self._nodes[name], planned.input, local)
+        for step in instruction.steps:
+            result = self._call(step, local)
+            if step.output is not None:
+                local[step.output] = result
         self._attached[instruction.segment] = [local[placed] for placed in instruction.outputs]
         for placed in instruction.outputs:
-            self.values[placed] = self._leaf(local[placed], placed in gradients)
+            self.values[placed] = _leaf(local[placed], placed in gradients)
 
-    def _call(self, node: fx.Node, layout: Layout, local: dict[Placed, Any]) -> Any:
-        args = fx.map_arg(node.args, lambda one: local[Placed(one.name, layout)])
-        kwargs = fx.map_arg(node.kwargs, lambda one: local[Placed(one.name, layout)])
+    def _output(self) -> Any:
+        """What the network returns, made of the tensors on the master."""
+        layout = master(self.plan.ranks)
+        return fx.map_arg(self._returned, lambda node: self.values[Placed(node.name, layout)])
+
+    def _call(self, step: Step, local: dict[Placed, Any]) -> Any:
+        operation, node = self.graph[step.operation], self._nodes[step.operation]
+        given = [local[placed] for placed in step.inputs]
+        module = self.parameters.modules.get(str(node.target)) if node.op == "call_module" else None
+        if step.part != "whole":
+            assert module is not None
+            assert operation.shape is not None
+            count = self._batch_size * math.prod(operation.shape[1:])
+            if step.part == "sums":
+                return batch_norm.sums(module, given[0])
+            if step.part == "normalise":
+                return batch_norm.normalise(module, given[0], given[1], count)
+            return batch_norm.track(module, given[0], count)
+        if operation.effect is Effect.FLATTEN:
+            return given[0].flatten(1)
+        if operation.noise is not None:
+            if not self._is_training:
+                return given[0]
+            assert step.output is not None
+            spec = activation_spec(self.graph, operation.name, self._batch_size)
+            box = spec.boxes(step.output.layout)[self.context.rank]
+            return self._masks.apply(operation.name, operation.noise, given[0], spec, box)
+        args, kwargs = node.args, node.kwargs
+        if not self._is_training:
+            args, kwargs = node.meta.get(EVALUATION, (args, kwargs))
+        by_name = dict(zip(operation.inputs, given, strict=True))
+
+        def value_of(one: fx.Node) -> Any:
+            return self.parameters.work[str(one.target)] if one.op == "get_attr" else by_name[one.name]
+
+        args, kwargs = fx.map_arg(args, value_of), fx.map_arg(kwargs, value_of)
         target: Any = node.target
-        if node.op == "call_module":
-            return self.parameters.modules[target](*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], target)(*args[1:], **kwargs)
-        return self._get_attribute(target) if node.op == "get_attr" else target(*args, **kwargs)
+        if module is not None:
+            return module(*args, **kwargs)
+        return getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs)
 
     def _backward(self, instruction: Compute, gradients: frozenset[Placed]) -> None:
         if instruction.name == LOSS:
             assert self._loss is not None
-            self._loss.backward()
+            (self._loss if self._weight == 1 else self._loss * self._weight).backward()
             return
         # The weights' gradient, the second half of a divided computation, ends what the first has to keep.
         last = instruction.gradients != "inputs"
         attached = self._attached.pop(instruction.segment) if last else self._attached[instruction.segment]
         outputs, incoming = [], []
-        for placed, output in zip(instruction.outputs, attached, strict=True):
-            gradient = self.values[placed].grad if placed in gradients else None
-            if gradient is not None:
-                outputs.append(output)
-                incoming.append(gradient)
-            if last:
-                self.values[placed].grad = None
+        for placed, made in zip(instruction.outputs, attached, strict=True):
+            if placed not in gradients:
+                continue
+            for output, leaf in zip(pytree.tree_leaves(made), pytree.tree_leaves(self.values[placed]), strict=True):
+                if isinstance(leaf, torch.Tensor) and leaf.grad is not None and output.requires_grad:
+                    outputs.append(output)
+                    incoming.append(leaf.grad)
+                    if last:
+                        leaf.grad = None
         if outputs:
             wanted = self._wanted(instruction, gradients)
             torch.autograd.backward(outputs, incoming, retain_graph=not last, inputs=wanted)
@@ -194,25 +273,29 @@ class Execution:
             return [self.values[placed] for placed in instruction.inputs if placed in gradients]
         return self.parameters.trained_by(instruction.operations)
 
-    def _exchange(self, instruction: Exchange, program: Program) -> Callable[[], None]:
+    def _exchange(self, instruction: Exchange, program: Program | None) -> Callable[[], None]:
         """Begin an exchange; what is returned waits for its end and makes its result available."""
-        if instruction.parameter:
+        forward = instruction.direction == "forward"
+        if instruction.moves == "parameter":
             parameters = self.parameters
-            forward = instruction.direction == "forward"
             return (parameters.send_to_work if forward else parameters.send_gradient_home)(instruction)
-        if instruction.direction == "forward":
+        if instruction.moves == "gradients":
+            assert program is not None
+            return self.parameters.sum_gradients(instruction, program.buckets[instruction.source.name])
+        if forward:
             source, placed = self.values.get(instruction.source), instruction.target
         else:
             source, placed = self._gradient_or_zero(instruction), instruction.source
         received = self._empty(instruction, placed)
         wait = self.transport.start(instruction, source, received)
+        needs_gradient = program is not None and placed in program.gradients
 
         def finish() -> None:
             wait()
             if received is None:
                 return
-            if instruction.direction == "forward":
-                self.values[placed] = self._leaf(received, placed in program.gradients)
+            if forward:
+                self.values[placed] = _leaf(received, needs_gradient)
             else:
                 value = self.values[placed]
                 value.grad = received if value.grad is None else value.grad.add_(received)
@@ -222,14 +305,10 @@ class Execution:
     def _gradient_or_zero(self, instruction: Exchange) -> torch.Tensor | None:
         if instruction.target not in self.values:
             return None
-        gradient = self._take_gradient(instruction.target)
-        return torch.zeros_like(self.values[instruction.target]) if gradient is None else gradient
-
-    def _take_gradient(self, placed: Placed) -> torch.Tensor | None:
-        value = self.values[placed]
+        value = self.values[instruction.target]
         gradient: torch.Tensor | None = value.grad
         value.grad = None
-        return gradient
+        return torch.zeros_like(value) if gradient is None else gradient
 
     def _empty(self, instruction: Exchange, placed: Placed) -> torch.Tensor | None:
         box = instruction.spec.boxes(placed.layout)[self.context.rank]
@@ -237,12 +316,30 @@ class Execution:
             return None
         return torch.empty(instruction.spec.local_shape(box), dtype=self.dtype, device=self.transport.device)
 
-    @staticmethod
-    def _leaf(value: Any, needs_gradient: bool) -> Any:
-        """The value as a leaf of its own, so that each segment has an autograd graph of its own."""
-        return value.detach().requires_grad_(needs_gradient) if isinstance(value, torch.Tensor) else value
+
+def _only_last(instruction: Instruction) -> bool:
+    """Whether an instruction has its turn only in the last of several batches whose gradients are accumulated."""
+    if isinstance(instruction, Exchange):
+        return instruction.moves == "gradients" or (
+            instruction.moves == "parameter" and instruction.direction == "backward"
+        )
+    return not isinstance(instruction, Compute)
 
 
-def _attribute(root: nn.Module, target: str) -> Any:
-    owner, _, leaf = target.rpartition(".")
-    return getattr(root.get_submodule(owner), leaf)
+def _may_go_on(exchange: Exchange, following: Instruction | None) -> bool:
+    """Whether an exchange under way may stay so during an instruction."""
+    if exchange.moves == "gradients":
+        takes_up = isinstance(following, Exchange) and following.source == exchange.target
+        return isinstance(following, Compute | Exchange) and not takes_up
+    return isinstance(following, Compute) and following.gradients == "parameters"
+
+
+def _leaf(value: Any, needs_gradient: bool) -> Any:
+    """The value with its tensors as leaves of their own, so that each segment has an autograd graph of its own."""
+
+    def cut(one: Any) -> Any:
+        if not isinstance(one, torch.Tensor):
+            return one
+        return one.detach().requires_grad_(needs_gradient and one.is_floating_point())
+
+    return pytree.tree_map(cut, value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,12 @@ from pipeline.cluster.gang import run_gang
 from pipeline.errors import InputError
 from pipeline.graph.trace import Graph
 from pipeline.plan.plan import Plan
-from pipeline.run.execution import Loss, OptimizerFactory
+from pipeline.run.callbacks import Callback
+from pipeline.run.recipe import OptimizerFactory, Recipe
 from pipeline.run.worker import Account, Job, run_rank
 
 SGD: OptimizerFactory = functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)
+PLAIN = Recipe(loss=nn.CrossEntropyLoss(), optimizer=SGD)
 
 OnProgress = Callable[[int, dict[str, float]], None]
 
@@ -34,8 +36,9 @@ def run_plan(
     dataset: Dataset[Any],
     *,
     validation: Dataset[Any] | None = None,
-    loss: Loss | None = None,
-    optimizer: OptimizerFactory = SGD,
+    recipe: Recipe | None = None,
+    loader: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
     indices: list[list[list[int]]],
     seed: int,
     label: str,
@@ -52,7 +55,8 @@ def run_plan(
     ranks = [members[device] for device in plan.devices]
     skeleton = copy.deepcopy(model).to("meta")
     common = {
-        "graph": graph, "plan": plan, "loss": loss or nn.CrossEntropyLoss(), "optimizer": optimizer, "indices": indices,
+        "graph": graph, "plan": plan, "recipe": recipe or PLAIN, "indices": indices, "loader": loader or {},
+        "callbacks": tuple(callbacks),
         "seed": seed, "synchronised": synchronised, "profiled": profiled, "keep_weights": keep_weights,
         "keep_steps": keep_steps,
         "validation_images": len(validation) if validation is not None else 0,  # type: ignore[arg-type]

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import fx, nn
 
-from pipeline.graph.trace import Graph, Operation
+from pipeline.errors import InputError
+from pipeline.graph.effects import Effect
+from pipeline.graph.trace import Graph, Operation, Parameter, model_dtype
+from pipeline.plan.instructions import Exchange, Placed
 from pipeline.plan.layouts import Layout, master
 from pipeline.plan.plan import ParameterPlan, Plan, parameters_of
-from pipeline.plan.program import Exchange, Placed, parameter_spec
+from pipeline.plan.program import parameter_spec
 from pipeline.run.transport import Transport
+
+ParameterGroups = Callable[[nn.Module], Iterable[dict[str, Any]]]
+"""Makes parameter groups of a model, as one would give them to an optimiser of that model."""
 
 
 class Parameters:
@@ -23,7 +30,9 @@ class Parameters:
     model and ``gather`` brings them back.
     """
 
-    def __init__(self, model: fx.GraphModule, graph: Graph, plan: Plan, transport: Transport) -> None:
+    def __init__(self, root: nn.Module, model: fx.GraphModule, graph: Graph, plan: Plan, transport: Transport) -> None:
+        """``root`` is the model itself, and ``model`` what tracing made of it."""
+        self._root = root
         self._model, self._graph, self._plan, self._transport = model, graph, plan, transport
         self._rank, self._device = transport.rank, transport.device
         self._plans = {one.parameter.name: one for _, one in parameters_of(graph, plan)}
@@ -31,6 +40,9 @@ class Parameters:
         self.work: dict[str, torch.Tensor] = {}
         """By name, the tensors that the local operations use."""
         self._gradients: dict[str, torch.Tensor] = {}
+        self._sums: dict[str, torch.Tensor] = {}
+        """By bucket, the part of the summed gradients that this rank has added up."""
+        self._dtype = model_dtype(model)
         for module in model.modules():
             if hasattr(module, "inplace"):
                 # A segment's input is a leaf of its own, which must not be written to.
@@ -64,6 +76,40 @@ class Parameters:
         for tensor in (*self.work.values(), *self.home.values()):
             tensor.grad = None
 
+    def groups(self, select: ParameterGroups | None) -> list[dict[str, Any]] | list[nn.Parameter]:
+        """What to give an optimiser: the trained tensors whose home is here, in groups where the user wants some.
+
+        ``select`` makes groups of the parameters of a model, as for an optimiser of that model; groups of which nothing
+        is here stay, empty. Raises ``InputError`` if a group names what is no parameter of the model.
+        """
+        if select is None:
+            return self.trained
+        known = {id(parameter) for parameter in self._root.parameters()}
+        names = {id(parameter): name for name, parameter in self._model.named_parameters(remove_duplicate=False)}
+        mine = {id(tensor) for tensor in self.trained}
+        found = []
+        for group in select(self._root):
+            given = group["params"]
+            chosen = [given] if isinstance(given, torch.Tensor) else list(given)
+            unknown = next((one for one in chosen if id(one) not in known), None)
+            if unknown is not None:
+                raise InputError(
+                    f"a parameter group names a tensor of shape {tuple(unknown.shape)} that the model lacks"
+                )
+            here = [self.home.get(names.get(id(one), "")) for one in chosen]
+            found.append({**group, "params": [one for one in here if one is not None and id(one) in mine]})
+        return found
+
+    @property
+    def counted(self) -> list[torch.Tensor]:
+        """The trained tensors of this rank, without copies of what a lower rank counts already."""
+        return [
+            tensor
+            for name, tensor in self.home.items()
+            if self._plans[name].parameter.trained
+            and (self._plans[name].home.kind != "R" or self._plans[name].home.holders[0] == self._rank)
+        ]
+
     def trained_by(self, operations: Sequence[str]) -> list[torch.Tensor]:
         """The trained tensors that the local parts of ``operations`` use."""
         names = (one.name for name in operations for one in self._graph[name].parameters if one.trained)
@@ -85,6 +131,37 @@ class Parameters:
             home.grad = self._gradients.setdefault(name, torch.empty_like(home))
         return self._transport.start(exchange, gradient, None if home is None else home.grad)
 
+    def sum_gradients(self, exchange: Exchange, names: Sequence[str]) -> Callable[[], None]:
+        """Begin one of the exchanges that sum the gradients of ``names`` over ranks; call the result to end it."""
+        bucket = exchange.source.name
+        layout = exchange.target.layout
+        source = self._sums.pop(bucket, None) if exchange.source.layout.kind == "K" else self._joined(names)
+        box = exchange.spec.boxes(layout)[self._rank]
+        target = torch.empty(exchange.spec.local_shape(box), dtype=self._dtype, device=self._device) if box else None
+        wait = self._transport.start(exchange, source, target)
+
+        def finish() -> None:
+            wait()
+            if target is None:
+                return
+            if layout.kind == "K":
+                self._sums[bucket] = target
+                return
+            start = 0
+            for name in names:
+                tensor = self.work[name]
+                tensor.grad = target[start : start + tensor.numel()].view_as(tensor)
+                start += tensor.numel()
+
+        return finish
+
+    def _joined(self, names: Sequence[str]) -> torch.Tensor | None:
+        """This rank's gradients of ``names`` one after the other, zeros where it has none; None if it has no copy."""
+        if names[0] not in self.work:
+            return None
+        tensors = [self.work[name] for name in names]
+        return torch.cat([(torch.zeros_like(one) if one.grad is None else one.grad).reshape(-1) for one in tensors])
+
     def _carry(self, name: str, one: ParameterPlan, *, outward: bool) -> None:
         """Move one parameter between the master's model and its home."""
         whole, home = self._original(name) if self._rank == 0 else None, self.home.get(name)
@@ -98,7 +175,7 @@ class Parameters:
             source=source,
             target=target,
             spec=parameter_spec(one),
-            parameter=True,
+            moves="parameter",
         )
         self._transport.exchange(exchange, start, end)
 
@@ -116,10 +193,10 @@ class Parameters:
         planned = self._plan[operation.name]
         if self._rank not in planned.ranks:
             return
-        unsplit = _is_master(planned.input) and _is_master(planned.output)
+        unsplit = planned.input.kind == "M" and planned.output.kind == "M"
         if operation.module is None:
             for parameter in operation.parameters:
-                self.work[parameter.name] = self._original(parameter.name)
+                self.work[parameter.name] = self._direct(parameter, unsplit=unsplit)
             return
         if operation.module in self.modules:
             return
@@ -132,7 +209,22 @@ class Parameters:
         local = copy.deepcopy(module).to("meta")
         for parameter in operation.parameters:
             self._replace(local, operation, self._plans[parameter.name])
+        _fit_attributes(local, operation, planned.input.shares[self._rank], planned.output)
         self.modules[operation.module] = local
+
+    def _direct(self, parameter: Parameter, *, unsplit: bool) -> torch.Tensor:
+        """A parameter that the model's own ``forward`` reads."""
+        original = self._original(parameter.name)
+        if unsplit and original.device == self._device:
+            return original
+        return self._shard(self._plans[parameter.name], original)
+
+    def _shard(self, one: ParameterPlan, like: torch.Tensor) -> torch.Tensor:
+        """An empty tensor for this rank's part."""
+        spec = parameter_spec(one)
+        shape = spec.local_shape(spec.boxes(one.work)[self._rank])
+        tensor = torch.empty(shape, dtype=like.dtype, device=self._device)
+        return tensor if one.parameter.buffer else nn.Parameter(tensor, requires_grad=one.parameter.trained)
 
     def _replace(self, local: nn.Module, operation: Operation, one: ParameterPlan) -> None:
         """Give ``local`` an empty tensor of the shard's shape, or None where this rank has no part of it."""
@@ -140,17 +232,21 @@ class Parameters:
         owner, _, leaf = name.removeprefix(f"{operation.module}.").rpartition(".")
         submodule = local.get_submodule(owner)
         like = getattr(submodule, leaf)
-        box = parameter_spec(one).boxes(one.work)[self._rank]
-        if not box:
+        if not parameter_spec(one).boxes(one.work)[self._rank]:
             setattr(submodule, leaf, None)
             return
-        shape = parameter_spec(one).local_shape(box)
-        tensor: torch.Tensor = torch.empty(shape, dtype=like.dtype, device=self._device)
-        if not one.parameter.buffer:
-            tensor = nn.Parameter(tensor, requires_grad=one.parameter.trained)
+        tensor = self._shard(one, like)
         setattr(submodule, leaf, tensor)
         self.work[name] = tensor
 
 
-def _is_master(layout: Layout) -> bool:
-    return layout.kind == "M"
+def _fit_attributes(local: nn.Module, operation: Operation, input_share: int, output: Layout) -> None:
+    """Tell a module that has some of the channels how many there are, where it goes by that."""
+    if output.kind != "K":
+        return
+    if operation.effect is Effect.GROUPED and isinstance(local, nn.modules.conv._ConvNd):
+        local.groups = input_share // operation.input_unit
+    if isinstance(local, nn.GroupNorm):
+        local.num_groups = input_share // operation.unit
+    if isinstance(local, nn.modules.instancenorm._InstanceNorm):
+        local.num_features = input_share

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import RunError
-from pipeline.run.execution import OptimizerFactory
+from pipeline.run.recipe import OptimizerFactory
 
 
 def plain_step_times(

@@ -20,6 +20,7 @@ import socket
 import struct
 import time
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from pipeline.cluster.rank import RankContext, RankLost, rank_socket_name
 
 _HEAD_BYTES = 64
 _LETTER = struct.Struct("qqq")
-"""What announces a box: number of the file; bytes of the file, when it comes along; which box it is."""
+"""What announces a box: tag of the message, number of the file, and which box it is (or the file's bytes)."""
 _CREDENTIALS = struct.Struct("iII")
 """What the kernel says of a peer: process, user, group."""
 _HANDSHAKE_S = 30.0
@@ -40,8 +41,8 @@ _LEAST_SLEEP_S, _MOST_SLEEP_S = 2e-5, 1e-3
 class Outbox:
     """The sender's end: one memory file for the boxes of one message, step after step."""
 
-    def __init__(self, neighbour: Neighbour, like: torch.Tensor) -> None:
-        self._neighbour = neighbour
+    def __init__(self, neighbour: Neighbour, tag: int, like: torch.Tensor) -> None:
+        self._neighbour, self._tag = neighbour, tag
         size = _HEAD_BYTES + like.numel() * like.element_size()
         with _memory_file(size) as file:
             mapped = mmap.mmap(file, size)
@@ -58,7 +59,7 @@ class Outbox:
         self._await_copy()
         self._box.copy_(part)
         self._count += 1
-        self._neighbour.send_letter(self._number, self._count)
+        self._neighbour.send_letter(self._tag, self._number, self._count)
 
     def _await_copy(self) -> None:
         for _ in self._neighbour.patience():
@@ -76,16 +77,18 @@ class Neighbour:
         connection.setblocking(False)
         self._sent_files = 0
         self._maps: dict[int, mmap.mmap] = {}
+        self._letters: dict[int, deque[tuple[int, int]]] = {}
+        """By tag, what has been announced and not yet been taken: number of the file, and which box it is."""
 
     def send_file(self, file: int, size: int) -> int:
         """Hand over a memory file of ``size`` bytes; returns the number by which letters name it."""
         self._sent_files += 1
-        self._send(_LETTER.pack(self._sent_files, size, 0), [file])
+        self._send(_LETTER.pack(0, self._sent_files, size), [file])
         return self._sent_files
 
-    def send_letter(self, number: int, count: int) -> None:
+    def send_letter(self, tag: int, number: int, count: int) -> None:
         """Say that a file holds its ``count``-th box. Raises ``RankLost`` if the neighbour is gone."""
-        self._send(_LETTER.pack(number, 0, count), [])
+        self._send(_LETTER.pack(tag, number, count), [])
 
     def _send(self, letter: bytes, files: list[int]) -> None:
         for _ in self.patience():  # once, unless a very long queue of letters has filled the socket
@@ -93,25 +96,37 @@ class Neighbour:
                 socket.send_fds(self._connection, [letter], files)
                 return
 
-    def receive(self, like: torch.Tensor) -> tuple[torch.Tensor, Receipt]:
-        """Wait for the next box, shaped and typed as ``like``; sign the receipt when it has been copied.
+    def receive(self, tag: int, like: torch.Tensor) -> tuple[torch.Tensor, Receipt]:
+        """Wait for the next box with ``tag``, shaped and typed as ``like``; sign the receipt when it has been copied.
 
-        Raises ``RankLost`` if the neighbour is gone or sends nothing in the time of the gang.
+        Boxes of exchanges that end later are left for them. Raises ``RankLost`` if the neighbour is gone or sends
+        nothing in the time of the gang.
         """
         for _ in self.patience():
-            with self._errors():
-                letter, files, _, _ = socket.recv_fds(self._connection, _LETTER.size, 1)
-                if not letter:
-                    raise RankLost(f"rank {self.rank} closed its connection")
-                number, size, count = _LETTER.unpack(letter)
-                for file in files:
-                    self._maps[number] = mmap.mmap(file, size)
-                    os.close(file)
-                if not files:
-                    break
+            while not self._letters.get(tag) and self._open_next():
+                pass
+            if self._letters.get(tag):
+                break
+        number, count = self._letters[tag].popleft()
         mapped = self._maps[number]
         box = torch.frombuffer(mapped, dtype=like.dtype, offset=_HEAD_BYTES, count=like.numel()).view(like.shape)
         return box, Receipt(torch.frombuffer(mapped, dtype=torch.int64, count=1), count)
+
+    def _open_next(self) -> bool:
+        """Read a letter, if there is one."""
+        found = False
+        with self._errors():
+            letter, files, _, _ = socket.recv_fds(self._connection, _LETTER.size, 1)
+            if not letter:
+                raise RankLost(f"rank {self.rank} closed its connection")
+            tag, number, count = _LETTER.unpack(letter)
+            if not files:
+                self._letters.setdefault(tag, deque()).append((number, count))
+            for file in files:  # a new one, whose size comes in place of the count
+                self._maps[number] = mmap.mmap(file, count)
+                os.close(file)
+            found = True
+        return found
 
     def patience(self) -> Iterator[None]:
         """Look again and again, with sleeps that grow with the time waited.

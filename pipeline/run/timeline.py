@@ -10,8 +10,9 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from pipeline.graph.trace import Graph
+from pipeline.plan.instructions import Compute, Exchange, Instruction
 from pipeline.plan.plan import Plan
-from pipeline.plan.program import Compute, Exchange, Instruction, compile_program
+from pipeline.plan.program import compile_program
 from pipeline.results.contracts import describe
 from pipeline.run.ddp import INSTRUCTIONS
 from pipeline.run.worker import Account

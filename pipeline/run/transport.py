@@ -1,9 +1,8 @@
 """Carry out an exchange: pack boxes, send and receive them all at once, put them where they belong.
 
-Tensors are seen as ``x_ICE``: images, channels, everything else. gloo wants contiguous CPU memory, so boxes are packed
-into staging buffers that live as long as the transport (pinned where a GPU is involved); a box that is already
-contiguous in CPU memory is sent and received in place. Between CPU ranks on one host, boxes go through shared memory
-instead.
+gloo wants contiguous CPU memory, so boxes are packed into staging buffers that live as long as the transport (pinned
+where a GPU is involved); a box that is already contiguous in CPU memory is sent and received in place. Between CPU
+ranks on one host, boxes go through shared memory instead.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from pipeline.cluster.gang import RankContext
+from pipeline.plan.instructions import Exchange, TensorSpec
 from pipeline.plan.layouts import Box, Message
-from pipeline.plan.program import Exchange, TensorSpec
 from pipeline.run.shared_memory import Neighbour, Outbox, neighbours
 
 
@@ -57,109 +56,108 @@ class Transport:
                 (instruction.source, instruction.target) if forward else (instruction.target, instruction.source)
             )
         )
-        x_ICE = _view(source, spec, held)
-        # A target in another memory format, such as channels_last, is filled by way of a contiguous one.
-        strided = target is not None and not target.is_contiguous()
-        landing = torch.empty(target.shape, dtype=target.dtype, device=target.device) if strided else target  # type: ignore[union-attr]
-        y_ICE = _view(landing, spec, wanted)
-        incoming = [message for message in instruction.messages if message.target == self.rank]
-        outgoing = [message for message in instruction.messages if message.source == self.rank != message.target]
-        sums = _overlapping(incoming)
-        key = (instruction.name, instruction.direction, spec.view)
-        self._clear(incoming, y_ICE, wanted, sums)
-        arrivals = self._arrivals(key, incoming, y_ICE, wanted, in_place=not sums)
-        receives = [
-            dist.P2POp(dist.irecv, one.buffer, one.source, self.group) for one in arrivals if one.buffer is not None
-        ]
-        sends = []
-        for index, message in enumerate(outgoing):
-            assert x_ICE is not None
-            part = _part(x_ICE, held, message.box)
-            if message.target in self._neighbours:
-                self._outbox((*key, index), self._neighbours[message.target], part).post(part)
-            else:
-                sends.append(dist.P2POp(dist.isend, self._packed((*key, index), part), message.target, self.group))
-        requests = dist.batch_isend_irecv(receives + sends) if receives or sends else []
-        self._place_own(incoming, x_ICE, held, y_ICE, wanted)
+        tagged = list(zip(instruction.messages, instruction.tags, strict=True))
+        incoming = [(message, tag) for message, tag in tagged if message.target == self.rank]
+        outgoing = [(message, tag) for message, tag in tagged if message.source == self.rank != message.target]
+        sums = _overlapping([message for message, _ in incoming])
+        if target is not None and sum(message.box.size for message, _ in incoming) < wanted.size:
+            target.zero_()  # what no message reaches
+        arrivals: list[_Arrival] = []
+        if target is not None:
+            arrivals = [self._arrival(spec, one, tag, source, target, held, wanted, sums) for one, tag in incoming]
+        requests, kept = self._begin_messages(spec, arrivals, outgoing, source, held)
+        if not sums:
+            for one in arrivals:  # local copies, made while the messages are under way
+                if one.source == self.rank:
+                    self._take_out(one, add=False)
 
         @torch.no_grad()
         def finish() -> None:
             for request in requests:
                 request.wait()
-            sends.clear()  # until here they kept alive what was sent from its own memory
-            for one in arrivals:
-                self._take_out(one, sums=sums)
-            if strided and target is not None and landing is not None:
-                target.copy_(landing)
+            kept.clear()
+            if sums and target is not None and arrivals[0].part.shape != target.shape:
+                target.zero_()
+            for index, one in enumerate(arrivals):
+                if sums:
+                    # In the order of the messages, own ones among them: all ranks round alike.
+                    whole = target is not None and one.part.shape == target.shape
+                    self._take_out(one, add=index > 0 or not whole)
+                elif one.source != self.rank:
+                    self._take_out(one, add=False)
 
         return finish
 
-    def _take_out(self, one: _Arrival, *, sums: bool) -> None:
+    def _begin_messages(
+        self,
+        spec: TensorSpec,
+        arrivals: Sequence[_Arrival],
+        outgoing: Sequence[tuple[Message, int]],
+        source: torch.Tensor | None,
+        held: Box,
+    ) -> tuple[list[dist.Work], list[torch.Tensor]]:
+        """Send and be ready to receive; what gloo is to be asked for the end, and what must stay alive until then."""
+        kept = []
+        operations = [
+            dist.P2POp(dist.irecv, one.box, one.source, self.group, one.tag)
+            for one in arrivals
+            if one.through_gloo and one.box is not None
+        ]
+        for message, tag in outgoing:
+            assert source is not None
+            part = source[spec.slices(held, message.box)]
+            if message.target in self._neighbours:
+                self._outbox(tag, self._neighbours[message.target], part).post(part)
+            else:
+                kept.append(self._packed((tag, message.target), part))
+                operations.append(dist.P2POp(dist.isend, kept[-1], message.target, self.group, tag))
+        return (dist.batch_isend_irecv(operations) if operations else []), kept
+
+    def _take_out(self, one: _Arrival, *, add: bool) -> None:
         """Bring what has arrived to where it belongs; from a neighbour, wait for it first."""
-        if one.buffer is None:
-            box, receipt = self._neighbours[one.source].receive(one.part)
-        else:
-            box, receipt = one.buffer, None
-        if sums:
+        box, receipt = one.box, None
+        if box is None:
+            box, receipt = self._neighbours[one.source].receive(one.tag, one.part)
+        if add:
             one.part.add_(box.to(one.part.device))
         elif box is not one.part:
             one.part.copy_(box)
         if receipt is not None:
             receipt.sign()
 
-    def _arrivals(
+    def _arrival(
         self,
-        key: tuple[object, ...],
-        incoming: Sequence[Message],
-        y_ICE: torch.Tensor | None,
+        spec: TensorSpec,
+        message: Message,
+        tag: int,
+        source: torch.Tensor | None,
+        target: torch.Tensor,
+        held: Box,
         wanted: Box,
-        *,
-        in_place: bool,
-    ) -> list[_Arrival]:
-        """Where each message from another rank arrives, and the part of the target it is for."""
-        found = []
-        for index, message in enumerate(incoming):
-            if message.source != self.rank and y_ICE is not None:
-                part = _part(y_ICE, wanted, message.box)
-                direct = in_place and part.is_contiguous() and part.device.type == "cpu"
-                buffer: torch.Tensor | None = None
-                if message.source not in self._neighbours:
-                    buffer = part if direct else self._buffer((*key, "in", index), part)
-                found.append(_Arrival(message.source, buffer, part))
-        return found
+        sums: bool,
+    ) -> _Arrival:
+        """Where a message arrives, and the part of the target it is for."""
+        part = target[spec.slices(wanted, message.box)]
+        if message.source == self.rank:
+            assert source is not None
+            return _Arrival(message.source, tag, source[spec.slices(held, message.box)], part, through_gloo=False)
+        if message.source in self._neighbours:
+            return _Arrival(message.source, tag, None, part, through_gloo=False)
+        direct = not sums and part.is_contiguous() and part.device.type == "cpu"
+        box = part if direct else self._buffer((tag, message.source, "in"), part)
+        return _Arrival(message.source, tag, box, part, through_gloo=True)
 
-    def _outbox(self, key: tuple[object, ...], neighbour: Neighbour, part: torch.Tensor) -> Outbox:
-        full_key = (*key, tuple(part.shape), part.dtype)
-        if full_key not in self._outboxes:
-            self._outboxes[full_key] = Outbox(neighbour, part)
-        return self._outboxes[full_key]
+    def _outbox(self, tag: int, neighbour: Neighbour, part: torch.Tensor) -> Outbox:
+        key = (tag, neighbour.rank, tuple(part.shape), part.dtype)
+        if key not in self._outboxes:
+            self._outboxes[key] = Outbox(neighbour, tag, part)
+        return self._outboxes[key]
 
     def _packed(self, key: tuple[object, ...], part: torch.Tensor) -> torch.Tensor:
         """The part in contiguous CPU memory."""
         if part.is_contiguous() and part.device.type == "cpu":
             return part
         return self._buffer((*key, "out"), part).copy_(part)
-
-    def _clear(self, incoming: Sequence[Message], y_ICE: torch.Tensor | None, wanted: Box, sums: bool) -> None:
-        """What is summed, or reached by no message, begins at zero; own parts are copied, not summed."""
-        covered = [message.box for message in incoming if not sums or message.source == self.rank]
-        if y_ICE is not None and sum(box.size for box in covered) < wanted.size:
-            y_ICE.zero_()
-
-    def _place_own(
-        self,
-        incoming: Sequence[Message],
-        x_ICE: torch.Tensor | None,
-        held: Box,
-        y_ICE: torch.Tensor | None,
-        wanted: Box,
-    ) -> None:
-        """Local copies, made while the messages are under way."""
-        for message in incoming:
-            if message.source == self.rank:
-                assert x_ICE is not None
-                assert y_ICE is not None
-                _part(y_ICE, wanted, message.box).copy_(_part(x_ICE, held, message.box))
 
     def _buffer(self, key: tuple[object, ...], like: torch.Tensor) -> torch.Tensor:
         """A staging buffer in CPU memory of the shape and type of ``like``; the same one for the same key."""
@@ -171,24 +169,15 @@ class Transport:
 
 
 class _Arrival(NamedTuple):
-    """A message under way to this rank."""
+    """A message to this rank, from another or from itself."""
 
     source: int
-    buffer: torch.Tensor | None
-    """What gloo receives into; None for a box that comes through shared memory."""
+    tag: int
+    box: torch.Tensor | None
+    """Where its content is or will be; None if a neighbour will tell."""
     part: torch.Tensor
-    """Where its content belongs; ``buffer`` itself if that can be received into."""
-
-
-def _view(tensor: torch.Tensor | None, spec: TensorSpec, box: Box) -> torch.Tensor | None:
-    """A local part as (images, channels, rest); a copy only where a gradient came out strided."""
-    if tensor is None:
-        return None
-    return tensor.reshape(len(box.images), len(box.channels), spec.view[2])
-
-
-def _part(x_ICE: torch.Tensor, outer: Box, box: Box) -> torch.Tensor:
-    return x_ICE[box.images.within(outer.images), box.channels.within(outer.channels)]
+    """Where it belongs; ``box`` itself if gloo can receive into that."""
+    through_gloo: bool
 
 
 def _overlapping(incoming: Sequence[Message]) -> bool:

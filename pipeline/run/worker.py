@@ -6,15 +6,18 @@ import contextlib
 import math
 import resource
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
 
 from pipeline.cluster.gang import RankContext
@@ -22,10 +25,12 @@ from pipeline.errors import RunError
 from pipeline.graph.trace import Graph
 from pipeline.plan.plan import Plan
 from pipeline.run.batches import Batch, batches, part_of
+from pipeline.run.callbacks import Callback, Epoch
 from pipeline.run.clock import Clock, clock_offset
 from pipeline.run.convolution_timer import ConvolutionTimer
 from pipeline.run.ddp import INSTRUCTIONS, DataParallel
-from pipeline.run.execution import Execution, Loss, OptimizerFactory
+from pipeline.run.execution import Execution
+from pipeline.run.recipe import Recipe, Turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +46,14 @@ class Job:
     validation_images: int
     graph: Graph
     plan: Plan
-    loss: Loss
-    optimizer: OptimizerFactory
+    recipe: Recipe
     indices: list[list[list[int]]]
     """Image indices by epoch and step."""
     seed: int
+    loader: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of torch's ``DataLoader``."""
+    callbacks: tuple[Callback, ...] = ()
+    """What to call after each epoch, on the master; every rank has to know whether there is something."""
     synchronised: bool = False
     """Whether all ranks begin each step together, as a timing needs."""
     profiled: bool = False
@@ -76,6 +84,8 @@ class Account:
     """Most memory the rank held during the run, in bytes: resident memory, or on a GPU the allocated one."""
     convolution_s: float
     """Time in convolutions of the profiled step; NaN without one."""
+    callbacks: tuple[Callback, ...]
+    """As they ended."""
 
 
 def run_rank(context: RankContext, job: Job) -> Account:
@@ -90,21 +100,26 @@ def run_rank(context: RankContext, job: Job) -> Account:
     losses: list[float] = []
     images: list[int] = []
     accuracies: list[float] = []
-    for epoch in job.indices:
-        for batch_size, batch in runner.batches(epoch):
+    for number, epoch in enumerate(job.indices, 1):
+        began, done = time.monotonic(), len(losses)
+        turns = _turns(len(epoch), job.recipe.accumulate)
+        for turn, (batch_size, batch) in zip(turns, runner.batches(epoch), strict=True):
             if job.synchronised:
                 context.barrier()
             with runner.clock.step():
-                loss = runner.step(batch_size, batch)
+                loss = runner.step(batch_size, batch, turn)
             if loss is not None:
                 if not math.isfinite(loss):
                     raise RunError(f"the loss is {loss} at step {len(losses) + 1}; try a smaller learning rate")
                 losses.append(loss)
                 images.append(runner.images(batch_size))
             context.report(len(runner.clock.steps), loss=math.nan if loss is None else loss)
-        if job.validation_images:
-            accuracy = runner.accuracy()
-            accuracies += [] if accuracy is None else [accuracy]
+        accuracy = runner.accuracy() if job.validation_images else None
+        accuracies += [] if accuracy is None else [accuracy]
+        mean = float(np.average(losses[done:], weights=images[done:])) if losses[done:] else None
+        runner.updater.end_epoch(mean)
+        if job.callbacks and _ended_by(context, job.callbacks, number, mean, accuracy, time.monotonic() - began):
+            break
     convolution_s = _convolution_time(context, runner, job) if job.profiled else math.nan
     return Account(
         weights=runner.weights() if job.keep_weights else None,
@@ -115,7 +130,36 @@ def run_rank(context: RankContext, job: Job) -> Account:
         times=runner.clock.times,
         peak_memory=_peak_memory(context),
         convolution_s=convolution_s,
+        callbacks=job.callbacks,
     )
+
+
+def _turns(batches: int, accumulate: int) -> list[Turn]:
+    """Each batch's place among those whose gradients are averaged for one update."""
+    found = []
+    for index in range(batches):
+        start = index - index % accumulate
+        size = min(accumulate, batches - start)
+        found.append(Turn(first=index == start, last=index == start + size - 1, weight=1 / size))
+    return found
+
+
+def _ended_by(
+    context: RankContext,
+    callbacks: Sequence[Callback],
+    number: int,
+    loss: float | None,
+    accuracy: float | None,
+    seconds: float,
+) -> bool:
+    """Tell the callbacks of the end of an epoch; whether one of them ends the training."""
+    stop = torch.zeros(1)
+    if context.rank == 0:
+        epoch = Epoch(number=number, loss=math.nan if loss is None else loss, accuracy=accuracy, seconds=seconds)
+        stop += sum(bool(callback.on_epoch(epoch)) for callback in callbacks)
+    if context.group is not None:
+        dist.broadcast(stop, 0, group=context.group)
+    return bool(stop)
 
 
 class _ProgramRun:
@@ -124,7 +168,9 @@ class _ProgramRun:
     def __init__(self, context: RankContext, job: Job, offset: float) -> None:
         self._job = job
         self._execution = Execution(context, job.model, job.graph, job.plan)
-        self._execution.prepare(job.loss, job.optimizer)
+        self._execution.prepare(job.recipe, job.seed)
+        assert self._execution.updater is not None
+        self.updater = self._execution.updater
         largest = max(len(batch) for epoch in job.indices for batch in epoch)
         self.clock = Clock(len(self._execution.program(largest).instructions), offset=offset, keep=job.keep_steps)
 
@@ -132,11 +178,11 @@ class _ProgramRun:
         """(images in the batch, the batch or None) for every step."""
         if self._job.dataset is None:
             return ((len(batch), None) for batch in epoch)
-        return zip(map(len, epoch), batches(self._job.dataset, epoch), strict=True)
+        return zip(map(len, epoch), batches(self._job.dataset, epoch, self._job.loader), strict=True)
 
-    def step(self, batch_size: int, batch: Batch | None) -> float | None:
+    def step(self, batch_size: int, batch: Batch | None, turn: Turn) -> float | None:
         x_BCHW, y_B = batch or (None, None)
-        return self._execution.train_step(batch_size, x_BCHW, y_B, self.clock)
+        return self._execution.train_step(batch_size, x_BCHW, y_B, self.clock, turn)
 
     def images(self, batch_size: int) -> int:
         """How many images of a batch the loss of this rank averages over."""
@@ -146,13 +192,13 @@ class _ProgramRun:
         size, correct = len(self._job.indices[0][0]), 0
         total = self._job.validation_images
         parts = [list(range(start, min(start + size, total))) for start in range(0, total, size)]
-        source = (
-            batches(self._job.validation, parts) if self._job.validation is not None else ((None, None) for _ in parts)
-        )
+        source: Any = ((None, None) for _ in parts)
+        if self._job.validation is not None:
+            source = batches(self._job.validation, parts, self._job.loader)
         for part, (x_BCHW, y_B) in zip(parts, source, strict=True):
             output = self._execution.predict(len(part), x_BCHW)
             if output is not None and y_B is not None:
-                correct += int((output.argmax(1).cpu() == y_B).sum())
+                correct += _correct(output, y_B)
         return correct / total if self._job.validation is not None else None
 
     def weights(self) -> dict[str, torch.Tensor] | None:
@@ -164,7 +210,8 @@ class _DataParallelRun:
 
     def __init__(self, context: RankContext, job: Job, offset: float) -> None:
         self._context, self._job = context, job
-        self._parallel = DataParallel(context, job.model, job.loss, job.optimizer)
+        self._parallel = DataParallel(context, job.model, job.recipe)
+        self.updater = self._parallel
         self.clock = Clock(len(INSTRUCTIONS), offset=offset, keep=job.keep_steps)
 
     def batches(self, epoch: Sequence[Sequence[int]]) -> Any:
@@ -173,10 +220,10 @@ class _DataParallelRun:
         # A rank without an image of a small last batch still has to take part: with one image, which counts for
         # nothing.
         mine = [part_of(rank, ranks, batch) or batch[:1] for batch in epoch]
-        return zip(map(len, epoch), batches(self._job.dataset, mine), strict=True)
+        return zip(map(len, epoch), batches(self._job.dataset, mine, self._job.loader), strict=True)
 
-    def step(self, batch_size: int, batch: Batch) -> float:
-        return self._parallel.train_step(self.images(batch_size) / batch_size, *batch, self.clock)
+    def step(self, batch_size: int, batch: Batch, turn: Turn) -> float:
+        return self._parallel.train_step(self.images(batch_size) / batch_size, *batch, self.clock, turn)
 
     def images(self, batch_size: int) -> int:
         """How many images of a batch the loss of this rank averages over."""
@@ -189,9 +236,8 @@ class _DataParallelRun:
         total = self._job.validation_images
         parts = [list(range(start, min(start + size, total))) for start in range(0, total, size)]
         with torch.no_grad():
-            for x_BCHW, y_B in batches(self._job.validation, parts):
-                output = model(x_BCHW.to(self._parallel.device, self._parallel.dtype))
-                correct += int((output.argmax(1).cpu() == y_B).sum())
+            for x_BCHW, y_B in batches(self._job.validation, parts, self._job.loader):
+                correct += _correct(model(x_BCHW.to(self._parallel.device, self._parallel.dtype)), y_B)
         return correct / total
 
     def weights(self) -> dict[str, torch.Tensor] | None:
@@ -200,12 +246,17 @@ class _DataParallelRun:
         return {name: tensor.detach().cpu().clone() for name, tensor in self._parallel.model.state_dict().items()}
 
 
+def _correct(output: Any, y_B: torch.Tensor) -> int:
+    """How many images are classified right; of several outputs the first one counts."""
+    return int((pytree.tree_leaves(output)[0].argmax(1).cpu() == y_B).sum())
+
+
 def _convolution_time(context: RankContext, runner: _ProgramRun | _DataParallelRun, job: Job) -> float:
     """Time in convolutions, forward and backward, of one more step in s."""
     timer = ConvolutionTimer(context.torch_device)
     for batch_size, batch in runner.batches(job.indices[-1][-1:]):
         with timer, runner.clock.step(recorded=False):
-            runner.step(batch_size, batch)
+            runner.step(batch_size, batch, Turn())
     return timer.seconds / context.device.speed  # the timer does not see the sleep of an emulated device
 
 

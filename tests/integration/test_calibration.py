@@ -19,8 +19,8 @@ from pipeline.networks import network
 from pipeline.plan.plan import STRATEGIES, Strategy
 from pipeline.results.contracts import validate_calibration, validate_cell
 from pipeline.run.benchmark import measure_cell
-from pipeline.run.execution import OptimizerFactory
 from pipeline.run.launch import SGD
+from pipeline.run.recipe import OptimizerFactory
 from tests.engine import images
 
 BATCH = 8

@@ -12,8 +12,8 @@ from distributed import Client
 import pipeline
 from pipeline.cluster.devices import discover
 from pipeline.cluster.gang import RankContext, run_gang
+from pipeline.plan.instructions import Exchange, Placed, TensorSpec
 from pipeline.plan.layouts import Layout, images, kernels, master
-from pipeline.plan.program import Exchange, Placed, TensorSpec
 from pipeline.run.transport import Transport
 
 RANKS = 3
@@ -75,7 +75,7 @@ def test_every_exchange_passes_the_adjoint_test(client: Client, name: str, share
     exchanges = [
         Exchange(
             name=f"{source} {target}", direction="forward", source=Placed("x", source), target=Placed("x", target),
-            spec=spec, parameter=False,
+            spec=spec,
         )
         for source in layouts
         for target in layouts

@@ -1,0 +1,156 @@
+"""The instructions of a program, and the tensors that they speak of."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from pipeline.plan.layouts import Box, Layout, Message, messages, transposed
+
+Direction = Literal["forward", "backward"]
+Part = Literal["whole", "sums", "normalise", "track"]
+"""What a step does of its operation: all of it, or under a batch split one of the three parts of BatchNorm."""
+
+LOSS = "loss"
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A tensor in a layout: what a rank looks up when it needs "the output of conv1, split by kernels"."""
+
+    name: str
+    layout: Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """Global shape of a tensor and the two axes a layout may split."""
+
+    shape: tuple[int, ...]
+    channel_axis: int
+    images_axis: int | None
+    """None for parameters: they have no images."""
+
+    @property
+    def images(self) -> int:
+        """Extent of the axis of the images; 1 for a parameter."""
+        return 1 if self.images_axis is None else self.shape[self.images_axis]
+
+    @property
+    def channels(self) -> int:
+        """Extent of the axis of the channels; 1 for a scalar."""
+        return self.shape[self.channel_axis] if self.shape else 1
+
+    @property
+    def rest(self) -> int:
+        """Elements per image and channel."""
+        return math.prod(self.shape) // max(self.images * self.channels, 1)
+
+    def local_shape(self, box: Box) -> tuple[int, ...]:
+        """Shape of the part of the tensor in ``box``."""
+        if not self.shape:
+            return ()
+        shape = list(self.shape)
+        shape[self.channel_axis] = len(box.channels)
+        if self.images_axis is not None:
+            shape[self.images_axis] = len(box.images)
+        return tuple(shape)
+
+    def slices(self, outer: Box, inner: Box) -> tuple[slice, ...]:
+        """The index of ``inner`` in a local tensor that holds ``outer``."""
+        index = [slice(None)] * len(self.shape)
+        if self.shape:
+            index[self.channel_axis] = inner.channels.within(outer.channels)
+        if self.images_axis is not None:
+            index[self.images_axis] = inner.images.within(outer.images)
+        return tuple(index)
+
+    def boxes(self, layout: Layout) -> tuple[Box, ...]:
+        """The box of every rank."""
+        return layout.boxes(self.images, self.channels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One operation, or a part of it, within a computation."""
+
+    operation: str
+    part: Part
+    inputs: tuple[Placed, ...]
+    output: Placed | None
+    """None where it only keeps statistics."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """Run the operations of one segment on the ranks that hold its outputs."""
+
+    name: str
+    direction: Direction
+    segment: int
+    """Its number in the forward half; the backward instruction carries the same."""
+    steps: tuple[Step, ...]
+    """Empty for the loss."""
+    inputs: tuple[Placed, ...]
+    outputs: tuple[Placed, ...]
+    ranks: tuple[int, ...]
+    gradients: Literal["all", "inputs", "parameters"] = "all"
+    """Backward, whose gradients it computes; of a pair, ``inputs`` comes first."""
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """Names of its operations."""
+        return tuple(dict.fromkeys(step.operation for step in self.steps))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """Move a tensor from one layout to another; backward, its gradient the other way, with sums for copies."""
+
+    name: str
+    direction: Direction
+    source: Placed
+    target: Placed
+    spec: TensorSpec
+    moves: Literal["activation", "parameter", "gradients"] = "activation"
+    """An activation; a parameter from its home to where it works; or the gradients of parameters that several ranks
+    have a copy of, many in one, to be summed."""
+    deferred: bool = False
+    """Whether it runs beside what follows. An activation has to be there after the next computation of weights'
+    gradients, gradients when the exchange that takes them up or the update begins."""
+
+    @cached_property
+    def messages(self) -> tuple[Message, ...]:
+        """What travels in this direction, local copies included."""
+        forward = messages(self.source.layout, self.target.layout, self.spec.images, self.spec.channels)
+        return forward if self.direction == "forward" else transposed(forward)
+
+    @cached_property
+    def tags(self) -> tuple[int, ...]:
+        """A number for every message that both its ends know, so that exchanges under way at once are not mixed up."""
+        key = self.name, self.source, self.target, self.direction, self.spec.shape
+        return tuple(zlib.crc32(repr((key, one.box)).encode()) & 0x7FFFFFFF for one in self.messages)
+
+    @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks that send or receive."""
+        return tuple(sorted({rank for message in self.messages for rank in (message.source, message.target)}))
+
+    @property
+    def elements(self) -> int:
+        """Elements that travel between different ranks."""
+        return sum(one.box.size * self.spec.rest for one in self.messages if one.source != one.target)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """Let the optimiser update the parameters whose home is on the rank."""
+
+    name: str
+    ranks: tuple[int, ...]
+
+
+Instruction = Compute | Exchange | Update

@@ -1,0 +1,156 @@
+"""How parameters are trained: loss, optimiser, its groups, schedule and clipping, the same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from pipeline.cluster.rank import RankContext
+from pipeline.errors import InputError
+from pipeline.run.parameters import ParameterGroups, Parameters
+
+Loss = Callable[[Any, torch.Tensor], torch.Tensor]
+OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
+SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
+"""Makes a learning-rate scheduler, such as ``functools.partial(StepLR, step_size=30)``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What every rank has to know to train its part of the parameters."""
+
+    loss: Loss
+    optimizer: OptimizerFactory
+    groups: ParameterGroups | None = None
+    scheduler: SchedulerFactory | None = None
+    scheduled_by: str = "epoch"
+    """``epoch`` or ``step``: when the scheduler goes on."""
+    clip_norm: float | None = None
+    """Largest norm of all gradients together."""
+    clip_value: float | None = None
+    """Largest absolute value of an element of a gradient."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged for one update."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """A batch's place among those whose gradients are averaged for one update."""
+
+    first: bool = True
+    last: bool = True
+    weight: float = 1.0
+    """How much its loss counts."""
+
+
+class Updater:
+    """The optimiser of one rank's parameters, and what goes with it."""
+
+    def __init__(self, recipe: Recipe, parameters: Parameters, context: RankContext) -> None:
+        self._recipe, self._parameters, self._context = recipe, parameters, context
+        groups = parameters.groups(recipe.groups)
+        self._optimizer = recipe.optimizer(groups) if parameters.trained and _holds(groups) else None
+        self._scheduler = None
+        if self._optimizer is not None and recipe.scheduler is not None:
+            self._scheduler = recipe.scheduler(self._optimizer)
+
+    def clip(self) -> None:
+        """Limit the gradients as torch's ``clip_grad_norm_`` and ``clip_grad_value_`` would those of the whole model.
+
+        Every rank must call this, as the norm is over all of them.
+        """
+        gradients = [one.grad for one in self._parameters.trained if one.grad is not None]
+        if self._recipe.clip_norm is not None:
+            counted = [one.grad for one in self._parameters.counted if one.grad is not None]
+            squares = torch.tensor(sum(float(one.double().square().sum()) for one in counted), dtype=torch.float64)
+            if self._context.group is not None:
+                dist.all_reduce(squares, group=self._context.group)
+            scale = min(1.0, self._recipe.clip_norm / (float(squares.sqrt()) + 1e-6))
+            if scale < 1:
+                for one in gradients:
+                    one.mul_(scale)
+        if self._recipe.clip_value is not None:
+            for one in gradients:
+                one.clamp_(-self._recipe.clip_value, self._recipe.clip_value)
+
+    def step(self) -> None:
+        """Update the parameters, and go on in a schedule by steps."""
+        if self._optimizer is None:
+            return
+        self._optimizer.step()
+        if self._scheduler is not None and self._recipe.scheduled_by == "step":
+            self._scheduler.step()
+
+    def end_epoch(self, loss: float | None) -> None:
+        """Go on in a schedule by epochs; the master gives the mean ``loss`` of the epoch, which some schedules go by.
+
+        Every rank must call this.
+        """
+        if self._recipe.scheduler is None or self._recipe.scheduled_by != "epoch":
+            return
+        mean = torch.tensor(0.0 if loss is None else loss, dtype=torch.float64)
+        if self._context.group is not None:
+            dist.broadcast(mean, 0, group=self._context.group)
+        if isinstance(self._scheduler, ReduceLROnPlateau):
+            self._scheduler.step(float(mean))
+        elif self._scheduler is not None:
+            self._scheduler.step()
+
+
+def _holds(groups: list[Any]) -> bool:
+    return any(not isinstance(group, dict) or group["params"] for group in groups)
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise ``InputError`` for a recipe that could not give the result of one device.
+
+    An optimiser must update element by element: one that is given a weight in two parts has to end where one that is
+    given the whole ends, which is tried on a few numbers.
+    """
+    for name, value in (("clip_norm", recipe.clip_norm), ("clip_value", recipe.clip_value)):
+        if value is not None and not value > 0:
+            raise InputError(f"{name} {value} must be above 0")
+    if recipe.accumulate < 1:
+        raise InputError(f"accumulate {recipe.accumulate} must be at least 1 batch")
+    if recipe.scheduled_by not in ("epoch", "step"):
+        raise InputError(f"scheduled_by '{recipe.scheduled_by}' must be epoch or step")
+    try:
+        whole, parts = _trial(recipe.optimizer, 1), _trial(recipe.optimizer, 2)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"the optimiser cannot be used: {_first_line(error)}") from error
+    if not torch.allclose(whole, parts, rtol=1e-9, atol=1e-12):
+        raise InputError(
+            f"the optimiser {_name(recipe.optimizer)} mixes elements of a weight, and devices hold parts of weights; "
+            "use one that updates element by element, such as SGD, Adam, AdamW, RMSprop or Adagrad"
+        )
+
+
+def _trial(optimizer: OptimizerFactory, parts: int) -> torch.Tensor:
+    """Where a few steps on a weight that is given in ``parts`` lead."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(4, 6, dtype=torch.float64, generator=generator)
+    weights = [nn.Parameter(part.clone()) for part in whole.chunk(parts)]
+    update = optimizer(weights)
+    for _ in range(3):
+        gradient = torch.randn(4, 6, dtype=torch.float64, generator=generator)
+        for weight, part in zip(weights, gradient.chunk(parts), strict=True):
+            weight.grad = part.clone()
+        update.step()
+    return torch.cat([weight.detach() for weight in weights])
+
+
+def _name(factory: Any) -> str:
+    function = getattr(factory, "func", factory)
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
