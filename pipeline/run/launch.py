@@ -45,6 +45,7 @@ def run_plan(
     synchronised: bool = False,
     profiled: bool = False,
     keep_weights: bool = True,
+    keep_gradients: bool = False,
     keep_steps: int = 16,
     on_progress: OnProgress | None = None,
 ) -> list[Account]:
@@ -58,7 +59,7 @@ def run_plan(
         "graph": graph, "plan": plan, "recipe": recipe or PLAIN, "indices": indices, "loader": loader or {},
         "callbacks": tuple(callbacks),
         "seed": seed, "synchronised": synchronised, "profiled": profiled, "keep_weights": keep_weights,
-        "keep_steps": keep_steps,
+        "keep_gradients": keep_gradients, "keep_steps": keep_steps,
         "validation_images": len(validation) if validation is not None else 0,  # type: ignore[arg-type]
     }  # fmt: skip
     arguments = []

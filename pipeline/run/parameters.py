@@ -162,6 +162,20 @@ class Parameters:
         tensors = [self.work[name] for name in names]
         return torch.cat([(torch.zeros_like(one) if one.grad is None else one.grad).reshape(-1) for one in tensors])
 
+    def gather_gradients(self) -> dict[str, torch.Tensor]:
+        """The gradients of the last step by parameter, zeros where there is none; on the master, else nothing."""
+        found = {}
+        for name, one in self._plans.items():
+            if not one.parameter.trained:
+                continue
+            home = self.home.get(name)
+            mine = None if home is None else (torch.zeros_like(home) if home.grad is None else home.grad)
+            whole = torch.empty_like(self._original(name), device=self._device) if self._rank == 0 else None
+            self._move(Placed(name, one.home), mine, Placed(name, master(self._plan.ranks)), whole, one)
+            if whole is not None:
+                found[name] = whole.detach().cpu()
+        return found
+
     def _carry(self, name: str, one: ParameterPlan, *, outward: bool) -> None:
         """Move one parameter between the master's model and its home."""
         whole, home = self._original(name) if self._rank == 0 else None, self.home.get(name)
@@ -169,8 +183,18 @@ class Parameters:
             return  # the master's own module is the home already, and no other rank has a part
         ends = [(Placed(name, master(self._plan.ranks)), whole), (Placed(name, one.home), home)]
         (source, start), (target, end) = ends if outward else reversed(ends)
+        self._move(source, start, target, end, one)
+
+    def _move(
+        self,
+        source: Placed,
+        start: torch.Tensor | None,
+        target: Placed,
+        end: torch.Tensor | None,
+        one: ParameterPlan,
+    ) -> None:
         exchange = Exchange(
-            name=f"{name} {source.layout.kind}→{target.layout.kind}",
+            name=f"{source.name} {source.layout.kind}→{target.layout.kind}",
             direction="forward",
             source=source,
             target=target,

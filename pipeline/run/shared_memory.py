@@ -126,7 +126,7 @@ class Neighbour:
                 self._maps[number] = mmap.mmap(file, count)
                 os.close(file)
             found = True
-        return found
+        return found  # noqa: RET504 - what is not there yet ends the block above
 
     def patience(self) -> Iterator[None]:
         """Look again and again, with sleeps that grow with the time waited.

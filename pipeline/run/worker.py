@@ -60,6 +60,8 @@ class Job:
     """Whether one more step runs with a timer at every convolution."""
     keep_weights: bool = True
     """Whether the trained weights are wanted."""
+    keep_gradients: bool = False
+    """Whether the gradients of the last step are wanted."""
     keep_steps: int = 16
     """Of how many steps at the end the timeline is wanted."""
 
@@ -70,6 +72,8 @@ class Account:
 
     weights: dict[str, torch.Tensor] | None
     """The state dict of the trained model, from the master."""
+    gradients: dict[str, torch.Tensor] | None
+    """Of the last step, by parameter, from the master."""
     losses: list[float]
     """Per step: of the batch on the master, under ``ddp`` of this rank's images."""
     images: list[int]
@@ -123,6 +127,7 @@ def run_rank(context: RankContext, job: Job) -> Account:
     convolution_s = _convolution_time(context, runner, job) if job.profiled else math.nan
     return Account(
         weights=runner.weights() if job.keep_weights else None,
+        gradients=runner.gradients() if job.keep_gradients else None,
         losses=losses,
         images=images,
         accuracies=accuracies,
@@ -204,6 +209,9 @@ class _ProgramRun:
     def weights(self) -> dict[str, torch.Tensor] | None:
         return self._execution.gather()
 
+    def gradients(self) -> dict[str, torch.Tensor]:
+        return self._execution.parameters.gather_gradients()
+
 
 class _DataParallelRun:
     """A rank under ``ddp``: it has the whole model and all the images, and takes its part of each batch."""
@@ -244,6 +252,10 @@ class _DataParallelRun:
         if self._context.rank != 0:
             return None
         return {name: tensor.detach().cpu().clone() for name, tensor in self._parallel.model.state_dict().items()}
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        model = self._parallel.model
+        return {name: p.grad.detach().cpu().clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def _correct(output: Any, y_B: torch.Tensor) -> int:
