@@ -1,4 +1,4 @@
-"""The networks of the study, and torchvision's classification networks by name."""
+"""The networks of the study, torchvision's classification networks, and a user's own: each by its name."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline import factories
 from pipeline._torchvision import make_importable
 from pipeline.errors import InputError
 
@@ -32,7 +33,9 @@ def network(
 
     Args:
         name: "K1:K2" for two 5x5 convolutions of K1 and K2 kernels without padding, each followed by ReLU and 2x2 max
-            pooling, and one dense layer; or the name of a torchvision classification network.
+            pooling, and one dense layer; the name of a torchvision classification network; or `package.module:factory`
+            for a callable that returns a module. It needs no argument; the number of classes is passed as
+            `num_classes` or `classes` where it takes that.
         classes: Number of outputs.
         image_shape: Channels, height and width of an image.
         seed: Of the initial weights.
@@ -42,7 +45,8 @@ def network(
         `nn.Sequential` of conv1, relu1, pool1, conv2, relu2, pool2, flatten and dense.
 
     Raises:
-        InputError: The name is unknown, a width or number of classes is below 1, or the images do not fit the network.
+        InputError: The name is unknown, a width or number of classes is below 1, the factory fails, or the images do
+            not fit the network.
     """
     if classes < 1:
         raise InputError(f"A network with {classes} classes cannot be built: it needs at least 1.")
@@ -53,6 +57,8 @@ def network(
         torch.default_generator.manual_seed(seed)
         if widths := _WIDTHS.fullmatch(name):
             return _study_network(name, int(widths[1]), int(widths[2]), classes, image_shape)
+        if factories.is_factory(name):
+            return factories.build(name, classes, image_shape)
         return _torchvision_network(name, classes, image_shape)
 
 
@@ -61,6 +67,9 @@ def check_name(name: str) -> None:
     if widths := _WIDTHS.fullmatch(name):
         if min(int(widths[1]), int(widths[2])) < 1:
             raise InputError(f"Network '{name}' has a convolution without kernels: both widths must be at least 1.")
+        return
+    if factories.is_factory(name):
+        factories.find_factory(name)
         return
     make_importable()
     from torchvision import models
@@ -71,7 +80,7 @@ def check_name(name: str) -> None:
         hint = f"did you mean '{close[0]}'" if close else "such as resnet18"
         raise InputError(
             f"Network '{name}' is unknown: give the widths of two convolutions as K1:K2, such as 50:500, "
-            f"or the name of a torchvision classification network ({hint})."
+            f"the name of a torchvision classification network ({hint}), or your own as package.module:factory."
         )
 
 
