@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 import xarray as xr
 from distributed import Client
 from torch import nn
 from torch.utils.data import Dataset
 
 from pipeline.calibration.measure import calibrate
+from pipeline.checkpoint import check_checkpoint, write_weights
 from pipeline.cluster.deployment import local_cluster
 from pipeline.cluster.devices import Member, discover
 from pipeline.errors import InputError
@@ -86,8 +86,8 @@ def fit(
     Adam and the like), as devices update shards. ``loss`` (cross-entropy by default) averages over a batch.
     ``validation`` images are classified after each epoch. The devices are calibrated first, in seconds, unless a
     ``calibration`` or ``shares`` (fractions per device, or kernels per layer and device) are given. ``checkpoint`` is a
-    file for the trained weights, which ``torch.load(..., weights_only=True)`` reads. ``label`` names the run on the
-    dashboard.
+    file for the trained weights: a ``.safetensors`` file, or under any other name one for ``torch.load(...,
+    weights_only=True)``. ``label`` names the run on the dashboard.
 
     Raises ``InputError`` for input that cannot work, before anything runs, and ``RunError`` when a run fails.
     """
@@ -99,8 +99,8 @@ def fit(
     )  # fmt: skip
     check_recipe(recipe)
     images = _checked_length(dataset, batch_size, epochs, max_steps)
-    if checkpoint is not None and not Path(checkpoint).resolve().parent.is_dir():
-        raise InputError(f"checkpoint '{checkpoint}' cannot be written: its folder does not exist")
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
     example_BCHW = example_batch(dataset)
     graph = trace(model, example_BCHW)
     with _cluster(client) as connected:
@@ -127,13 +127,6 @@ def fit(
         plan=plan,
         callbacks=accounts[0].callbacks,
     )
-
-
-def write_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a state dict so that the file is either whole or not there."""
-    aside = path.with_name(f".{path.name}.partial")
-    torch.save(weights, aside)
-    aside.replace(path)
 
 
 def _checked_length(dataset: Dataset[Any], batch_size: int, epochs: int, max_steps: int | None) -> int:
