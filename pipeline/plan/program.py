@@ -252,7 +252,8 @@ class _Compiler:
         self, forward: list[Compute | Exchange], gradients: frozenset[Placed]
     ) -> tuple[tuple[Compute | Exchange, ...], dict[str, tuple[str, ...]]]:
         trained = {name for name, one in self.parameters.items() if one.parameter.trained}
-        mirrored = _mirrored(forward, gradients, trained)
+        divided = {one.name for one in self.graph.operations if self._is_divided(one)}
+        mirrored = _mirrored(forward, gradients, trained, divided)
         return _Buckets(self.graph, self.parameters, mirrored).inserted()
 
 
@@ -344,14 +345,17 @@ def _differentiable(graph: Graph) -> frozenset[str]:
 
 
 def _mirrored(
-    forward: list[Compute | Exchange], gradients: frozenset[Placed], trained: set[str]
+    forward: list[Compute | Exchange], gradients: frozenset[Placed], trained: set[str], divided: set[str]
 ) -> list[Compute | Exchange]:
     """The backward half: the forward half in reverse, without what no gradient flows through."""
     needed = [one for one in reversed(forward) if _carries_gradient(one, gradients, trained)]
     backward: list[Compute | Exchange] = []
     while needed:
         instruction = needed.pop(0)
-        if isinstance(instruction, Compute) and (hidden := _hideable(instruction, needed)):
+        hidden = None
+        if isinstance(instruction, Compute) and divided.intersection(instruction.operations):
+            hidden = _hideable(instruction, needed)
+        if isinstance(instruction, Compute) and hidden is not None:
             needed.remove(hidden)
             backward.append(_part(instruction, "inputs"))
             backward.append(replace(hidden, direction="backward", deferred=True))
@@ -371,7 +375,7 @@ def _carries_gradient(instruction: Compute | Exchange, gradients: frozenset[Plac
 def _hideable(compute: Compute, following: list[Compute | Exchange]) -> Exchange | None:
     """The exchange of this computation's input gradient, if nothing but parameters' gradients travel before it."""
     after = next((one for one in following if isinstance(one, Compute) or one.moves == "activation"), None)
-    if len(compute.steps) != 1 or not isinstance(after, Exchange) or after.target not in compute.inputs:
+    if not isinstance(after, Exchange) or after.target not in compute.inputs:
         return None
     return after if after.target.layout.kind == "R" else None
 
