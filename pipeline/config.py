@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pipeline.cluster.devices import format_device_set, parse_device_set
 from pipeline.errors import InputError
 
-Strategy = Literal["single", "ddp", "equal", "paper", "kernel"]
+Strategy = Literal["single", "ddp", "equal", "paper", "kernel", "batch"]
 Link = Literal["loopback"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
@@ -93,7 +93,7 @@ class Experiment(Section):
     question: str = ""
     """What the experiment is to answer."""
     networks: Annotated[tuple[Network, ...], Field(min_length=1)]
-    """Kernels of the two convolutions, as in '50:500', or names of torchvision classification networks."""
+    """Kernels of the two convolutions, as in '50:500', torchvision names, or your own as 'package.module:factory'."""
     batch_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)]
     """Images per step over all devices."""
     device_sets: Annotated[tuple[DeviceSet, ...], Field(min_length=1)]
@@ -150,7 +150,7 @@ def _default_experiments() -> dict[str, Experiment]:
             networks=small,
             batch_sizes=batch_sizes,
             device_sets=("2 x cpu", "cpu + cpu@0.5"),
-            strategies=("ddp", "equal", "paper", "kernel"),
+            strategies=("ddp", "equal", "paper", "kernel", "batch"),
         ),
         "headline": Experiment(
             question="What do four devices gain for the paper's largest network?",
@@ -173,7 +173,7 @@ class Config(Section):
     """The whole configuration of the workflow."""
 
     data: str = "auto"
-    """Images to train on: auto (CIFAR-10 if it can be had, else digits), cifar10, digits, or a folder of images."""
+    """Images to train on: auto (CIFAR-10, else digits), cifar10, digits, a folder of images, or torchvision:NAME:ROOT."""
     image_size: Positive | None = None
     """Height and width that images of a folder are resized to; null keeps them."""
     outputs: Annotated[str, Field(min_length=1)] = "outputs"

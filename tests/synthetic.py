@@ -10,7 +10,7 @@ import xarray as xr
 from pipeline.results.contracts import CellIndex, describe, unmeasured_cell
 from pipeline.results.stores import combine
 
-STRATEGIES = ("single", "ddp", "equal", "paper", "kernel")
+STRATEGIES = ("single", "ddp", "equal", "paper", "kernel", "batch")
 PROVENANCE = {
     "configuration": "{}",
     "versions": "python 3, torch 2",
@@ -21,8 +21,8 @@ PROVENANCE = {
     "code_version": "synthetic",
     "created": "2026-01-01T00:00:00+00:00",
 }
-_OVERHEAD = {"single": 1.0, "ddp": 1.06, "equal": 1.04, "paper": 1.3, "kernel": 1.02}
-_SERIAL = {"single": 0.0, "ddp": 0.02, "equal": 0.05, "paper": 0.12, "kernel": 0.04}
+_OVERHEAD = {"single": 1.0, "ddp": 1.06, "equal": 1.04, "paper": 1.3, "kernel": 1.02, "batch": 1.05}
+_SERIAL = {"single": 0.0, "ddp": 0.02, "equal": 0.05, "paper": 0.12, "kernel": 0.04, "batch": 0.05}
 
 
 def labels_of(device_set: str) -> list[str]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from pipeline.cluster.devices import Member
 
-_ALL = ["single", "ddp", "equal", "paper", "kernel"]
+_ALL = ["single", "ddp", "equal", "paper", "kernel", "batch"]
 
 
 def benchmark(

@@ -110,7 +110,7 @@ ACCURACY: Mapping[str, Variable] = {
 }
 
 COORDINATES: Mapping[str, tuple[str, str]] = {
-    "network": ("1", "network, kernels of its two convolutions or torchvision name"),
+    "network": ("1", "network: kernels of two convolutions, torchvision name or factory"),
     "batch_size": ("1", "images per step over all devices"),
     "device_set": ("1", "devices that train together"),
     "link": ("1", "link between the devices"),
