@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import threading
+from collections.abc import Callable
 
 import torch
 
@@ -48,3 +49,15 @@ def _extension_loads() -> bool:
     except OSError:
         return False
     return True
+
+
+class Importable:
+    """Goes ahead of a torchvision model in a pickle, and makes torchvision importable where it is read."""
+
+    def __reduce__(self) -> tuple[Callable[[], Importable], tuple[()]]:
+        return _importable, ()
+
+
+def _importable() -> Importable:
+    make_importable()
+    return Importable()

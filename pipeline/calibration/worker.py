@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
 
+from pipeline._torchvision import Importable
 from pipeline.cluster.gang import RankContext
 from pipeline.graph.trace import Graph
 from pipeline.plan.instructions import Compute, Exchange, Placed, Step, TensorSpec
@@ -48,6 +49,9 @@ class Chain:
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """What to measure."""
+
+    importable: Importable = field(default_factory=Importable)
+    """Before the model, which may be torchvision's: fields are unpickled in order."""
 
     model: nn.Module
     """A skeleton on the meta device: times do not depend on the weights."""

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
 
+from pipeline._torchvision import Importable
 from pipeline.cluster.gang import RankContext
 from pipeline.errors import RunError
 from pipeline.graph.trace import Graph
@@ -36,6 +37,9 @@ from pipeline.run.recipe import Recipe, Turn
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """All that a rank needs to know; equal on all ranks but for the model and the data."""
+
+    importable: Importable = field(default_factory=Importable)
+    """Before the model, which may be torchvision's: fields are unpickled in order."""
 
     model: nn.Module
     """The real model where the rank needs its weights, a skeleton on the meta device elsewhere."""
