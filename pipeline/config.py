@@ -173,7 +173,7 @@ class Config(Section):
     """The whole configuration of the workflow."""
 
     data: str = "auto"
-    """Images to train on: auto (CIFAR-10, else digits), cifar10, digits, a folder of images, or torchvision:NAME:ROOT."""
+    """Images to train on: auto (CIFAR-10 or digits), cifar10, digits, a folder, or torchvision:NAME:FOLDER."""
     image_size: Positive | None = None
     """Height and width that images of a folder are resized to; null keeps them."""
     outputs: Annotated[str, Field(min_length=1)] = "outputs"

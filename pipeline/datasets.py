@@ -1,4 +1,4 @@
-"""Images to train on: CIFAR-10, any folder of images, or the digits that ship with scikit-learn.
+"""Images to train on: CIFAR-10, a folder of images, a data set of torchvision, or the digits of scikit-learn.
 
 `load` resolves what was asked for into arrays and says which data they really are. `prepare` does that once and writes
 the prepared store, one zarr zip file that every job of the study reads through `StoredImages`:
@@ -8,7 +8,8 @@ the prepared store, one zarr zip file that every job of the study reads through 
     mean(channel), std(channel)  of the training images, pixel values taken as 0 to 1
 
 and as attributes, beside the provenance: `data` (its real name), `source`, `warning` ("" or why these data replace the
-ones asked for). A folder's images lie in a random order fixed by the seed, so that the first n images are a sample.
+ones asked for). Images of a folder or of torchvision lie in a random order fixed by the seed, so that the first n images
+are a sample.
 
 Shape suffixes: N images, C channels, H rows, W columns.
 """
@@ -44,6 +45,7 @@ from pipeline.image_sources import (
 )
 from pipeline.results.provenance import provenance, usable_cores
 from pipeline.results.stores import PathLike, write_zip
+from pipeline.torchvision_sources import is_torchvision, read_torchvision
 
 Float64 = npt.NDArray[np.float64]
 _IMAGES_PER_COUNT = 4096
@@ -92,7 +94,7 @@ class Images:
     """Training and test images, and what they really are."""
 
     name: str
-    """"CIFAR-10", "digits (scikit-learn)" or "folder NAME"."""
+    """"CIFAR-10", "digits (scikit-learn)", "folder NAME" or "NAME (torchvision)"."""
     train: ImageArrays
     test: ImageArrays
     classes: tuple[str, ...]
@@ -122,12 +124,13 @@ def load(
 
     Args:
         data: "cifar10"; "digits"; the path of a folder of images, either class folders or train/ and test/ with class
-            folders in them (val/, valid/ and validation/ are taken as test/); or "auto": CIFAR-10, and where it is
-            neither in `root` nor reachable the digits, with a DataWarning.
+            folders in them (val/, valid/ and validation/ are taken as test/); "torchvision:NAME:FOLDER", a data set of
+            torchvision that lies in the folder or is downloaded to it, in `root` without one; or "auto": CIFAR-10, and
+            where it is neither in `root` nor reachable the digits, with a DataWarning.
         root: Folder in which CIFAR-10 lies or is downloaded to.
         image_size: Resize all images to this height and width, in pixels; one number makes squares.
-        test_fraction: Share of every class that becomes test images where a folder has no test/ of its own, and for
-            the digits.
+        test_fraction: Share of every class that becomes test images where a folder has no test/ of its own, or a data
+            set no split, and for the digits.
         seed: Of that split and of the order of a folder's images.
         progress: Show progress bars on standard error.
 
@@ -141,6 +144,8 @@ def load(
         )
     if data == "digits":
         return _normalised(read_digits(choices))
+    if is_torchvision(str(data)):
+        return _normalised(read_torchvision(str(data), Path(root).expanduser(), choices))
     if data not in ("auto", "cifar10"):
         return _normalised(read_folder(Path(data).expanduser(), choices))
     try:

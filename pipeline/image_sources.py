@@ -1,5 +1,7 @@
 """Readers of images as they are found: CIFAR-10, a folder of images, the digits of scikit-learn.
 
+`torchvision_sources` reads the other data sets of torchvision with the same helpers.
+
 Shape suffixes: N images, C channels, H rows, W columns.
 """
 
@@ -12,7 +14,7 @@ import threading
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
@@ -33,7 +35,8 @@ Int64 = npt.NDArray[np.int64]
 CIFAR10_NAME = "CIFAR-10"
 DIGITS_NAME = "digits (scikit-learn)"
 
-_SILENCE_LIMIT_S = 8.0
+SILENCE_LIMIT_S = 8.0
+"""How long a server may be silent."""
 _DOWNLOAD_CHUNK_BYTES = 1 << 18
 _DIGITS_SIZE = (32, 32)
 _TEST_FOLDERS = ("test", "val", "valid", "validation")
@@ -105,7 +108,7 @@ def read_digits(choices: Choices) -> RawImages:
     grey_NHW = np.rint(bundle.images * (255 / 16)).astype(np.uint8)
     images_NCHW = np.repeat(_resized(grey_NHW[:, None], choices.size_HW or _DIGITS_SIZE), 3, axis=1)
     labels = bundle.target.astype(np.int64)
-    train, test = _stratified_split(labels, choices)
+    train, test = stratified_split(labels, choices)
     return RawImages(
         name=DIGITS_NAME,
         source="scikit-learn",
@@ -123,7 +126,8 @@ def read_folder(folder: Path, choices: Choices) -> RawImages:
     """
     if not folder.is_dir():
         raise InputError(
-            f"Data '{folder}' is not a folder that exists: give 'auto', 'cifar10', 'digits' or the path of a folder."
+            f"Data '{folder}' is not a folder that exists: give 'auto', 'cifar10', 'digits', the path of a folder, or "
+            "'torchvision:NAME:FOLDER'."
         )
     training_folder, test_folder = _split_folders(folder)
     classes = [child.name for child in _subfolders(training_folder)]
@@ -135,13 +139,16 @@ def read_folder(folder: Path, choices: Choices) -> RawImages:
         if not (train.labels == label).any():
             raise InputError(f"Folder {training_folder / name} holds no images: add some or remove it.")
     if test_folder is None:
-        train, test = (train.subset(where) for where in _stratified_split(train.labels, choices, classes))
+        train, test = (train.subset(where) for where in stratified_split(train.labels, choices, classes))
     else:
         test = _test_listing(test_folder, training_folder, classes)
         random = np.random.default_rng(choices.seed)
         train, test = (listing.subset(random.permutation(len(listing.paths))) for listing in (train, test))
 
-    images_NCHW = _decoded([*train.paths, *test.paths], folder, choices)
+    paths = [*train.paths, *test.paths]
+    images_NCHW = decoded(
+        [str(path) for path in paths], lambda index: _opened_image(paths[index]), str(folder), choices
+    )
     count = len(train.paths)
     return RawImages(
         name=f"folder {folder.resolve().name}",
@@ -198,7 +205,7 @@ def _test_listing(folder: Path, training_folder: Path, classes: Sequence[str]) -
     return listing
 
 
-def _stratified_split(labels: Int64, choices: Choices, classes: Sequence[str] | None = None) -> tuple[Int64, Int64]:
+def stratified_split(labels: Int64, choices: Choices, classes: Sequence[str] | None = None) -> tuple[Int64, Int64]:
     """Positions of training and test images in random order; of each class the test fraction, but at least 1."""
     random = np.random.default_rng(choices.seed)
     train: list[Int64] = []
@@ -214,27 +221,47 @@ def _stratified_split(labels: Int64, choices: Choices, classes: Sequence[str] | 
     return random.permutation(np.concatenate(train)), random.permutation(np.concatenate(test))
 
 
-def _decoded(paths: Sequence[Path], folder: Path, choices: Choices) -> UInt8:
-    """All images as RGB (N, 3, H, W), of one size."""
-    first = paths[0]
-    with _opened_image(first) as image:
+def decoded(
+    names: Sequence[str],
+    opened: Callable[[int], AbstractContextManager[Image.Image]],
+    source: str,
+    choices: Choices,
+    *,
+    threads: int | None = None,
+) -> UInt8:
+    """All images as RGB (N, 3, H, W), of one size.
+
+    Args:
+        names: What errors call each image.
+        opened: Gives the image at a position, open.
+        source: What errors and the progress bar call all of them.
+        choices: How to read.
+        threads: As many as there are cores if None.
+
+    Raises:
+        InputError: An image cannot be read, sizes differ without a size to resize to, or memory does not suffice.
+    """
+    with opened(0) as image:
         size_WH = (choices.size_HW[1], choices.size_HW[0]) if choices.size_HW else image.size
-    shape = (len(paths), 3, size_WH[1], size_WH[0])
-    _check_memory(shape, folder)
+    shape = (len(names), 3, size_WH[1], size_WH[0])
+    _check_memory(shape, source)
     images_NCHW = np.empty(shape, np.uint8)
 
     def fill(start: int) -> int:
-        some = paths[start : start + _FILES_PER_TASK]
-        for position, path in enumerate(some, start):
-            pixels_HWC = _pixels(path, size_WH, resize=choices.size_HW is not None, reference=first)
+        end = min(start + _FILES_PER_TASK, len(names))
+        for position in range(start, end):
+            with opened(position) as image:
+                pixels_HWC = _pixels(
+                    image, names[position], size_WH, resize=choices.size_HW is not None, reference=names[0]
+                )
             images_NCHW[position] = pixels_HWC.transpose(2, 0, 1)
-        return len(some)
+        return end - start
 
     with (
-        _progress_bar(f"Reading {folder}", len(paths), shown=choices.progress) as advance,
-        ThreadPoolExecutor(usable_cores()) as pool,
+        _progress_bar(f"Reading {source}", len(names), shown=choices.progress) as advance,
+        ThreadPoolExecutor(threads or usable_cores()) as pool,
     ):
-        for count in pool.map(fill, range(0, len(paths), _FILES_PER_TASK)):
+        for count in pool.map(fill, range(0, len(names), _FILES_PER_TASK)):
             advance(count)
     return images_NCHW
 
@@ -253,32 +280,31 @@ def _opened_image(path: Path) -> Iterator[Image.Image]:
         raise InputError(f"Image {path} cannot be read ({error}): replace or remove it.") from error
 
 
-def _pixels(path: Path, size_WH: tuple[int, int], *, resize: bool, reference: Path) -> UInt8:
-    with _opened_image(path) as image:
-        if image.mode.startswith(("I", "F")):
-            raise InputError(f"Image {path} has more than 8 bits per channel: save it with 8.")
-        if image.size != size_WH:
-            if not resize:
-                raise InputError(
-                    f"Images differ in size: {path} is {_text(image.size)} pixels, {reference} is {_text(size_WH)}; "
-                    "set image_size to resize all of them."
-                )
-            image.draft("RGB", size_WH)  # Lets the JPEG decoder skip what the resizing would throw away.
-            return np.asarray(image.convert("RGB").resize(size_WH, Image.Resampling.BILINEAR))
-        return np.asarray(image.convert("RGB"))
+def _pixels(image: Image.Image, name: str, size_WH: tuple[int, int], *, resize: bool, reference: str) -> UInt8:
+    if image.mode.startswith(("I", "F")):
+        raise InputError(f"Image {name} has more than 8 bits per channel: save it with 8.")
+    if image.size != size_WH:
+        if not resize:
+            raise InputError(
+                f"Images differ in size: {name} is {_text(image.size)} pixels, {reference} is {_text(size_WH)}; "
+                "set image_size to resize all of them."
+            )
+        image.draft("RGB", size_WH)  # Lets the JPEG decoder skip what the resizing would throw away.
+        return np.asarray(image.convert("RGB").resize(size_WH, Image.Resampling.BILINEAR))
+    return np.asarray(image.convert("RGB"))
 
 
 def _text(size_WH: tuple[int, int]) -> str:
     return f"{size_WH[0]}x{size_WH[1]}"
 
 
-def _check_memory(shape: tuple[int, ...], folder: Path) -> None:
+def _check_memory(shape: tuple[int, ...], source: str) -> None:
     # Writing the store takes a second copy, encoded.
     needed, free = 2 * math.prod(shape), psutil.virtual_memory().available
     if needed > free:
         pixels = _text((shape[3], shape[2]))
         raise InputError(
-            f"The {shape[0]} images of {folder} at {pixels} pixels need {needed / 2**30:.1f} GiB of memory, "
+            f"The {shape[0]} images of {source} at {pixels} pixels need {needed / 2**30:.1f} GiB of memory, "
             f"{free / 2**30:.1f} GiB are free: set a smaller image_size."
         )
 
@@ -320,15 +346,15 @@ def _answer(url: str) -> HTTPResponse:
     def ask() -> None:
         request = urllib.request.Request(url, headers={"User-Agent": "pytorch/vision"})
         try:
-            answers.put(urllib.request.urlopen(request, timeout=_SILENCE_LIMIT_S))
+            answers.put(urllib.request.urlopen(request, timeout=SILENCE_LIMIT_S))
         except Exception as error:  # noqa: BLE001 - handed to the thread that waits
             answers.put(error)
 
     threading.Thread(target=ask, name="download", daemon=True).start()
     try:
-        answer = answers.get(timeout=_SILENCE_LIMIT_S)
+        answer = answers.get(timeout=SILENCE_LIMIT_S)
     except queue.Empty:
-        raise TimeoutError(f"no answer within {_SILENCE_LIMIT_S:g} s") from None
+        raise TimeoutError(f"no answer within {SILENCE_LIMIT_S:g} s") from None
     if isinstance(answer, BaseException):
         raise answer
     return answer

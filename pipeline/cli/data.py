@@ -13,7 +13,7 @@ from pipeline.cli.options import ImageSizeOption
 
 
 def data(
-    data: Annotated[str, typer.Argument(help="auto, cifar10, digits, or a folder of images.")],
+    data: Annotated[str, typer.Argument(help="auto, cifar10, digits, a folder of images, or torchvision:NAME:FOLDER.")],
     output: Annotated[Path, typer.Option("--output", help="File to write, such as images.zarr.zip.")],
     image_size: ImageSizeOption = None,
 ) -> None:
