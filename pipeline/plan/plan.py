@@ -120,7 +120,8 @@ def parameter_plans(operation: Operation, plan: OperationPlan) -> tuple[Paramete
     found = []
     for parameter in operation.parameters:
         axis, work = _work_layout(operation, plan, parameter)
-        home = work if plan.home == "shard" else master(ranks)
+        # Running statistics are written where they are used.
+        home = work if plan.home == "shard" or parameter.buffer else master(ranks)
         found.append(ParameterPlan(parameter=parameter, channel_axis=axis, home=home, work=work))
     return tuple(found)
 
