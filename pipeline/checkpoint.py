@@ -34,11 +34,11 @@ def write_weights(weights: Mapping[str, torch.Tensor], path: Path) -> None:
     aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         if path.suffix == SAFETENSORS:
-            from safetensors.torch import save_file
+            from safetensors.torch import save
 
             # The format knows no shared memory: tied weights are written once for each of their names.
             apart = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
-            save_file(apart, aside, metadata={"format": "pt"})
+            aside.write_bytes(save(apart, metadata={"format": "pt"}))  # Its own `save_file` lets only the owner read.
         else:
             torch.save(dict(weights), aside)
         aside.replace(path)

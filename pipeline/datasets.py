@@ -8,8 +8,8 @@ the prepared store, one zarr zip file that every job of the study reads through 
     mean(channel), std(channel)  of the training images, pixel values taken as 0 to 1
 
 and as attributes, beside the provenance: `data` (its real name), `source`, `warning` ("" or why these data replace the
-ones asked for). Images of a folder or of torchvision lie in a random order fixed by the seed, so that the first n images
-are a sample.
+ones asked for). Images of a folder or of torchvision lie in a random order fixed by the seed, so that the first n are a
+sample.
 
 Shape suffixes: N images, C channels, H rows, W columns.
 """

@@ -8,7 +8,11 @@ from typing import Annotated
 import typer
 
 NetworkOption = Annotated[
-    str, typer.Option("--network", help="Kernels of two convolutions as K1:K2, or a torchvision name.")
+    str,
+    typer.Option(
+        "--network",
+        help="Kernels of two convolutions as K1:K2, a torchvision name, or package.module:factory for your own.",
+    ),
 ]
 DevicesOption = Annotated[
     str | None,
@@ -27,10 +31,13 @@ SchedulerOption = Annotated[
 ]
 DataOption = Annotated[
     str,
-    typer.Option("--data", help="auto, cifar10, digits, a folder of images, or a file that `data` wrote."),
+    typer.Option(
+        "--data",
+        help="auto, cifar10, digits, a folder of images, torchvision:NAME:FOLDER, or a file that `data` wrote.",
+    ),
 ]
 ImageSizeOption = Annotated[
-    int | None, typer.Option("--image-size", min=1, help="Resize the images of a folder to this height and width.")
+    int | None, typer.Option("--image-size", min=1, help="Resize the images to this height and width.")
 ]
 BatchSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images per step over all devices.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the initial weights and of the order of the images.")]

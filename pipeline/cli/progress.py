@@ -31,7 +31,9 @@ class Progress:
                 progress.TimeRemainingColumn(),
                 progress.TextColumn("{task.fields[note]}"),
             )
-            self._bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
+            # What is printed meanwhile goes above the bar, unless standard output is a file.
+            console, above = Console(stderr=True), sys.stdout.isatty()
+            self._bar = progress.Progress(*columns, console=console, transient=True, redirect_stdout=above)
             self._task = self._bar.add_task(self._title, total=self._total, note="")
             self._bar.start()
         return self

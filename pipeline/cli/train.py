@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.cli.epochs import EpochNews, shown_epochs
 from pipeline.cli.images import prepared_images
 from pipeline.cli.options import (
     BatchSizeOption,
     DataOption,
     DevicesOption,
     ImageSizeOption,
-    LearningRateOption,
-    MomentumOption,
     NetworkOption,
     SchedulerOption,
     SeedOption,
 )
 from pipeline.cli.progress import Progress
-from pipeline.cli.ranks import checked_strategy, cluster, optimizer_of
+from pipeline.cli.ranks import checked_strategy, cluster
+from pipeline.cli.recipe import (
+    GammaOption,
+    LearningRateOption,
+    MomentumOption,
+    OptimizerOption,
+    ScheduleOption,
+    StepSizeOption,
+    WeightDecayOption,
+    check_schedule,
+    optimizer_named,
+    schedule_named,
+    updates_of,
+)
 from pipeline.errors import InputError
+
+if TYPE_CHECKING:
+    from pipeline.graph.trace import Graph
+    from pipeline.plan.plan import Plan
+
+_NAMES_SHOWN = 8
 
 
 def train(
@@ -31,7 +50,7 @@ def train(
     devices: DevicesOption = None,
     scheduler: SchedulerOption = None,
     strategy: Annotated[
-        str, typer.Option("--strategy", help="How to split: single, ddp, equal, paper, kernel or auto.")
+        str, typer.Option("--strategy", help="How to split: single, ddp, equal, paper, kernel, batch or auto.")
     ] = "auto",
     shares: Annotated[
         str | None,
@@ -42,49 +61,99 @@ def train(
     batch_size: BatchSizeOption = 64,
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the training images.")] = 1,
     max_steps: Annotated[int | None, typer.Option("--max-steps", min=1, help="Stop after so many steps.")] = None,
-    learning_rate: LearningRateOption = 0.01,
-    momentum: MomentumOption = 0.9,
+    optimizer: OptimizerOption = "sgd",
+    learning_rate: LearningRateOption = None,
+    momentum: MomentumOption = None,
+    weight_decay: WeightDecayOption = None,
+    schedule: ScheduleOption = "none",
+    step_size: StepSizeOption = None,
+    gamma: GammaOption = None,
+    clip_norm: Annotated[
+        float | None, typer.Option("--clip-norm", help="Largest norm of all gradients together.")
+    ] = None,
+    accumulate: Annotated[
+        int, typer.Option("--accumulate", min=1, help="Batches whose gradients are averaged for one update.")
+    ] = 1,
     seed: SeedOption = 0,
     checkpoint: Annotated[
-        Path | None, typer.Option("--checkpoint", help="File for the trained weights, an ordinary state dict.")
+        Path | None,
+        typer.Option(
+            "--checkpoint",
+            help="File for the trained weights: .safetensors, or under any other name a state dict for torch.load.",
+        ),
     ] = None,
 ) -> None:
     """Train a network with its layers split over unequal devices."""
+    from torch import nn
+
+    from pipeline.checkpoint import check_checkpoint
+    from pipeline.factories import check_workers
+    from pipeline.graph.trace import trace
+    from pipeline.networks import check_name
     from pipeline.networks import network as build
+    from pipeline.run.launch import example_batch
+    from pipeline.run.recipe import Recipe, check_recipe
     from pipeline.training import fit
 
-    chosen = checked_strategy(strategy)
+    # Whatever can be refused is, before images are read and processes started.
+    chosen, parts = checked_strategy(strategy), _parsed_shares(shares)
+    update = optimizer_named(optimizer, learning_rate, momentum, weight_decay)
+    check_schedule(schedule, step_size, gamma)
+    check_recipe(Recipe(loss=nn.CrossEntropyLoss(), optimizer=update, clip_norm=clip_norm, accumulate=accumulate))
+    check_name(network.strip())
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
     with prepared_images(data, image_size) as (images, test_images):
         model = build(network, classes=len(images.classes), image_shape=images.image_shape, seed=seed)
-        with cluster(devices, scheduler) as (client, members):
-            steps = max_steps or epochs * -(-len(images) // batch_size)
-            with Progress(f"train {network}", steps) as progress:
-                result = fit(
-                    model,
-                    images,
-                    client,
-                    members=members,
-                    batch_size=batch_size,
-                    epochs=epochs,
-                    max_steps=max_steps,
-                    strategy=chosen,
-                    shares=_parsed_shares(shares),
-                    optimizer=optimizer_of(learning_rate, momentum),
-                    seed=seed,
-                    validation=test_images,
-                    checkpoint=checkpoint,
-                    on_progress=progress,
-                )
+        graph = trace(model, example_batch(images))
+        steps = epochs * -(-len(images) // batch_size)
+        updates = updates_of(len(images), batch_size, epochs=epochs, max_steps=max_steps, accumulate=accumulate)
+        with (
+            cluster(devices, scheduler) as (client, members),
+            Progress(f"train {network}", min(steps, max_steps or steps)) as progress,
+            shown_epochs(client) as (news, lines),
+        ):
+            check_workers(client, members, network.strip())
+            result = fit(
+                model,
+                images,
+                client,
+                members=members,
+                batch_size=batch_size,
+                epochs=epochs,
+                max_steps=max_steps,
+                strategy=chosen,
+                shares=parts,
+                optimizer=update,
+                clip_norm=clip_norm,
+                accumulate=accumulate,
+                seed=seed,
+                validation=test_images,
+                callbacks=[news],
+                checkpoint=checkpoint,
+                on_progress=progress,
+                **schedule_named(schedule, epochs=epochs, updates=updates, step_size=step_size, gamma=gamma),
+            )
+            lines.show_all(told for one in result.callbacks if isinstance(one, EpochNews) for told in one.epochs)
     print(result.plan.table())
+    print(plan_headline(result.plan, graph))
     history, step_time = result.history, result.timing.step_time
     print(
         f"{history.sizes['step']} steps of {float(step_time.median()):.3g} s (median), "
         f"loss {float(history.loss[0]):.4f} at first and {float(history.loss[-1]):.4f} at last."
     )
-    for epoch, accuracy in zip(history.epoch.values, history.accuracy.values, strict=True):
-        print(f"Test accuracy after epoch {epoch}: {100 * accuracy:.1f} %")
     if checkpoint is not None:
         print(f"Weights written to {checkpoint}.")
+
+
+def plan_headline(plan: Plan, graph: Graph) -> str:
+    """How much of the convolutions is split, and what could not be, in one sentence."""
+    share, left = plan.split_convolutions(graph), plan.on_master(graph)
+    split = "It has no convolutions" if math.isnan(share) else f"{100 * share:.4g} % of the convolution FLOPs are split"
+    if plan.strategy in ("single", "ddp") or not left:
+        return f"{split}; no operation had to stay on the master."
+    named = ", ".join(left[:_NAMES_SHOWN]) + (", ..." if len(left) > _NAMES_SHOWN else "")
+    return f"{split}; {len(left)} operations of unknown effect stay on the master: {named}."
 
 
 def _parsed_shares(text: str | None) -> list[float] | None:

@@ -33,6 +33,8 @@ def test_a_checkpoint_holds_the_state_dict_for_ordinary_tools(tmp_path: Path, na
     assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
     Tied().load_state_dict(loaded)
     assert [file.name for file in tmp_path.iterdir()] == [name]
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt"])
@@ -42,11 +44,13 @@ def test_a_checkpoint_that_cannot_be_finished_leaves_the_old_one_as_it_was(
     path = tmp_path / name
     path.write_bytes(b"an earlier one")
 
-    def full(_: object, target: Path, **__: object) -> None:
-        Path(target).write_bytes(b"half of i")
+    def full(*given: object) -> None:
+        target = next(one for one in given if isinstance(one, Path))
+        with target.open("wb") as file:
+            file.write(b"half of i")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     monkeypatch.setattr(checkpoint.torch, "save", full)
     with pytest.raises(OSError, match="No space left"):
         write_weights({"weight": torch.zeros(3)}, path)

@@ -1,0 +1,109 @@
+"""`train` as a user runs it: a network and images of one's own, and a checkpoint that plain torch goes on with."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULE = '''
+import torch
+from torch import nn
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        return x + torch.relu(self.norm(self.conv(x)))
+
+
+def tiny(num_classes):
+    """A residual network of two convolutions."""
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3), Residual(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, num_classes)
+    )
+'''
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A project of a user: a module, and images of three colours."""
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "mynets.py").write_text(MODULE)
+    random = np.random.default_rng(0)
+    for channel, name in enumerate(("red", "green", "blue")):
+        (project / "images" / name).mkdir(parents=True)
+        for number in range(20):
+            pixels = random.integers(0, 100, (12, 12, 3), dtype=np.uint8)
+            pixels[:, :, channel] += 100
+            Image.fromarray(pixels).save(project / "images" / name / f"{number}.png")
+    return project
+
+
+def train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipeline", "train", "--network", "mynets:tiny", "--data", "images", *arguments]
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_a_factory_in_the_current_folder_trains_and_its_checkpoint_is_that_of_plain_torch(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ["--batch-size", "16", "--epochs", "4", "--accumulate", "2", "--clip-norm", "5", "--schedule", "cosine"]
+    split = ["--devices", "2 x cpu", "--strategy", "kernel", "--shares", "0.6,0.4", "--checkpoint", "split.safetensors"]
+    done = train(folder, *common, "--learning-rate", "0.05", "--weight-decay", "0.001", *split)
+    assert done.returncode == 0, done.stderr
+    accuracies = re.findall(r"^Epoch (\d): loss [\d.]+, test accuracy ([\d.]+) % \(", done.stdout, re.MULTILINE)
+    assert [number for number, _ in accuracies] == ["1", "2", "3", "4"]
+    assert "kernel over cpu, cpu, batch 16" in done.stdout
+    assert "100 % of the convolution FLOPs are split; no operation had to stay on the master." in done.stdout
+    assert "Weights written to split.safetensors." in done.stdout
+
+    single = ["--devices", "cpu", "--strategy", "single", "--checkpoint", "single.pt"]
+    done = train(folder, *common, "--learning-rate", "0.05", "--weight-decay", "0.001", *single)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in folder.iterdir() if path.is_file()) == [
+        "mynets.py", "single.pt", "split.safetensors",
+    ]  # fmt: skip
+
+    monkeypatch.syspath_prepend(folder)
+    from mynets import tiny  # type: ignore[import-not-found]
+
+    model = tiny(num_classes=3)
+    weights = load_file(folder / "split.safetensors")
+    model.load_state_dict(weights)
+    whole = torch.load(folder / "single.pt", weights_only=True)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_workers_that_cannot_import_the_module_are_told_before_anything_runs(
+    folder: Path, foreign_cluster: Callable[..., Path]
+) -> None:
+    scheduler = foreign_cluster(["--resources", "CPU=1", "--name", "elsewhere"])
+    done = train(folder, "--scheduler", str(scheduler), "--checkpoint", "weights.pt")
+    assert done.returncode == 2
+    assert "Network 'mynets:tiny' cannot be used on worker elsewhere" in done.stderr
+    assert "start the workers where the module mynets can be imported" in done.stderr
+    assert not (folder / "weights.pt").exists()
