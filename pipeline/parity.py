@@ -59,8 +59,8 @@ class Parity:
     def worst(self) -> float:
         """The largest of the differences of loss, weights and statistics.
 
-        Not of gradients: behind BatchNorm many are nearly zero, the rest of a sum that cancels, and have fewer digits to
-        agree in; what there is of them is in the weights.
+        Not of gradients: behind BatchNorm many are nearly zero, the rest of a sum that cancels, and have fewer digits
+        to agree in; what there is of them is in the weights.
         """
         return max(self.loss, self.weights, self.statistics)
 

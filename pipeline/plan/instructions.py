@@ -122,6 +122,9 @@ class Exchange:
     """Whether it runs beside what follows. An activation has to be there after the next computation of weights'
     gradients, gradients when the exchange that takes them up or the update begins."""
 
+    once: bool = False
+    """Whether it happens only once, and needs no memory kept for the next time."""
+
     @cached_property
     def messages(self) -> tuple[Message, ...]:
         """What travels in this direction, local copies included."""

@@ -41,7 +41,8 @@ _LEAST_SLEEP_S, _MOST_SLEEP_S = 2e-5, 1e-3
 class Outbox:
     """The sender's end: one memory file for the boxes of one message, step after step."""
 
-    def __init__(self, neighbour: Neighbour, tag: int, like: torch.Tensor) -> None:
+    def __init__(self, neighbour: Neighbour, tag: int, like: torch.Tensor, *, once: bool = False) -> None:
+        """For boxes like ``like``; with ``once`` for a single one, after which the neighbour forgets it."""
         self._neighbour, self._tag = neighbour, tag
         size = _HEAD_BYTES + like.numel() * like.element_size()
         with _memory_file(size) as file:
@@ -49,7 +50,7 @@ class Outbox:
             self._copied = torch.frombuffer(mapped, dtype=torch.int64, count=1)
             self._box = torch.frombuffer(mapped, dtype=like.dtype, offset=_HEAD_BYTES).view(like.shape)
             self._count = 0
-            self._number = neighbour.send_file(file, size)
+            self._number = neighbour.send_file(file, size, once=once)
 
     def post(self, part: torch.Tensor) -> None:
         """Put ``part`` into the box and tell the neighbour; waits until it has copied the one before.
@@ -80,11 +81,12 @@ class Neighbour:
         self._letters: dict[int, deque[tuple[int, int]]] = {}
         """By tag, what has been announced and not yet been taken: number of the file, and which box it is."""
 
-    def send_file(self, file: int, size: int) -> int:
-        """Hand over a memory file of ``size`` bytes; returns the number by which letters name it."""
+    def send_file(self, file: int, size: int, *, once: bool) -> int:
+        """Hand over a memory file of ``size`` bytes; returns the number by which letters name it, below 0 for once."""
         self._sent_files += 1
-        self._send(_LETTER.pack(0, self._sent_files, size), [file])
-        return self._sent_files
+        number = -self._sent_files if once else self._sent_files
+        self._send(_LETTER.pack(0, number, size), [file])
+        return number
 
     def send_letter(self, tag: int, number: int, count: int) -> None:
         """Say that a file holds its ``count``-th box. Raises ``RankLost`` if the neighbour is gone."""
@@ -108,7 +110,7 @@ class Neighbour:
             if self._letters.get(tag):
                 break
         number, count = self._letters[tag].popleft()
-        mapped = self._maps[number]
+        mapped = self._maps.pop(number) if number < 0 else self._maps[number]
         box = torch.frombuffer(mapped, dtype=like.dtype, offset=_HEAD_BYTES, count=like.numel()).view(like.shape)
         return box, Receipt(torch.frombuffer(mapped, dtype=torch.int64, count=1), count)
 

@@ -65,7 +65,7 @@ class Transport:
         arrivals: list[_Arrival] = []
         if target is not None:
             arrivals = [self._arrival(spec, one, tag, source, target, held, wanted, sums) for one, tag in incoming]
-        requests, kept = self._begin_messages(spec, arrivals, outgoing, source, held)
+        requests, kept = self._begin_messages(instruction, arrivals, outgoing, source, held)
         if not sums:
             for one in arrivals:  # local copies, made while the messages are under way
                 if one.source == self.rank:
@@ -90,7 +90,7 @@ class Transport:
 
     def _begin_messages(
         self,
-        spec: TensorSpec,
+        instruction: Exchange,
         arrivals: Sequence[_Arrival],
         outgoing: Sequence[tuple[Message, int]],
         source: torch.Tensor | None,
@@ -105,12 +105,12 @@ class Transport:
         ]
         for message, tag in outgoing:
             assert source is not None
-            part = source[spec.slices(held, message.box)]
+            part = source[instruction.spec.slices(held, message.box)]
             if message.target in self._neighbours:
-                self._outbox(tag, self._neighbours[message.target], part).post(part)
-            else:
-                kept.append(self._packed((tag, message.target), part))
-                operations.append(dist.P2POp(dist.isend, kept[-1], message.target, self.group, tag))
+                self._outbox(tag, self._neighbours[message.target], part, once=instruction.once).post(part)
+                continue
+            kept.append(part.contiguous().cpu() if instruction.once else self._packed((tag, message.target), part))
+            operations.append(dist.P2POp(dist.isend, kept[-1], message.target, self.group, tag))
         return (dist.batch_isend_irecv(operations) if operations else []), kept
 
     def _take_out(self, one: _Arrival, *, add: bool) -> None:
@@ -147,7 +147,9 @@ class Transport:
         box = part if direct else self._buffer((tag, message.source, "in"), part)
         return _Arrival(message.source, tag, box, part, through_gloo=True)
 
-    def _outbox(self, tag: int, neighbour: Neighbour, part: torch.Tensor) -> Outbox:
+    def _outbox(self, tag: int, neighbour: Neighbour, part: torch.Tensor, *, once: bool) -> Outbox:
+        if once:
+            return Outbox(neighbour, tag, part, once=True)
         key = (tag, neighbour.rank, tuple(part.shape), part.dtype)
         if key not in self._outboxes:
             self._outboxes[key] = Outbox(neighbour, tag, part)
