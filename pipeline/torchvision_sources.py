@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from pipeline.image_sources import SILENCE_LIMIT_S, Choices, RawImages, decoded,
 
 _PREFIX = "torchvision:"
 _TEST_SPLITS = ("test", "val", "valid")
+_LONGEST_REASON = 300
 _FURTHER_ARGUMENTS = {"EMNIST": {"split": "balanced"}}
 """Arguments that a data set needs beside its root, its split and whether to download."""
 
@@ -205,6 +207,6 @@ def _is_class(label: object) -> bool:
 
 
 def _line(error: BaseException) -> str:
-    """The first line of what an error says, without a full stop."""
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return said.rstrip(". ")
+    """What an error says in one line, without a full stop."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return shorten(said, _LONGEST_REASON, placeholder=" ...").rstrip(".: ")

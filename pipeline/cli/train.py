@@ -149,11 +149,13 @@ def train(
 def plan_headline(plan: Plan, graph: Graph) -> str:
     """How much of the convolutions is split, and what could not be, in one sentence."""
     share, left = plan.split_convolutions(graph), plan.on_master(graph)
-    split = "It has no convolutions" if math.isnan(share) else f"{100 * share:.4g} % of the convolution FLOPs are split"
+    split = (
+        "No convolution was found" if math.isnan(share) else f"{100 * share:.4g} % of the convolution FLOPs are split"
+    )
     if plan.strategy in ("single", "ddp") or not left:
         return f"{split}; no operation had to stay on the master."
     named = ", ".join(left[:_NAMES_SHOWN]) + (", ..." if len(left) > _NAMES_SHOWN else "")
-    return f"{split}; {len(left)} operations of unknown effect stay on the master: {named}."
+    return f"{split}; of unknown effect, so left on the master ({len(left)}): {named}."
 
 
 def _parsed_shares(text: str | None) -> list[float] | None:

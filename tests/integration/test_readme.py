@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.main import get_command
 
+from pipeline.cli import app
 from pipeline.results.contracts import validate_timing
 from pipeline.results.stores import open_zip
 
@@ -34,6 +36,15 @@ def test_the_program_in_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
 def test_every_make_command_exists(target: tuple[str, str]) -> None:
     name = next(filter(None, target))
     assert re.search(rf"^{name}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+COMMANDS = re.findall(r"python -m pipeline (\w+) ((?:[^`\n\\]|\\\n)*)", TEXT)
+
+
+@pytest.mark.parametrize(("command", "arguments"), COMMANDS, ids=[" ".join(one).split("\n")[0] for one in COMMANDS])
+def test_every_option_of_a_command_exists(command: str, arguments: str) -> None:
+    known = {option for one in get_command(app).commands[command].params for option in one.opts}
+    assert set(re.findall(r"--[\w-]+", arguments)) <= known
 
 
 FILES = sorted(set(re.findall(r"`(pipeline/[\w./-]+\.\w+)`", TEXT) + re.findall(r"\]\(((?!http)[\w./-]+)\)", TEXT)))

@@ -109,8 +109,8 @@ class Sorted(nn.Module):
     [
         (network("4:6"), "kernel", "100 % of the convolution FLOPs are split; no operation had to stay on the master."),
         (network("4:6"), "single", "0 % of the convolution FLOPs are split; no operation"),
-        (Sorted(), "kernel", "operations of unknown effect stay on the master: sort"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), "batch", "It has no convolutions; no operation"),
+        (Sorted(), "kernel", "; of unknown effect, so left on the master ("),
+        (nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), "batch", "No convolution was found; no operation"),
     ],
     ids=["a chain", "one device", "an unknown operation", "no convolution"],
 )
