@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from pipeline.graph.effects import RANDOM_FUNCTIONS, TABLE, Effect, Scope, random_kind
 from pipeline.graph.tracing import has_hooks
+from pipeline.graph.writes import with_item
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Noise:
     """Probability of dropping."""
     alpha: bool = False
     """Whether what is dropped is set to SELU's negative limit and the rest rescaled (alpha dropout)."""
+    order: tuple[int, ...] = ()
+    """For ``element``, the axes of the tensor from the outermost to the innermost in memory, in which it is drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,8 @@ class Call:
     """By node, the axis of the channels."""
     parameters: Sequence[torch.Tensor]
     """What it reads of the model directly."""
+    training: bool
+    """Whether its module is in training mode when the model is."""
     is_images: Callable[[Any], bool]
     """Whether a value is a tensor of images: batch first, of the model's own number type."""
 
@@ -104,6 +109,8 @@ def _from_table(call: Call, effect: Effect, scope: Scope) -> Judgement:
     if len(axes) != 1 or (scope is Scope.SECOND and axes != {1}):
         return WHOLE if effect is Effect.BATCHNORM else _imagewise(call)
     axis = axes.pop()
+    if effect is Effect.BATCHNORM and not call.training and getattr(call.module, "running_mean", None) is not None:
+        effect = Effect.CHANNELWISE  # it goes by what it knows, not by the batch
     if not _aligned(call, axis):
         return _imagewise(call)
     unit = 1
@@ -175,7 +182,7 @@ def _random(call: Call) -> Judgement | None:
         return WHOLE
     if call.module is not None:
         p = float(str(call.module.p))
-        training = True
+        training = call.training
         mode = getattr(call.module, "mode", "")
     else:
         p = call.argument("p", 1, 0.5)
@@ -193,7 +200,9 @@ def _random(call: Call) -> Judgement | None:
         per = "image" if mode == "row" else "batch"
     if per == "channel" and axis != 1:
         return _imagewise(call)
-    return replace(result, noise=Noise(per, float(p), alpha=kind.startswith("alpha")))
+    given = call.inputs[name]
+    order = tuple(sorted(range(given.dim()), key=lambda one: -given.stride(one))) if per == "element" else ()
+    return replace(result, noise=Noise(per, float(p), alpha=kind.startswith("alpha"), order=order))
 
 
 def _dims(call: Call, given: Any) -> tuple[int, ...] | None:
@@ -294,6 +303,14 @@ def _item(call: Call) -> Judgement:
     return _imagewise(call) if whole and len(call.inputs) == 1 and call.is_images(call.result) else WHOLE
 
 
+def _changed_item(call: Call) -> Judgement:
+    """``x[:, 0] = value``."""
+    index = call.node.args[1]
+    first = index[0] if isinstance(index, tuple) else index
+    every = isinstance(first, slice) and first == slice(None)
+    return _imagewise(call) if every and len(call.tensors) == len(call.inputs) and not call.parameters else WHOLE
+
+
 def _look(call: Call) -> Judgement:
     """Shapes, numbers made of them, and parts of several results: they go with what uses them."""
     harmless = not call.parameters and not isinstance(call.result, torch.Tensor)
@@ -316,6 +333,6 @@ _RULES: dict[Any, Callable[[Call], Judgement]] = {
     torch.chunk: _along(2), "chunk": _along(2), torch.split: _along(2), "split": _along(2),
     torch.softmax: _along(1), torch.nn.functional.softmax: _along(1), torch.unsqueeze: _along(1),
     "unsqueeze": _along(1), "squeeze": _along(1), torch.squeeze: _along(1),
-    operator.getitem: _item, getattr: _shape, "size": _shape, "dim": _shape,
+    operator.getitem: _item, with_item: _changed_item, getattr: _shape, "size": _shape, "dim": _shape,
     operator.floordiv: _look, operator.mod: _look,
 }  # fmt: skip

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from pipeline.errors import InputError
 from pipeline.graph.effects import Effect
 from pipeline.graph.rules import WHOLE, Call, Judgement, Noise, aligned_axis, judge
-from pipeline.graph.tracing import EVALUATION, traced
+from pipeline.graph.tracing import EVALUATION, NO_GRADIENT, TRAINING, traced
 
 _TRIALS = (3, 5)
 """Two numbers of images: what has as many entries along axis 0 for both is a tensor of images."""
@@ -28,7 +30,7 @@ class Parameter:
     """Qualified name in the model, e.g. ``conv1.weight``."""
     shape: tuple[int, ...]
     trained: bool
-    """Whether it gets a gradient; never for buffers."""
+    """Whether it gets a gradient: never for buffers, nor where none flows to it."""
     buffer: bool
     axis: int | None = None
     """The axis that goes with the output's channels; None if it is the same for all of them."""
@@ -57,6 +59,8 @@ class Operation:
     noise: Noise | None
     """What a random operation multiplies its input by."""
     parameters: tuple[Parameter, ...]
+    differentiable: bool
+    """Whether a gradient flows through its output to something that is trained."""
     flops_per_image: int
     """Floating-point operations of the forward pass for one image; 0 for anything but convolutions and dense layers."""
     convolution: bool
@@ -127,7 +131,9 @@ class _Analysis:
         self._dtype = model_dtype(graph_module)
         self._trials, self._images = _results(graph_module, example_input.to(self._dtype))
         self._axes: dict[str, int] = {}
-        self._owners = _owners(graph_module)
+        self._uses = _uses(graph_module)
+        self._differentiable = _differentiable(graph_module, self._trials[0])
+        self._trained = _trained(graph_module, self._differentiable)
 
     def graph(self) -> Graph:
         nodes = list(self._model.graph.nodes)
@@ -158,15 +164,16 @@ class _Analysis:
             inputs={one.name: self._trials[0].get(one.name) for one in taken},
             axes={one.name: self._axes[one.name] for one in taken},
             parameters=[_attribute(self._model, str(one.target)) for one in reads],
+            training=node.meta.get(TRAINING, True),
             is_images=self._is_images,
         )
-        judgement = self._judged(call, reads)
+        judgement = self._judged(call)
         shape = tuple(result.shape[1:]) if result is not None and self._is_images_of(node.name) else None
         axis = judgement.channel_axis if shape and judgement.channel_axis <= len(shape) else 1
         self._axes[node.name] = axis
         if judgement.effect is Effect.FLATTEN:
             taken = [one for one in taken if isinstance(call.inputs[one.name], torch.Tensor)]
-        parameters = _module_parameters(module, str(node.target), judgement, call) if module is not None else ()
+        parameters = self._of_module(module, judgement, call) if module is not None else ()
         return Operation(
             name=node.name,
             effect=judgement.effect,
@@ -178,17 +185,15 @@ class _Analysis:
             input_unit=judgement.input_unit,
             noise=judgement.noise,
             parameters=parameters or self._read(reads, result, axis, judgement),
+            differentiable=node in self._differentiable,
             flops_per_image=_flops(module, call, self._images),
             convolution=isinstance(module, nn.modules.conv._ConvNd),
         )
 
-    def _judged(self, call: Call, reads: list[fx.Node]) -> Judgement:
-        if any(
-            len(one.users) > 1 or self._owners.get(id(p), 1) > 1 for one, p in zip(reads, call.parameters, strict=True)
-        ):
-            return WHOLE  # read in several places: one copy must see all gradients
-        if call.module is not None and any(self._owners[id(tensor)] > 1 for tensor in _state(call.module)):
-            return WHOLE  # tied to another module, for the same reason
+    def _judged(self, call: Call) -> Judgement:
+        state = _state(call.module) if call.module is not None else call.parameters
+        if any(self._uses[id(tensor)] > 1 for tensor in state):
+            return WHOLE  # used in several places: one copy must see all gradients
         return judge(call)
 
     def _is_images(self, value: Any) -> bool:
@@ -212,9 +217,35 @@ class _Analysis:
                 Parameter(
                     name=str(one.target),
                     shape=tuple(tensor.shape),
-                    trained=tensor.requires_grad,
+                    trained=id(tensor) in self._trained,
                     buffer=not isinstance(tensor, nn.Parameter),
                     axis=aligned_axis(tensor, result, axis) if broadcast else None,
+                )
+            )
+        return tuple(found)
+
+    def _of_module(self, module: nn.Module, judgement: Judgement, call: Call) -> tuple[Parameter, ...]:
+        """The parameters and buffers of a module."""
+        channels = call.result.shape[judgement.channel_axis] if judgement.effect is not Effect.WHOLE else 0
+        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        kernel = judgement.effect in (Effect.KERNEL, Effect.GROUPED)
+        found = []
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            axis, input_axis = None, None
+            if kernel and name == "weight":
+                axis, input_axis = (1, 0) if transposed else (0, 1)
+                if judgement.effect is Effect.GROUPED:
+                    axis, input_axis = 0, None  # both axes of a group's weights belong to the group
+            elif tensor.dim() and tensor.shape[0] == channels:
+                axis = 0
+            found.append(
+                Parameter(
+                    name=f"{call.node.target}.{name}",
+                    shape=tuple(tensor.shape),
+                    trained=id(tensor) in self._trained,
+                    buffer=not isinstance(tensor, nn.Parameter),
+                    axis=axis,
+                    input_axis=input_axis,
                 )
             )
         return tuple(found)
@@ -238,7 +269,9 @@ def _results(graph_module: fx.GraphModule, example_BCHW: torch.Tensor) -> tuple[
         ]
     except Exception:  # noqa: BLE001 - whatever the model's own code raises
         try:
-            return [_run(copy.deepcopy(graph_module).cpu(), example_BCHW.cpu())], (len(example_BCHW),)
+            x_BCHW = example_BCHW.cpu()
+            repeated = [x_BCHW[[index % len(x_BCHW) for index in range(images)]] for images in _TRIALS]
+            return [_run(copy.deepcopy(graph_module).cpu(), one) for one in repeated], _TRIALS
         except Exception as error:
             raise InputError(
                 f"the model does not take images of shape {tuple(shape)} (C, H, W): {_last_line(error)}"
@@ -251,11 +284,11 @@ def _run(graph_module: fx.GraphModule, x_BCHW: torch.Tensor) -> dict[str, Any]:
 
     class Recorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
-            results[n.name] = super().run_node(n)
+            with torch.set_grad_enabled(not n.meta.get(NO_GRADIENT)):
+                results[n.name] = super().run_node(n)
             return results[n.name]
 
-    with torch.no_grad():
-        Recorder(graph_module.train()).run(x_BCHW)
+    Recorder(graph_module.train()).run(x_BCHW)
     return results
 
 
@@ -268,13 +301,44 @@ def _state(module: nn.Module) -> list[torch.Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _owners(model: nn.Module) -> dict[int, int]:
-    """How many submodules own each parameter or buffer: more than one means tied."""
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-            owners[id(tensor)] = owners.get(id(tensor), 0) + 1
-    return owners
+def _uses(graph_module: fx.GraphModule) -> Counter[int]:
+    """By ``id``, in how many places each parameter or buffer is used; calls of one module count once."""
+    uses: Counter[int] = Counter()
+    for target in {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}:
+        uses.update(id(tensor) for tensor in _state(graph_module.get_submodule(target)))
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr":
+            uses[id(_attribute(graph_module, str(node.target)))] += len(node.users)
+    return uses
+
+
+def _differentiable(graph_module: fx.GraphModule, results: Mapping[str, Any]) -> frozenset[fx.Node]:
+    """The nodes through which a gradient flows, from what the model returns to something that is trained."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph_module.graph.nodes):
+        wanted = any(user.op == "output" or user in found for user in node.users)
+        if wanted and node.op.startswith("call_") and _requires_gradient(results.get(node.name)):
+            found.add(node)
+    return frozenset(found)
+
+
+def _requires_gradient(result: Any) -> bool:
+    return any(isinstance(one, torch.Tensor) and one.requires_grad for one in _tensors(result))
+
+
+def _tensors(result: Any) -> list[Any]:
+    leaves = pytree.tree_leaves(result)
+    return [part for leaf in leaves for part in (vars(leaf).values() if is_dataclass(leaf) else (leaf,))]
+
+
+def _trained(graph_module: fx.GraphModule, differentiable: frozenset[fx.Node]) -> set[int]:
+    """The ``id`` of the parameters that get a gradient."""
+    found: list[torch.Tensor] = []
+    for node in differentiable:
+        if node.op == "call_module":
+            found += graph_module.get_submodule(str(node.target)).parameters()
+        found += [_attribute(graph_module, str(one.target)) for one in node.all_input_nodes if one.op == "get_attr"]
+    return {id(tensor) for tensor in found if tensor.requires_grad}
 
 
 def _attribute(root: nn.Module, target: str) -> torch.Tensor:
@@ -282,36 +346,15 @@ def _attribute(root: nn.Module, target: str) -> torch.Tensor:
     return getattr(root.get_submodule(owner), leaf)  # type: ignore[no-any-return]
 
 
-def _module_parameters(module: nn.Module, prefix: str, judgement: Judgement, call: Call) -> tuple[Parameter, ...]:
-    channels = call.result.shape[judgement.channel_axis] if judgement.effect is not Effect.WHOLE else 0
-    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-    kernel = judgement.effect in (Effect.KERNEL, Effect.GROUPED)
-    found = []
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        axis, input_axis = None, None
-        if kernel and name == "weight":
-            axis, input_axis = (1, 0) if transposed else (0, 1)
-            if judgement.effect is Effect.GROUPED:
-                axis, input_axis = 0, None  # both axes of a group's weights belong to the group
-        elif tensor.dim() and tensor.shape[0] == channels:
-            axis = 0
-        found.append(
-            Parameter(
-                name=f"{prefix}.{name}",
-                shape=tuple(tensor.shape),
-                trained=isinstance(tensor, nn.Parameter) and tensor.requires_grad,
-                buffer=not isinstance(tensor, nn.Parameter),
-                axis=axis,
-                input_axis=input_axis,
-            )
-        )
-    return tuple(found)
-
-
 def _flops(module: nn.Module | None, call: Call, images: tuple[int, ...]) -> int:
     """Two per multiply-add: each output position takes one product with a kernel."""
     if not isinstance(module, nn.modules.conv._ConvNd | nn.Linear) or not isinstance(call.result, torch.Tensor):
         return 0
     over = call.tensors[0] if isinstance(module, nn.modules.conv._ConvTransposeNd) else call.result
-    channels = over.shape[-1] if isinstance(module, nn.Linear) else over.shape[1]
-    return 2 * (math.prod(over.shape) // images[0]) * (module.weight.numel() // channels)
+    # The sizes are asked for, not the weight: a parametrised one may change by being looked at.
+    if isinstance(module, nn.Linear):
+        products = module.in_features
+    else:
+        other = module.out_channels if over is not call.result else module.in_channels
+        products = math.prod(module.kernel_size) * other // module.groups
+    return 2 * (math.prod(over.shape) // images[0]) * products

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from pipeline.graph.effects import TABLE, random_kind
+from pipeline.graph.writes import ORDINARY_OPERATORS, Untraceable, remove_writes
 
 EVALUATION = "evaluation arguments"
 """Key in a node's ``meta``: its (args, kwargs) in evaluation mode, where they differ from those in training."""
-
-_IN_PLACE_OPERATORS: dict[Any, Any] = {
-    operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
-    operator.itruediv: operator.truediv, operator.ipow: operator.pow,
-}  # fmt: skip
-_VIEWS = {"view", "reshape", "transpose", "permute", "squeeze", "unsqueeze", "flatten", "chunk", "split", "narrow", "t"}
+NO_GRADIENT = "no gradient"
+"""Key in a node's ``meta``: whether it runs under ``torch.no_grad()``."""
+TRAINING = "training"
+"""Key in a node's ``meta``: whether its module is in training mode when the model is."""
 
 
 class _Whole(nn.Module):
@@ -34,21 +34,34 @@ class _Whole(nn.Module):
         return self.model(x)
 
 
-class _Untraceable(Exception):  # noqa: N818 - never leaves this module
-    """The innermost submodule that could not be traced."""
+class _Proxy(fx.Proxy):
+    """Knows ``x[...] = y`` and that ``x += y`` writes to ``x``, of which fx makes ``x = x + y``."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.name = name
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+def _in_place(target: Callable[..., Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return method
+
+
+for _operator in ORDINARY_OPERATORS:
+    setattr(_Proxy, f"__{_operator.__name__}__", _in_place(_operator))
 
 
 class _Tracer(fx.Tracer):
     """Keeps whole what the table knows, what has hooks, and what has turned out to be untraceable."""
 
+    proxy_buffer_attributes = True  # a forward that changes a buffer must not change it during the trace
+
     def __init__(self, whole: set[str]) -> None:
         super().__init__()
         self._kept_whole = whole
         self._inside: list[str] = []
+        self._with_gradients = torch.is_grad_enabled()
         self.failed: str | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -69,6 +82,14 @@ class _Tracer(fx.Tracer):
             self._inside.pop()
         return result
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta[NO_GRADIENT] = self._with_gradients and not torch.is_grad_enabled()
+        return node
+
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its ``forward``."""
@@ -83,90 +104,100 @@ def traced(model: nn.Module) -> fx.GraphModule:
     Submodules whose control flow depends on data cannot be traced and stay whole; if that is the model itself, it
     becomes one operation. In-place operations become ordinary ones, and what was read after one reads its result.
     """
-    own = set(vars(model))
     whole: set[str] = set()
-    try:
-        while True:
-            tracer = _Tracer(whole)
-            try:
-                return _checked(model, tracer, whole)
-            except _Untraceable as culprit:
-                if not culprit.name or culprit.name in whole:
-                    break
-                whole.add(culprit.name)
-        wrapped = _Whole(model)
-        return fx.GraphModule(wrapped, _Tracer(set()).trace(wrapped))
-    finally:
-        # The tracer leaves constants on the model, under other names each time; the graph has its own.
-        for name in set(vars(model)) - own:
-            delattr(model, name)
+    while True:
+        try:
+            return _checked(model, whole)
+        except Untraceable as culprit:
+            if not culprit.name or culprit.name in whole:
+                break
+            whole.add(culprit.name)
+    wrapped = _Whole(model)
+    return fx.GraphModule(wrapped, _Tracer(set()).trace(wrapped))
 
 
-def _checked(model: nn.Module, tracer: _Tracer, whole: set[str]) -> fx.GraphModule:
-    try:
-        with _mode(model, training=True):
-            graph = tracer.trace(model)
-    except Exception as error:  # fx fails in as many ways as there are models
-        raise _Untraceable(tracer.failed or "") from error
-    graph_module = fx.GraphModule(model, graph)
-    _remove_writes(graph_module)
+def modes(model: nn.Module, *, training: bool) -> dict[nn.Module, bool]:
+    """Whether each module is in training mode when the model is (or is not): some keep their BatchNorm out of it."""
+    with _as_it_was(model):
+        model.train(training)
+        return {module: module.training for module in model.modules()}
+
+
+def _checked(model: nn.Module, whole: set[str]) -> fx.GraphModule:
+    with _as_it_was(model) as before:
+        model.train()
+        tracer = _Tracer(whole)
+        try:
+            graph = tracer.trace(model, _defaults(model))
+        except Exception as error:  # fx fails in as many ways as there are models
+            raise Untraceable(tracer.failed or "") from error
+        _refuse_state(model, before)
+        graph_module = fx.GraphModule(model, graph)
+        for node in graph.nodes:
+            if node.op == "call_module":
+                node.meta[TRAINING] = model.get_submodule(str(node.target)).training
+    remove_writes(graph_module)
     _note_evaluation(graph_module, model, whole)
     _remove_unused(graph_module.graph)
     _keep_parts_together(graph_module.graph)
     return graph_module
 
 
+def _defaults(model: nn.Module) -> dict[str, Any]:
+    """The optional arguments of ``forward``, which branches may depend on, at their defaults."""
+    given = inspect.signature(model.forward).parameters.values()
+    return {
+        one.name: one.default
+        for one in given
+        if one.kind is one.POSITIONAL_OR_KEYWORD
+        and (one.default is None or isinstance(one.default, bool | int | float | str))
+    }
+
+
+Attributes = dict[nn.Module, dict[str, Any]]
+
+
 @contextmanager
-def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    before = {module: module.training for module in model.modules()}
-    model.train(training)
+def _as_it_was(model: nn.Module) -> Iterator[Attributes]:
+    """Undo all that is done to the attributes of modules: modes, constants, and what ``forward`` leaves behind."""
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    before = {module: {name: _copied(value) for name, value in vars(module).items()} for module in modules}
+    held = {module: dict(vars(module)) for module in before}
     try:
-        yield
+        yield before
     finally:
-        for module, mode in before.items():
-            module.training = mode
+        for module, attributes in before.items():
+            vars(module).clear()
+            for name, value in attributes.items():
+                original = held[module][name]
+                if isinstance(original, dict):
+                    original.clear()
+                    original.update(value)
+                elif isinstance(original, list):
+                    original[:] = value
+                vars(module)[name] = original
 
 
-def _remove_writes(graph_module: fx.GraphModule) -> None:
-    """A segment's input is a leaf of its own, which must not be written to."""
-    for node in graph_module.graph.nodes:
-        if not _make_ordinary(node, graph_module):
-            continue
-        target = node.args[0] if node.args else node.kwargs.get("input")
-        if not isinstance(target, fx.Node):
-            raise _Untraceable("")
-        if target.op == "call_method" and target.target in _VIEWS:
-            raise _Untraceable("")  # writes through a view to a tensor that others may read
-        seen = False
-        for user in graph_module.graph.nodes:
-            if seen:
-                user.replace_input_with(target, node)
-            seen = seen or user is node
+def _copied(value: Any) -> Any:
+    return value.copy() if isinstance(value, dict | list) else value
 
 
-def _make_ordinary(node: fx.Node, graph_module: fx.GraphModule) -> bool:
-    """Replace an in-place call by its ordinary form; whether it was one."""
-    if node.op == "call_module":
-        return bool(getattr(graph_module.get_submodule(str(node.target)), "inplace", False))
-    if node.op not in ("call_function", "call_method"):
-        return False
-    if node.kwargs.get("inplace"):
-        node.kwargs = {**node.kwargs, "inplace": False}
-        return True
-    if node.op == "call_function" and node.target in _IN_PLACE_OPERATORS:
-        node.target = _IN_PLACE_OPERATORS[node.target]
-        return True
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if node.op == "call_function" and node.target is operator.setitem:
-        raise _Untraceable("")
-    if not name.endswith("_") or name.startswith("_"):
-        return False
-    places: tuple[Any, ...] = (torch.Tensor,) if node.op == "call_method" else (torch, F)
-    ordinary = next((getattr(place, name[:-1]) for place in places if hasattr(place, name[:-1])), None)
-    if ordinary is None:
-        raise _Untraceable("")
-    node.target = name[:-1] if node.op == "call_method" else ordinary
-    return True
+def _refuse_state(model: nn.Module, before: Mapping[nn.Module, Mapping[str, Any]]) -> None:
+    """Raise ``Untraceable`` for a module that counts or keeps something from call to call, which a trace would not."""
+    for name, module in model.named_modules():
+        attributes = before.get(module, {})
+        buffers = module._buffers.items()
+        if any(tensor is not attributes["_buffers"].get(buffer, tensor) for buffer, tensor in buffers):
+            raise Untraceable(name)
+        for attribute, old in attributes.items():
+            new = vars(module).get(attribute, old)
+            kept = attribute == "training" or isinstance(old, dict | list) or _is_traced(new)
+            if not kept and new is not old and (isinstance(new, torch.Tensor) or new != old):
+                raise Untraceable(name)
+
+
+def _is_traced(value: Any) -> bool:
+    return any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(value))
 
 
 def _note_evaluation(graph_module: fx.GraphModule, model: nn.Module, whole: set[str]) -> None:
@@ -175,9 +206,10 @@ def _note_evaluation(graph_module: fx.GraphModule, model: nn.Module, whole: set[
     Where only arguments differ, the nodes remember theirs; where the graphs differ, the graph module says so.
     """
     try:
-        with _mode(model, training=False):
-            other = fx.GraphModule(model, _Tracer(whole).trace(model))
-        _remove_writes(other)
+        with _as_it_was(model):
+            model.eval()
+            other = fx.GraphModule(model, _Tracer(whole).trace(model, _defaults(model)))
+        remove_writes(other)
     except Exception:  # noqa: BLE001 - as for training
         graph_module.meta[EVALUATION] = False
         return

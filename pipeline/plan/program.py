@@ -73,7 +73,7 @@ class _Compiler:
         self.segment: list[Step] = []
         self.segment_ranks: tuple[int, ...] = ()
         self.segments = 0
-        self.differentiable = _differentiable(graph)
+        self.differentiable = frozenset(one.name for one in graph.operations if one.differentiable)
         self.parameters: dict[str, ParameterPlan] = {}
 
     def compile(self) -> Program:
@@ -242,8 +242,8 @@ class _Compiler:
             inside = {placed for placed in instruction.inputs if placed in found}
             for step in instruction.steps:
                 # The sums of BatchNorm depend on its input only.
-                trained = step.part != "sums" and any(one.trained for one in self.graph[step.operation].parameters)
-                if step.output is not None and (trained or inside & set(step.inputs)):
+                depends = step.part != "sums" or inside & set(step.inputs)
+                if step.output is not None and step.operation in self.differentiable and depends:
                     inside.add(step.output)
             found.update(placed for placed in instruction.outputs if placed in inside)
         return frozenset(found)
@@ -333,15 +333,6 @@ def _name(operation: str, part: Part) -> str:
 def _tracks(operation: Operation) -> bool:
     """Whether a BatchNorm keeps running statistics."""
     return any(one.name.endswith("running_mean") for one in operation.parameters)
-
-
-def _differentiable(graph: Graph) -> frozenset[str]:
-    """The operations whose output depends on something that is trained."""
-    found: set[str] = set()
-    for operation in graph.operations:
-        if any(one.trained for one in operation.parameters) or found & set(operation.inputs):
-            found.add(operation.name)
-    return frozenset(found)
 
 
 def _mirrored(

@@ -14,7 +14,7 @@ from pipeline.plan.costs import Costs
 from pipeline.plan.layouts import Layout, images, kernels, master, partial, replicated
 from pipeline.plan.plan import STRATEGIES, OperationPlan, Plan, Strategy, parameter_plans
 from pipeline.plan.shares import balanced, equal, proportional
-from pipeline.plan.ties import Tie, bound, ties
+from pipeline.plan.ties import Tie, bound, on_master, ties
 
 Split = Callable[[Tie], tuple[int, ...]]
 """Shares of operations that are tied to each other, in channels."""
@@ -180,7 +180,7 @@ def _kernel_split(graph: Graph, ranks: int, split: Split) -> tuple[OperationPlan
 class _KernelSplit:
     def __init__(self, graph: Graph, ranks: int, split: Split) -> None:
         self._graph, self._ranks, self._split = graph, ranks, split
-        self._ties, self._bound = ties(graph), bound(graph)
+        self._ties, self._bound, self._on_master = ties(graph), bound(graph), on_master(graph)
         self._shares: dict[str, tuple[int, ...]] = {}
         split_ones = [one for one in graph.convolutions if one.effect in (Effect.KERNEL, Effect.GROUPED)]
         taking_part = [sum(column) for column in zip(*(self._shares_of(one) for one in split_ones), strict=True)]
@@ -206,7 +206,7 @@ class _KernelSplit:
         """Layouts of what it takes and of what it gives."""
         together = self._bound[operation.name]
         whole = master(self._ranks), master(self._ranks)
-        if any(self._graph[name].effect is Effect.WHOLE for name in together):
+        if operation.name in self._on_master:
             return whole
         if len(together) > 1:
             return self._everyone, self._everyone
@@ -237,10 +237,10 @@ class _KernelSplit:
 
 def _batch_split(graph: Graph, ranks: int, shares: tuple[int, ...]) -> tuple[OperationPlan, ...]:
     """``batch``: every rank has all weights and some images; what may not treat images singly is on the master."""
-    layout, together = images(shares), bound(graph)
+    layout, together, unsplit = images(shares), bound(graph), on_master(graph)
     layouts: dict[str, Layout] = {}
     for operation in graph.operations:
-        if any(graph[name].effect is Effect.WHOLE for name in together[operation.name]):
+        if operation.name in unsplit:
             layouts[operation.name] = master(ranks)
             continue
         # What only touches up a tensor of the master's is not worth a journey.

@@ -95,5 +95,20 @@ def bound(graph: Graph) -> dict[str, tuple[str, ...]]:
     return {name: group for group in union.groups() for name in group}
 
 
+def on_master(graph: Graph) -> frozenset[str]:
+    """The operations that have to be on the master, for their own sake or for that of what they are bound to.
+
+    Besides those of which nothing is known, these are the ones that return several results or numbers: only tensors of
+    images can travel there.
+    """
+    own = {
+        one.name
+        for one in graph.operations
+        if one.effect is Effect.WHOLE or (one.shape is None and one.name in graph.outputs)
+    }
+    together = bound(graph)
+    return frozenset(name for one in own for name in together[one])
+
+
 def _channels(graph: Graph, value: str) -> int:
     return graph[value].channels if graph[value].shape is not None else 0

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from pipeline.cluster.gang import RankContext
 from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph, model_dtype
-from pipeline.graph.tracing import EVALUATION, traced
+from pipeline.graph.tracing import EVALUATION, NO_GRADIENT, modes, traced
 from pipeline.plan.instructions import LOSS, Compute, Exchange, Instruction, Placed, Step
 from pipeline.plan.layouts import master
 from pipeline.plan.plan import Plan
@@ -48,6 +48,7 @@ class Execution:
         self.transport = Transport(context)
         self.throttle = Throttle(context.device)
         graph_module = traced(model)
+        self._modes = {training: _modes_by_name(model, graph_module, training=training) for training in (True, False)}
         self._nodes = {node.name: node for node in graph_module.graph.nodes}
         self._returned = next(node for node in graph_module.graph.nodes if node.op == "output").args[0]
         self.parameters = Parameters(model, graph_module, graph, plan, self.transport)
@@ -149,8 +150,9 @@ class Execution:
     def begin(self, batch_size: int, x_BCHW: torch.Tensor | None, *, training: bool) -> None:
         """Forget what was in flight, and take up a batch; the master gives the images."""
         self._batch_size, self._is_training = batch_size, training
-        for module in self.parameters.modules.values():
-            module.train(training)
+        for name, module in self.parameters.modules.values():
+            for inner, one in module.named_modules(prefix=name):
+                one.training = self._modes[training][inner]
         self.values.clear()
         if x_BCHW is not None:
             source = master(self.plan.ranks)
@@ -210,7 +212,7 @@ class Execution:
     def _call(self, step: Step, local: dict[Placed, Any]) -> Any:
         operation, node = self.graph[step.operation], self._nodes[step.operation]
         given = [local[placed] for placed in step.inputs]
-        module = self.parameters.modules.get(str(node.target)) if node.op == "call_module" else None
+        _, module = self.parameters.modules.get(operation.name, ("", None))
         if step.part != "whole":
             assert module is not None
             assert operation.shape is not None
@@ -239,9 +241,12 @@ class Execution:
 
         args, kwargs = fx.map_arg(args, value_of), fx.map_arg(kwargs, value_of)
         target: Any = node.target
-        if module is not None:
-            return module(*args, **kwargs)
-        return getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not node.meta.get(NO_GRADIENT)):
+            if module is not None:
+                return module(*args, **kwargs)
+            if node.op == "call_method":
+                return getattr(args[0], target)(*args[1:], **kwargs)
+            return target(*args, **kwargs)
 
     def _backward(self, instruction: Compute, gradients: frozenset[Placed]) -> None:
         if instruction.name == LOSS:
@@ -315,6 +320,12 @@ class Execution:
         if not box:
             return None
         return torch.empty(instruction.spec.local_shape(box), dtype=self.dtype, device=self.transport.device)
+
+
+def _modes_by_name(model: nn.Module, graph_module: fx.GraphModule, *, training: bool) -> dict[str, bool]:
+    """The mode of every module that is called, by its names in the traced model."""
+    found = modes(model, training=training)
+    return {name: found[one] for name, one in graph_module.named_modules(remove_duplicate=False) if one in found}
 
 
 def _only_last(instruction: Instruction) -> bool:

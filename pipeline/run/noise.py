@@ -36,7 +36,7 @@ class Masks:
             assert operation.shape is not None
             shape = _mask_shape(operation.noise, (batch_size, *operation.shape))
             if operation.noise.p < 1:
-                self._drawn[operation.name] = torch.empty(shape, dtype=dtype).bernoulli_(
+                self._drawn[operation.name] = _empty(shape, operation.noise.order, dtype).bernoulli_(
                     1 - operation.noise.p, generator=self._generator
                 )
             else:
@@ -57,6 +57,13 @@ class Masks:
         scale = 1 / math.sqrt((_SELU_LIMIT**2 * noise.p + 1) * (1 - noise.p))
         shift = (mask - 1) * (_SELU_LIMIT * scale) + _SELU_LIMIT * scale * noise.p
         return x * (mask * scale) + shift
+
+
+def _empty(shape: tuple[int, ...], order: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """An empty tensor whose axes are in memory as those of the tensor that one device would have drawn for."""
+    order = order or tuple(range(len(shape)))
+    outermost_first = [shape[axis] for axis in order]
+    return torch.empty(outermost_first, dtype=dtype).permute([order.index(axis) for axis in range(len(order))])
 
 
 def _mask_shape(noise: Noise, shape: tuple[int, ...]) -> tuple[int, ...]:

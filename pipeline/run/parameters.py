@@ -36,17 +36,16 @@ class Parameters:
         self._model, self._graph, self._plan, self._transport = model, graph, plan, transport
         self._rank, self._device = transport.rank, transport.device
         self._plans = {one.parameter.name: one for _, one in parameters_of(graph, plan)}
-        self.modules: dict[str, nn.Module] = {}
+        self.modules: dict[str, tuple[str, nn.Module]] = {}
+        """By operation, the name of its submodule and what does its work here."""
         self.work: dict[str, torch.Tensor] = {}
         """By name, the tensors that the local operations use."""
+        self._originals: set[str] = set()
+        """The names of those that the master's own modules use as they are."""
         self._gradients: dict[str, torch.Tensor] = {}
         self._sums: dict[str, torch.Tensor] = {}
         """By bucket, the part of the summed gradients that this rank has added up."""
         self._dtype = model_dtype(model)
-        for module in model.modules():
-            if hasattr(module, "inplace"):
-                # A segment's input is a leaf of its own, which must not be written to.
-                setattr(module, "inplace", False)  # noqa: B010 - for torch's types a module has only tensors
         for operation in graph.operations:
             self._make_local(operation)
         self.home = {name: tensor for name, one in self._plans.items() if (tensor := self._home(one)) is not None}
@@ -55,11 +54,12 @@ class Parameters:
     @property
     def trained(self) -> list[nn.Parameter]:
         """The trained parameters (or shards) whose home is this rank, in the order of the network."""
-        return [
-            tensor
+        found = {
+            id(tensor): tensor  # once, even where it has several names
             for name, tensor in self.home.items()
             if self._plans[name].parameter.trained and isinstance(tensor, nn.Parameter)
-        ]
+        }
+        return list(found.values())
 
     def load(self) -> None:
         """Move every parameter and buffer from the master's model to its home."""
@@ -103,12 +103,13 @@ class Parameters:
     @property
     def counted(self) -> list[torch.Tensor]:
         """The trained tensors of this rank, without copies of what a lower rank counts already."""
-        return [
-            tensor
+        found = {
+            id(tensor): tensor
             for name, tensor in self.home.items()
             if self._plans[name].parameter.trained
             and (self._plans[name].home.kind != "R" or self._plans[name].home.holders[0] == self._rank)
-        ]
+        }
+        return list(found.values())
 
     def trained_by(self, operations: Sequence[str]) -> list[torch.Tensor]:
         """The trained tensors that the local parts of ``operations`` use."""
@@ -179,6 +180,8 @@ class Parameters:
     def _carry(self, name: str, one: ParameterPlan, *, outward: bool) -> None:
         """Move one parameter between the master's model and its home."""
         whole, home = self._original(name) if self._rank == 0 else None, self.home.get(name)
+        if self._rank == 0 and name in self._originals:
+            home = whole  # also where its module has put another tensor in its place
         if whole is not None and whole is home:
             return  # the master's own module is the home already, and no other rank has a part
         ends = [(Placed(name, master(self._plan.ranks)), whole), (Placed(name, one.home), home)]
@@ -200,6 +203,7 @@ class Parameters:
             target=target,
             spec=parameter_spec(one),
             moves="parameter",
+            once=True,
         )
         self._transport.exchange(exchange, start, end)
 
@@ -222,19 +226,25 @@ class Parameters:
             for parameter in operation.parameters:
                 self.work[parameter.name] = self._direct(parameter, unsplit=unsplit)
             return
-        if operation.module in self.modules:
-            return
         module = self._model.get_submodule(operation.module)
+        if getattr(module, "inplace", False):
+            # A segment's input is a leaf of its own, which must not be written to.
+            setattr(module, "inplace", False)  # noqa: B010 - for torch's types a module has only tensors
         if unsplit:
-            self.modules[operation.module] = module.to(self._device)
+            self.modules[operation.name] = operation.module, module.to(self._device)
             for parameter in operation.parameters:
                 self.work[parameter.name] = self._original(parameter.name)
+                self._originals.add(parameter.name)
+            return
+        same = next((one for name, one in self.modules.values() if name == operation.module), None)
+        if same is not None and operation.parameters:
+            self.modules[operation.name] = operation.module, same
             return
         local = copy.deepcopy(module).to("meta")
         for parameter in operation.parameters:
             self._replace(local, operation, self._plans[parameter.name])
         _fit_attributes(local, operation, planned.input.shares[self._rank], planned.output)
-        self.modules[operation.module] = local
+        self.modules[operation.name] = operation.module, local
 
     def _direct(self, parameter: Parameter, *, unsplit: bool) -> torch.Tensor:
         """A parameter that the model's own ``forward`` reads."""
