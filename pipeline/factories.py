@@ -91,9 +91,9 @@ def build(name: str, classes: int, image_shape: tuple[int, int, int]) -> nn.Modu
 
 def check_workers(client: Client, members: Sequence[Member], name: str) -> None:
     """Raise InputError unless every worker can import the module of the factory: the network travels by its name."""
-    if not is_factory(name):
+    if not is_factory(name.strip()):
         return
-    module, _, _ = name.partition(":")
+    module, _, _ = name.strip().partition(":")
     found = client.run(_import_error, module, workers=[member.address for member in members])
     for member in members:
         if reason := found[member.address]:

@@ -50,8 +50,8 @@ def network(
     """
     if classes < 1:
         raise InputError(f"A network with {classes} classes cannot be built: it needs at least 1.")
-    name = name.strip()
     check_name(name)
+    name = name.strip()
     # Not torch.manual_seed: that also reseeds every CUDA device.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -64,6 +64,7 @@ def network(
 
 def check_name(name: str) -> None:
     """Raise InputError, as `network` does, where no network has the name; builds nothing."""
+    name = name.strip()
     if widths := _WIDTHS.fullmatch(name):
         if min(int(widths[1]), int(widths[2])) < 1:
             raise InputError(f"Network '{name}' has a convolution without kernels: both widths must be at least 1.")

@@ -49,7 +49,7 @@ def accuracy(
     strategies = [checked_strategy(name) for name in strategy]
     with prepared_images(data, image_size, train_images, test_images) as (train, test):
         model = build(network, classes=len(train.classes), image_shape=train.image_shape, seed=seed)
-        with cluster(devices, scheduler) as (client, members):
+        with cluster(devices, scheduler, network) as (client, members):
             compared = compare_accuracy(
                 model,
                 train,

@@ -69,7 +69,7 @@ def benchmark(
     cells: dict[str, xr.Dataset] = {}
     with prepared_images(data, image_size) as (images, _):
         model = build(network, classes=len(images.classes), image_shape=images.image_shape, seed=seed)
-        with cluster(devices, scheduler) as (client, members):
+        with cluster(devices, scheduler, network) as (client, members):
             measure = partial(
                 measure_cell,
                 model=model,

@@ -42,7 +42,7 @@ def calibrate(
     from pipeline.results.stores import write_zip
     from pipeline.run.launch import example_batch
 
-    with prepared_images(data, image_size) as (images, _), cluster(devices, scheduler) as (client, members):
+    with prepared_images(data, image_size) as (images, _), cluster(devices, scheduler, network) as (client, members):
         model = build(network, classes=len(images.classes), image_shape=images.image_shape)
         with Progress(f"calibrate {network}", None) as progress:
             calibration = measure(

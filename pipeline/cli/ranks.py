@@ -21,21 +21,28 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def cluster(devices: str | None, scheduler: str | None) -> Iterator[tuple[Client, tuple[Member, ...]]]:
+def cluster(
+    devices: str | None, scheduler: str | None, network: str | None = None
+) -> Iterator[tuple[Client, tuple[Member, ...]]]:
     """A client, and the members to run on: the devices asked for, or all of the machine or the cluster.
 
     Raises:
-        InputError: The devices are no device set or not there, or the scheduler cannot be reached.
+        InputError: The devices are no device set or not there, the scheduler cannot be reached, or a worker cannot
+            import the module of the network.
     """
     from pipeline.cluster.deployment import connect, local_cluster
     from pipeline.cluster.devices import discover, parse_device_set, select
+    from pipeline.factories import check_workers
 
     wanted = parse_device_set(devices) if devices else None
     with connect(scheduler) if scheduler else local_cluster(wanted) as client:
         if client.dashboard_link:
             print(f"Dashboard: {client.dashboard_link}", flush=True)
         members = discover(client)
-        yield client, select(members, wanted) if wanted else members
+        chosen = select(members, wanted) if wanted else members
+        if network is not None:
+            check_workers(client, chosen, network)
+        yield client, chosen
 
 
 def checked_strategy(name: str) -> Strategy:

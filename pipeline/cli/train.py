@@ -87,7 +87,6 @@ def train(
     from torch import nn
 
     from pipeline.checkpoint import check_checkpoint
-    from pipeline.factories import check_workers
     from pipeline.graph.trace import trace
     from pipeline.networks import check_name
     from pipeline.networks import network as build
@@ -100,7 +99,7 @@ def train(
     update = optimizer_named(optimizer, learning_rate, momentum, weight_decay)
     check_schedule(schedule, step_size, gamma)
     check_recipe(Recipe(loss=nn.CrossEntropyLoss(), optimizer=update, clip_norm=clip_norm, accumulate=accumulate))
-    check_name(network.strip())
+    check_name(network)
     if checkpoint is not None:
         check_checkpoint(checkpoint)
     with prepared_images(data, image_size) as (images, test_images):
@@ -109,11 +108,10 @@ def train(
         steps = epochs * -(-len(images) // batch_size)
         updates = updates_of(len(images), batch_size, epochs=epochs, max_steps=max_steps, accumulate=accumulate)
         with (
-            cluster(devices, scheduler) as (client, members),
+            cluster(devices, scheduler, network) as (client, members),
             Progress(f"train {network}", min(steps, max_steps or steps)) as progress,
             shown_epochs(client) as (news, lines),
         ):
-            check_workers(client, members, network.strip())
             result = fit(
                 model,
                 images,

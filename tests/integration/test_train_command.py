@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
 MODULE = '''
 import torch
 from torch import nn
@@ -54,8 +55,8 @@ def folder(tmp_path: Path) -> Path:
     return project
 
 
-def train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipeline", "train", "--network", "mynets:tiny", "--data", "images", *arguments]
+def run(folder: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipeline", name, "--network", "mynets:tiny", "--data", "images", *arguments]
     return subprocess.run(
         command,
         cwd=folder,
@@ -72,7 +73,7 @@ def test_a_factory_in_the_current_folder_trains_and_its_checkpoint_is_that_of_pl
 ) -> None:
     common = ["--batch-size", "16", "--epochs", "4", "--accumulate", "2", "--clip-norm", "5", "--schedule", "cosine"]
     split = ["--devices", "2 x cpu", "--strategy", "kernel", "--shares", "0.6,0.4", "--checkpoint", "split.safetensors"]
-    done = train(folder, *common, "--learning-rate", "0.05", "--weight-decay", "0.001", *split)
+    done = run(folder, "train", *common, "--learning-rate", "0.05", "--weight-decay", "0.001", *split)
     assert done.returncode == 0, done.stderr
     accuracies = re.findall(r"^Epoch (\d): loss [\d.]+, test accuracy ([\d.]+) % \(", done.stdout, re.MULTILINE)
     assert [number for number, _ in accuracies] == ["1", "2", "3", "4"]
@@ -81,7 +82,7 @@ def test_a_factory_in_the_current_folder_trains_and_its_checkpoint_is_that_of_pl
     assert "Weights written to split.safetensors." in done.stdout
 
     single = ["--devices", "cpu", "--strategy", "single", "--checkpoint", "single.pt"]
-    done = train(folder, *common, "--learning-rate", "0.05", "--weight-decay", "0.001", *single)
+    done = run(folder, "train", *common, "--learning-rate", "0.05", "--weight-decay", "0.001", *single)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in folder.iterdir() if path.is_file()) == [
         "mynets.py", "single.pt", "split.safetensors",
@@ -102,8 +103,10 @@ def test_workers_that_cannot_import_the_module_are_told_before_anything_runs(
     folder: Path, foreign_cluster: Callable[..., Path]
 ) -> None:
     scheduler = foreign_cluster(["--resources", "CPU=1", "--name", "elsewhere"])
-    done = train(folder, "--scheduler", str(scheduler), "--checkpoint", "weights.pt")
+    done = run(folder, "train", "--scheduler", str(scheduler), "--checkpoint", "weights.pt")
     assert done.returncode == 2
     assert "Network 'mynets:tiny' cannot be used on worker elsewhere" in done.stderr
     assert "start the workers where the module mynets can be imported" in done.stderr
     assert not (folder / "weights.pt").exists()
+    done = run(folder, "benchmark", "--scheduler", str(scheduler))
+    assert (done.returncode, "cannot be used on worker elsewhere" in done.stderr) == (2, True)
