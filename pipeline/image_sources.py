@@ -287,7 +287,7 @@ def _pixels(image: Image.Image, name: str, size_WH: tuple[int, int], *, resize: 
         if not resize:
             raise InputError(
                 f"Images differ in size: {name} is {_text(image.size)} pixels, {reference} is {_text(size_WH)}; "
-                "set image_size to resize all of them."
+                "set image_size (--image-size) to resize all of them."
             )
         image.draft("RGB", size_WH)  # Lets the JPEG decoder skip what the resizing would throw away.
         return np.asarray(image.convert("RGB").resize(size_WH, Image.Resampling.BILINEAR))
