@@ -78,11 +78,14 @@ class Clock:
             del self._kept[: -self._keep]
 
     @contextmanager
-    def instruction(self, index: int) -> Iterator[None]:
-        """Time one instruction of the current step.
+    def instruction(self, index: int | None) -> Iterator[None]:
+        """Time one instruction of the current step; None for one that is not to be timed.
 
         The time of one that is resumed later counts as one piece, which ends where the last part ends.
         """
+        if index is None:
+            yield
+            return
         start = self.now()
         begun = self._current[index]
         before = 0.0 if np.isnan(begun[0]) else begun[1] - begun[0]

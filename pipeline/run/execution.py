@@ -31,7 +31,7 @@ from pipeline.run.transport import Transport
 class _Pending(NamedTuple):
     """An exchange that is under way."""
 
-    place: int
+    place: int | None
     exchange: Exchange
     finish: Callable[[], None]
 
@@ -55,6 +55,7 @@ class Execution:
         self.dtype = model_dtype(model)
         self.program = functools.lru_cache(maxsize=8)(functools.partial(compile_program, graph, plan))
         """The program for a batch size; the last batch of an epoch is often smaller."""
+        self._places = functools.lru_cache(maxsize=8)(self._places_of)
         self._inference = functools.lru_cache(maxsize=8)(functools.partial(compile_inference, graph, plan))
         self.values: dict[Placed, Any] = {}
         """The tensors in flight, each a leaf of its own whose gradient gathers in ``.grad``."""
@@ -91,15 +92,15 @@ class Execution:
         if turn.first:
             self.parameters.clear_gradients()
         self._target = None if y_B is None else y_B.to(self.transport.device)
-        for index, instruction in enumerate(program.instructions):
+        for place, instruction in zip(self._places(batch_size), program.instructions, strict=True):
             if not turn.last and _only_last(instruction):
                 continue
             self._complete(instruction, clock)
             if turn.last and instruction is program.update and self.updater is not None:
                 self.updater.clip()
             if self.context.rank in instruction.ranks:
-                with clock.instruction(index):
-                    self._run(instruction, program, index)
+                with clock.instruction(place):
+                    self._run(instruction, program, place)
                     self._synchronise()
         self._complete(None, clock)
         loss, self._loss = self._loss, None
@@ -117,7 +118,7 @@ class Execution:
         with torch.no_grad():
             for instruction in instructions:
                 if self.context.rank in instruction.ranks:
-                    self._run(instruction, None, 0)
+                    self._run(instruction, None, None)
         output = self._output() if self.context.rank == 0 else None
         self.values.clear()
         self._attached.clear()
@@ -160,6 +161,16 @@ class Execution:
         if training:
             self._masks.draw(batch_size, self.dtype)
 
+    def _places_of(self, batch_size: int) -> list[int | None]:
+        """For each instruction of a batch's program the place of its like in that of a full batch, if it has one.
+
+        In a small batch some ranks may have no images, and with them exchanges fall away or come into being.
+        """
+        full = self.program(self.plan.batch_size).instructions
+        places = {(type(one), one.name, getattr(one, "direction", None)): place for place, one in enumerate(full)}
+        own = self.program(batch_size).instructions
+        return [places.get((type(one), one.name, getattr(one, "direction", None))) for one in own]
+
     def _synchronise(self) -> None:
         if self.transport.device.type == "cuda":
             torch.cuda.synchronize(self.transport.device)
@@ -175,11 +186,11 @@ class Execution:
                     one.finish()
         self._pending = left
 
-    def _run(self, instruction: Instruction, program: Program | None, index: int) -> None:
+    def _run(self, instruction: Instruction, program: Program | None, place: int | None) -> None:
         if isinstance(instruction, Exchange):
             finish = self._exchange(instruction, program)
             if instruction.deferred:
-                self._pending.append(_Pending(index, instruction, finish))
+                self._pending.append(_Pending(place, instruction, finish))
             else:
                 finish()
         elif isinstance(instruction, Compute):

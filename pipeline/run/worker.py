@@ -180,8 +180,8 @@ class _ProgramRun:
         self._execution.prepare(job.recipe, job.seed)
         assert self._execution.updater is not None
         self.updater = self._execution.updater
-        largest = max(len(batch) for epoch in job.indices for batch in epoch)
-        self.clock = Clock(len(self._execution.program(largest).instructions), offset=offset, keep=job.keep_steps)
+        full = self._execution.program(job.plan.batch_size)
+        self.clock = Clock(len(full.instructions), offset=offset, keep=job.keep_steps)
 
     def batches(self, epoch: Sequence[Sequence[int]]) -> Any:
         """(images in the batch, the batch or None) for every step."""
