@@ -80,13 +80,15 @@ def busy_times(
 def timing_dataset(
     graph: Graph, plan: Plan, batch_size: int, accounts: Sequence[Account], itemsize: int = 4
 ) -> xr.Dataset:
-    """``step_time(step)`` of all steps, and the timeline of the last ones by instruction and device."""
+    """``step_time(step)`` of all steps, and the timeline of the last ones by instruction and device.
+
+    Steps are the master's: a rank that has little to do in a training may be ahead by more than a step.
+    """
     labels = instruction_labels(graph, plan, batch_size)
-    starts = np.stack([account.steps[:, 0] for account in accounts]).min(axis=0)
-    ends = np.stack([account.steps[:, 1] for account in accounts]).max(axis=0)
-    steps, times = stacked(accounts)
-    relative = times - steps[:, None, None, :1]
-    kept = np.arange(len(starts))[len(starts) - len(steps) :]
+    starts, ends = accounts[0].steps.T
+    _, times = stacked(accounts)
+    kept = np.arange(len(starts))[len(starts) - len(times) :]
+    relative = times - starts[kept, None, None, None]
     dataset = xr.Dataset(
         {
             "step_time": ("step", ends - starts),
