@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import pickle
 import signal
@@ -130,6 +131,7 @@ def run_rank(assignment: Assignment, function: Callable[..., Any], *arguments: A
         return Outcome(failure=describe_failure(error))
     finally:
         torch.set_flush_denormal(False)
+        gc.collect()  # traced models are cycles, and would keep their weights until Python happens to look
 
 
 class Watch:
