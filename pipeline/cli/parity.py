@@ -35,6 +35,7 @@ def parity(
     """Train models a few steps whole and split, in float64, and show how far the results differ."""
     from pipeline.cluster.deployment import local_cluster
     from pipeline.cluster.devices import Device, discover
+    from pipeline.networks import check_name
     from pipeline.parity import SHARES, TOLERANCE, check_parity
     from pipeline.parity_models import names
 
@@ -43,6 +44,8 @@ def parity(
         raise InputError("no model to compare: name some, such as resnet18, or give --all")
     if output is not None and not output.resolve().parent.is_dir():
         raise InputError(f"the table cannot be written to {output}: its folder does not exist")
+    for name in wanted:
+        check_name(name)
     lines = _Lines(output)
     failed: list[str] = []
     for name in wanted:
