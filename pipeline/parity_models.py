@@ -16,7 +16,7 @@ CNN_FAMILIES = (
     "mobilenet", "mnasnet", "shufflenet", "efficientnet", "regnet", "convnext",
 )  # fmt: skip
 """Beginnings of the names of torchvision's convolutional networks; the others are transformers."""
-_MOST_PARAMETERS = 80_000_000
+_MOST_PARAMETERS = 40_000_000
 _DENSE_WIDTH = 256
 _SEED = 0
 
