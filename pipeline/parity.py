@@ -62,7 +62,7 @@ class Parity:
         Not of gradients: behind BatchNorm many are nearly zero, the rest of a sum that cancels, and have fewer digits
         to agree in; what there is of them is in the weights.
         """
-        return max(self.loss, self.weights, self.statistics)
+        return _largest([self.loss, self.weights, self.statistics])
 
     @property
     def is_exact(self) -> bool:
@@ -123,7 +123,7 @@ def check_parity(
             yield Parity(
                 strategy=strategy,
                 shares=tuple(fractions),
-                loss=max(abs(a - b) / abs(b) for a, b in zip(account.losses, whole.losses, strict=True)),
+                loss=_largest([abs(a - b) / abs(b) for a, b in zip(account.losses, whole.losses, strict=True)]),
                 gradients=_difference(account.gradients, whole.gradients),
                 weights=_difference(account.weights, {name: state[name] for name in state if name in trained}),
                 statistics=_difference(account.weights, {name: state[name] for name in state if name not in trained}),
@@ -160,13 +160,14 @@ def _loss(output: object, y_B: torch.Tensor) -> torch.Tensor:
 
 def _difference(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:
     """The largest difference between tensors of one name, relative to the largest entry of each."""
-    sizes = {name: float(tensor.abs().max()) if tensor.numel() else 0.0 for name, tensor in expected.items()}
+    wanted = {name: tensor.double() for name, tensor in expected.items() if tensor.numel()}
+    sizes = {name: float(tensor.abs().max()) for name, tensor in wanted.items()}
     least = max(_FLOOR * max(sizes.values(), default=0.0), 1e-30)
-    return max(
-        (
-            float((found[name].to(tensor.dtype) - tensor).abs().max()) / max(sizes[name], least)
-            for name, tensor in expected.items()
-            if tensor.numel()
-        ),
-        default=0.0,
-    )
+    return _largest([
+        float((found[name].double() - tensor).abs().max()) / max(sizes[name], least) for name, tensor in wanted.items()
+    ])  # fmt: skip
+
+
+def _largest(values: Sequence[float]) -> float:
+    """The largest value, 0 of none; NaN if one is."""
+    return float(torch.tensor([0.0, *values], dtype=torch.float64).max())

@@ -91,12 +91,13 @@ def measure_rank(context: RankContext, task: Task) -> Measurement:
     forward = np.full((*shape, task.repetitions), np.nan)
     backward = forward.copy()
     kernels = np.full(shape, np.nan)
+    undivided = _execution_of(context, model, task.graph, None)
     for share, fraction in enumerate(task.fractions):
         split = _execution_of(context, model, task.graph, fraction)
         for segment, chain in enumerate(task.chains):
             if fraction < 1 and not chain.splittable:
                 continue
-            execution = split if chain.splittable else _execution_of(context, model, task.graph, None)
+            execution = split if chain.splittable else undivided
             kernels[segment, share] = _kernels(task.graph, execution.plan, chain)
             times = _measure_chain(context, execution, chain, task)
             forward[segment, share], backward[segment, share] = times.T

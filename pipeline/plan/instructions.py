@@ -11,7 +11,7 @@ from typing import Literal
 from pipeline.plan.layouts import Box, Layout, Message, messages, transposed
 
 Direction = Literal["forward", "backward"]
-Part = Literal["whole", "sums", "normalise", "track"]
+Part = Literal["whole", "moments", "normalise", "track"]
 """What a step does of its operation: all of it, or under a batch split one of the three parts of BatchNorm."""
 
 LOSS = "loss"
@@ -82,6 +82,8 @@ class Step:
     inputs: tuple[Placed, ...]
     output: Placed | None
     """None where it only keeps statistics."""
+    images: tuple[int, ...] = ()
+    """Of a part of BatchNorm, the images on each rank."""
 
 
 @dataclass(frozen=True, kw_only=True)

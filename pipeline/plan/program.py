@@ -121,7 +121,7 @@ class _Compiler:
             self._close_segment()
         output = Placed(operation.name, planned.output)
         ranks = planned.output.holders
-        if operation.effect is Effect.BATCHNORM and planned.output.kind == "B" and self._needs_sums(operation):
+        if operation.effect is Effect.BATCHNORM and planned.output.kind == "B" and self._needs_moments(operation):
             self._place_batchnorm(operation, inputs, output)
         else:
             self._add(Step(operation=operation.name, part="whole", inputs=inputs, output=output), ranks)
@@ -129,23 +129,28 @@ class _Compiler:
         if self._is_divided(operation):
             self._close_segment()
 
-    def _needs_sums(self, operation: Operation) -> bool:
+    def _needs_moments(self, operation: Operation) -> bool:
         return self.training or not _tracks(operation)
 
     def _place_batchnorm(self, operation: Operation, inputs: tuple[Placed, ...], output: Placed) -> None:
-        """Sums over the images of each rank, their sum over ranks, and only then the operation itself."""
-        ranks = output.layout.holders
+        """Mean and variance of each rank's images, those of all ranks to all, and only then the operation itself."""
+        shares = output.layout.shares
         everyone = self.plan[operation.name].output.shares  # also who has no image of a small last batch
-        name = f"{operation.name} sums"
-        own, total = Placed(name, partial(output.layout.shares)), Placed(name, replicated(everyone))
-        self._add(Step(operation=operation.name, part="sums", inputs=inputs, output=own), ranks)
-        if own != total:
+        name = f"{operation.name} moments"
+        own, every = Placed(name, partial(shares)), Placed(name, replicated(everyone))
+
+        def add(part: Part, inputs: tuple[Placed, ...], output: Placed | None, ranks: tuple[int, ...]) -> None:
+            self._add(Step(operation=operation.name, part=part, inputs=inputs, output=output, images=shares), ranks)
+
+        add("moments", inputs, own, output.layout.holders)
+        if own != every:
             self._close_segment()
-            spec = TensorSpec(shape=(2, operation.channels), channel_axis=1, images_axis=None)
-            self._exchange(own, total, spec)
-        self._add(Step(operation=operation.name, part="normalise", inputs=(*inputs, total), output=output), ranks)
+            # Each rank has rows of its own and zeros elsewhere, so that their sum is all of them.
+            spec = TensorSpec(shape=(2 * len(shares), operation.channels), channel_axis=1, images_axis=None)
+            self._exchange(own, every, spec)
+        add("normalise", (*inputs, every), output, output.layout.holders)
         if self.training and _tracks(operation):
-            self._add(Step(operation=operation.name, part="track", inputs=(total,), output=None), total.layout.holders)
+            add("track", (every,), None, every.layout.holders)
 
     def _add(self, step: Step, ranks: tuple[int, ...]) -> None:
         if self.segment and self.segment_ranks != ranks:
@@ -241,8 +246,8 @@ class _Compiler:
                 continue
             inside = {placed for placed in instruction.inputs if placed in found}
             for step in instruction.steps:
-                # The sums of BatchNorm depend on its input only.
-                depends = step.part != "sums" or inside & set(step.inputs)
+                # The moments of BatchNorm depend on its input only.
+                depends = step.part != "moments" or inside & set(step.inputs)
                 if step.output is not None and step.operation in self.differentiable and depends:
                     inside.add(step.output)
             found.update(placed for placed in instruction.outputs if placed in inside)

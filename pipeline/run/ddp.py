@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -22,7 +21,8 @@ class DataParallel:
     """One rank of DistributedDataParallel: the whole model, fed with its part of each batch."""
 
     def __init__(self, context: RankContext, model: nn.Module, recipe: Recipe) -> None:
-        self.context, self.device, self._recipe = context, context.torch_device, recipe
+        self.context, self.device = context, context.torch_device
+        self._recipe = recipe.on(self.device)
         self.model = model.to(self.device)
         self.throttle = Throttle(context.device)
         ids = [self.device.index] if self.device.type == "cuda" else None
@@ -55,14 +55,12 @@ class DataParallel:
         return float(loss.detach())
 
     def end_epoch(self, loss: float | None) -> None:
-        """Go on in a schedule by epochs."""
+        """Go on in a schedule by epochs; ``loss`` is the mean over the images of all ranks."""
         if self._scheduler is None or self._recipe.scheduled_by != "epoch":
             return
         if isinstance(self._scheduler, ReduceLROnPlateau):
-            mean = torch.tensor(loss, dtype=torch.float64)
-            if self.context.group is not None:
-                dist.all_reduce(mean, group=self.context.group)
-            self._scheduler.step(float(mean) / self.context.size)
+            assert loss is not None
+            self._scheduler.step(loss)
         else:
             self._scheduler.step()
 

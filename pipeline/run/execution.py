@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from torch.utils import _pytree as pytree
 from pipeline.cluster.gang import RankContext
 from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph, model_dtype
-from pipeline.graph.tracing import EVALUATION, NO_GRADIENT, modes, traced
+from pipeline.graph.tracing import EVALUATION, modes, traced
+from pipeline.graph.writes import NO_GRADIENT
 from pipeline.plan.instructions import LOSS, Compute, Exchange, Instruction, Placed, Step
 from pipeline.plan.layouts import master
 from pipeline.plan.plan import Plan
@@ -74,7 +76,7 @@ class Execution:
         """Move the parameters to their homes and make an optimiser for those that live here."""
         self.parameters.load()
         self._masks = Masks(self.graph, seed)
-        self._recipe = recipe
+        self._recipe = recipe.on(self.transport.device)
         self.updater = Updater(recipe, self.parameters, self.context)
 
     def train_step(
@@ -128,13 +130,9 @@ class Execution:
         self.parameters.gather()
         if self.context.rank != 0 or x_BCHW is None:
             return None
-        modes = {module: module.training for module in self.model.modules()}
+        device = self.transport.device
         with torch.no_grad():
-            device = next((one.device for one in self.model.parameters()), self.transport.device)
-            output = self.model.eval()(x_BCHW.to(device, self.dtype))
-        for module, mode in modes.items():
-            module.training = mode
-        return output
+            return copy.deepcopy(self.model).to(device).eval()(x_BCHW.to(device, self.dtype))
 
     def gather(self) -> dict[str, torch.Tensor] | None:
         """The state dict of the whole model on the CPU, on the master; None elsewhere."""
@@ -224,20 +222,18 @@ class Execution:
         operation, node = self.graph[step.operation], self._nodes[step.operation]
         given = [local[placed] for placed in step.inputs]
         _, module = self.parameters.modules.get(operation.name, ("", None))
-        if step.part != "whole":
+        if step.part == "moments":
+            return batch_norm.moments(given[0], self.context.rank, self.context.size)
+        if step.part == "normalise":
+            assert module is not None
+            return batch_norm.normalise(module, given[0], given[1], step.images)
+        if step.part == "track":
             assert module is not None
             assert operation.shape is not None
-            count = self._batch_size * math.prod(operation.shape[1:])
-            if step.part == "sums":
-                return batch_norm.sums(module, given[0])
-            if step.part == "normalise":
-                return batch_norm.normalise(module, given[0], given[1], count)
-            return batch_norm.track(module, given[0], count)
+            return batch_norm.track(module, given[0], step.images, math.prod(operation.shape[1:]))
         if operation.effect is Effect.FLATTEN:
             return given[0].flatten(1)
-        if operation.noise is not None:
-            if not self._is_training:
-                return given[0]
+        if operation.noise is not None and self._is_training:
             assert step.output is not None
             spec = activation_spec(self.graph, operation.name, self._batch_size)
             box = spec.boxes(step.output.layout)[self.context.rank]
@@ -254,7 +250,11 @@ class Execution:
         target: Any = node.target
         with torch.set_grad_enabled(torch.is_grad_enabled() and not node.meta.get(NO_GRADIENT)):
             if module is not None:
-                return module(*args, **kwargs)
+                result = module(*args, **kwargs)
+                if isinstance(module, nn.modules.instancenorm._InstanceNorm) and result.requires_grad:
+                    # For one image torch 2.13 misreads the gradient of another memory format.
+                    result.register_hook(torch.Tensor.contiguous)
+                return result
             if node.op == "call_method":
                 return getattr(args[0], target)(*args[1:], **kwargs)
             return target(*args, **kwargs)

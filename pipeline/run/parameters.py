@@ -151,7 +151,7 @@ class Parameters:
             start = 0
             for name in names:
                 tensor = self.work[name]
-                tensor.grad = target[start : start + tensor.numel()].view_as(tensor)
+                tensor.grad = target[start : start + tensor.numel()].view_as(tensor).to(tensor.dtype)
                 start += tensor.numel()
 
         return finish
@@ -161,7 +161,9 @@ class Parameters:
         if names[0] not in self.work:
             return None
         tensors = [self.work[name] for name in names]
-        return torch.cat([(torch.zeros_like(one) if one.grad is None else one.grad).reshape(-1) for one in tensors])
+        return torch.cat(
+            [(torch.zeros_like(one) if one.grad is None else one.grad).reshape(-1).to(self._dtype) for one in tensors]
+        )
 
     def gather_gradients(self) -> dict[str, torch.Tensor]:
         """The gradients of the last step by parameter, zeros where there is none; on the master, else nothing."""

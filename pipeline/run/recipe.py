@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +38,10 @@ class Recipe:
     """Largest absolute value of an element of a gradient."""
     accumulate: int = 1
     """Batches whose gradients are averaged for one update."""
+
+    def on(self, device: torch.device) -> Recipe:
+        """The recipe with the loss's own tensors, such as weights of classes, on a device."""
+        return replace(self, loss=copy.deepcopy(self.loss).to(device)) if isinstance(self.loss, nn.Module) else self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +125,8 @@ def check_recipe(recipe: Recipe) -> None:
         raise InputError(f"accumulate {recipe.accumulate} must be at least 1 batch")
     if recipe.scheduled_by not in ("epoch", "step"):
         raise InputError(f"scheduled_by '{recipe.scheduled_by}' must be epoch or step")
+    if recipe.scheduled_by == "step" and getattr(recipe.scheduler, "func", recipe.scheduler) is ReduceLROnPlateau:
+        raise InputError("ReduceLROnPlateau goes by the loss of an epoch: it needs scheduled_by='epoch'")
     try:
         whole, parts = _trial(recipe.optimizer, 1), _trial(recipe.optimizer, 2)
     except InputError:
@@ -133,18 +140,20 @@ def check_recipe(recipe: Recipe) -> None:
         )
 
 
-def _trial(optimizer: OptimizerFactory, parts: int) -> torch.Tensor:
-    """Where a few steps on a weight that is given in ``parts`` lead."""
+def _trial(optimizer: OptimizerFactory, ranks: int) -> torch.Tensor:
+    """Where a few steps on two weights lead of which each of some ranks has a part, and an optimiser of its own."""
     generator = torch.Generator().manual_seed(0)
-    whole = torch.randn(4, 6, dtype=torch.float64, generator=generator)
-    weights = [nn.Parameter(part.clone()) for part in whole.chunk(parts)]
-    update = optimizer(weights)
+    wholes = torch.randn(2, 4, 6, dtype=torch.float64, generator=generator)
+    weights = [[nn.Parameter(one.chunk(ranks)[rank].clone()) for one in wholes] for rank in range(ranks)]
+    updates = [optimizer(own) for own in weights]
     for _ in range(3):
-        gradient = torch.randn(4, 6, dtype=torch.float64, generator=generator)
-        for weight, part in zip(weights, gradient.chunk(parts), strict=True):
-            weight.grad = part.clone()
-        update.step()
-    return torch.cat([weight.detach() for weight in weights])
+        gradients = torch.randn(2, 4, 6, dtype=torch.float64, generator=generator)
+        for rank, own in enumerate(weights):
+            for weight, gradient in zip(own, gradients, strict=True):
+                weight.grad = gradient.chunk(ranks)[rank].clone()
+        for update in updates:
+            update.step()
+    return torch.cat([weight.detach() for index in range(2) for weight in (own[index] for own in weights)])
 
 
 def _name(factory: Any) -> str:

@@ -14,7 +14,7 @@ The memory belongs to the processes alone: nothing is left behind when one is ki
 from __future__ import annotations
 
 import contextlib
-import mmap
+import errno
 import os
 import socket
 import struct
@@ -28,8 +28,9 @@ import torch
 import torch.distributed as dist
 
 from pipeline.cluster.rank import RankContext, RankLost, rank_socket_name
+from pipeline.errors import RunError
 
-_HEAD_BYTES = 64
+_HEAD_BYTES, _COUNTER_BYTES = 64, 8
 _LETTER = struct.Struct("qqq")
 """What announces a box: tag of the message, number of the file, and which box it is (or the file's bytes)."""
 _CREDENTIALS = struct.Struct("iII")
@@ -46,9 +47,9 @@ class Outbox:
         self._neighbour, self._tag = neighbour, tag
         size = _HEAD_BYTES + like.numel() * like.element_size()
         with _memory_file(size) as file:
-            mapped = mmap.mmap(file, size)
-            self._copied = torch.frombuffer(mapped, dtype=torch.int64, count=1)
-            self._box = torch.frombuffer(mapped, dtype=like.dtype, offset=_HEAD_BYTES).view(like.shape)
+            memory = _mapped(file, size)
+            self._copied = memory[:_COUNTER_BYTES].view(torch.int64)
+            self._box = memory[_HEAD_BYTES:].view(like.dtype).view(like.shape)
             self._count = 0
             self._number = neighbour.send_file(file, size, once=once)
 
@@ -77,7 +78,7 @@ class Neighbour:
         self._connection = connection
         connection.setblocking(False)
         self._sent_files = 0
-        self._maps: dict[int, mmap.mmap] = {}
+        self._maps: dict[int, torch.Tensor] = {}
         self._letters: dict[int, deque[tuple[int, int]]] = {}
         """By tag, what has been announced and not yet been taken: number of the file, and which box it is."""
 
@@ -110,9 +111,9 @@ class Neighbour:
             if self._letters.get(tag):
                 break
         number, count = self._letters[tag].popleft()
-        mapped = self._maps.pop(number) if number < 0 else self._maps[number]
-        box = torch.frombuffer(mapped, dtype=like.dtype, offset=_HEAD_BYTES, count=like.numel()).view(like.shape)
-        return box, Receipt(torch.frombuffer(mapped, dtype=torch.int64, count=1), count)
+        memory = self._maps.pop(number) if number < 0 else self._maps[number]
+        box = memory[_HEAD_BYTES:].view(like.dtype).view(like.shape)
+        return box, Receipt(memory[:_COUNTER_BYTES].view(torch.int64), count)
 
     def _open_next(self) -> bool:
         """Read a letter, if there is one."""
@@ -125,7 +126,7 @@ class Neighbour:
             if not files:
                 self._letters.setdefault(tag, deque()).append((number, count))
             for file in files:  # a new one, whose size comes in place of the count
-                self._maps[number] = mmap.mmap(file, count)
+                self._maps[number] = _mapped(file, count)
                 os.close(file)
             found = True
         return found  # noqa: RET504 - what is not there yet ends the block above
@@ -144,10 +145,9 @@ class Neighbour:
             time.sleep(min(max(waited / 16, _LEAST_SLEEP_S), _MOST_SLEEP_S))
 
     def check(self) -> None:
-        """Raise ``RankLost`` if the neighbour is gone."""
-        with self._errors():
-            if not self._connection.recv(1, socket.MSG_PEEK):
-                raise RankLost(f"rank {self.rank} closed its connection")
+        """Raise ``RankLost`` if the neighbour is gone; letters it sent before are kept."""
+        while self._open_next():
+            pass
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -156,6 +156,8 @@ class Neighbour:
         except BlockingIOError:
             pass  # nothing there yet, or no room: to be tried again
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise RunError("the limit of open files is too low for this network: raise it (ulimit -n)") from error
             raise RankLost(f"the connection to rank {self.rank} broke: {error}") from error
 
 
@@ -232,6 +234,11 @@ def _memory_file(size: int) -> Iterator[int]:
         yield file
     finally:
         os.close(file)  # the mappings live on
+
+
+def _mapped(file: int, size: int) -> torch.Tensor:
+    """The bytes of a memory file, which no longer needs its descriptor then."""
+    return torch.from_file(f"/proc/self/fd/{file}", shared=True, size=size, dtype=torch.uint8)
 
 
 def _place(context: RankContext) -> int:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.cluster.gang import RankContext
-from pipeline.plan.instructions import Exchange, TensorSpec
+from pipeline.plan.instructions import Exchange
 from pipeline.plan.layouts import Box, Message
 from pipeline.run.shared_memory import Neighbour, Outbox, neighbours
 
@@ -64,7 +64,9 @@ class Transport:
             target.zero_()  # what no message reaches
         arrivals: list[_Arrival] = []
         if target is not None:
-            arrivals = [self._arrival(spec, one, tag, source, target, held, wanted, sums) for one, tag in incoming]
+            arrivals = [
+                self._arrival(instruction, one, tag, source, target, held, wanted, sums) for one, tag in incoming
+            ]
         requests, kept = self._begin_messages(instruction, arrivals, outgoing, source, held)
         if not sums:
             for one in arrivals:  # local copies, made while the messages are under way
@@ -127,7 +129,7 @@ class Transport:
 
     def _arrival(
         self,
-        spec: TensorSpec,
+        instruction: Exchange,
         message: Message,
         tag: int,
         source: torch.Tensor | None,
@@ -137,6 +139,7 @@ class Transport:
         sums: bool,
     ) -> _Arrival:
         """Where a message arrives, and the part of the target it is for."""
+        spec = instruction.spec
         part = target[spec.slices(wanted, message.box)]
         if message.source == self.rank:
             assert source is not None
@@ -144,7 +147,10 @@ class Transport:
         if message.source in self._neighbours:
             return _Arrival(message.source, tag, None, part, through_gloo=False)
         direct = not sums and part.is_contiguous() and part.device.type == "cpu"
-        box = part if direct else self._buffer((tag, message.source, "in"), part)
+        if not direct and instruction.once:
+            box = torch.empty(part.shape, dtype=part.dtype)
+        else:
+            box = part if direct else self._buffer((tag, message.source, "in"), part)
         return _Arrival(message.source, tag, box, part, through_gloo=True)
 
     def _outbox(self, tag: int, neighbour: Neighbour, part: torch.Tensor, *, once: bool) -> Outbox:

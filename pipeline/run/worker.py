@@ -124,7 +124,7 @@ def run_rank(context: RankContext, job: Job) -> Account:
             context.report(len(runner.clock.steps), loss=math.nan if loss is None else loss)
         accuracy = runner.accuracy() if job.validation_images else None
         accuracies += [] if accuracy is None else [accuracy]
-        mean = float(np.average(losses[done:], weights=images[done:])) if losses[done:] else None
+        mean = runner.mean_loss(losses[done:], images[done:])
         runner.updater.end_epoch(mean)
         if job.callbacks and _ended_by(context, job.callbacks, number, mean, accuracy, time.monotonic() - began):
             break
@@ -197,6 +197,10 @@ class _ProgramRun:
         """How many images of a batch the loss of this rank averages over."""
         return batch_size
 
+    def mean_loss(self, losses: Sequence[float], images: Sequence[int]) -> float | None:
+        """Mean over the images of an epoch; None but on the master."""
+        return float(np.average(losses, weights=images)) if losses else None
+
     def accuracy(self) -> float | None:
         size, correct = len(self._job.indices[0][0]), 0
         total = self._job.validation_images
@@ -240,6 +244,13 @@ class _DataParallelRun:
     def images(self, batch_size: int) -> int:
         """How many images of a batch the loss of this rank averages over."""
         return len(part_of(self._context.rank, self._context.size, range(batch_size)))
+
+    def mean_loss(self, losses: Sequence[float], images: Sequence[int]) -> float:
+        """Mean over the images that all ranks had in an epoch."""
+        sums = torch.tensor([np.dot(losses, images), sum(images)], dtype=torch.float64)
+        if self._context.group is not None:
+            dist.all_reduce(sums, group=self._context.group)
+        return float(sums[0] / sums[1])
 
     def accuracy(self) -> float | None:
         if self._job.validation is None:

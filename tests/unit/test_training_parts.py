@@ -1,0 +1,98 @@
+"""Parts of a training that need no cluster: split BatchNorm, the check of a recipe, what parity calls exact."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from pipeline.errors import InputError
+from pipeline.parity import Parity
+from pipeline.run import batch_norm
+from pipeline.run.recipe import Recipe, check_recipe
+
+SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize(("mean", "spread"), [(0, 1), (20, 0.01), (5, 0.01), (30_000, 10)])
+def test_split_batchnorm_keeps_the_digits_that_torch_keeps(mean: float, spread: float) -> None:
+    torch.manual_seed(0)
+    x_BCHW = torch.randn(10, 7, 6, 6) * spread + mean
+    split, single, reference = nn.BatchNorm2d(7), nn.BatchNorm2d(7), nn.BatchNorm2d(7).double()
+    parts = x_BCHW[:6], x_BCHW[6:]
+    moments_RC = sum(batch_norm.moments(part, rank, 2) for rank, part in enumerate(parts))
+    assert isinstance(moments_RC, torch.Tensor)
+    found = torch.cat([batch_norm.normalise(split, part, moments_RC, (6, 4)) for part in parts])
+    batch_norm.track(split, moments_RC, (6, 4), 36)
+    expected, usual = reference(x_BCHW.double()), single(x_BCHW)
+    assert (found - expected).abs().max() < 10 * (usual - expected).abs().max()
+    assert torch.allclose(split.running_var.double(), reference.running_var, rtol=1e-5)  # type: ignore[union-attr]
+    assert torch.allclose(split.running_mean.double(), reference.running_mean, rtol=1e-5)  # type: ignore[union-attr]
+
+
+def test_split_batchnorm_of_constant_channels_is_finite() -> None:
+    x_BCHW = torch.linspace(0.1, 400, 300).view(1, 300, 1, 1).expand(8, 300, 4, 4).contiguous()
+    moments_RC = batch_norm.moments(x_BCHW[:5], 0, 2) + batch_norm.moments(x_BCHW[5:], 1, 2)
+    assert batch_norm.normalise(nn.BatchNorm2d(300), x_BCHW, moments_RC, (5, 3)).isfinite().all()
+
+
+class _Clipping(torch.optim.SGD):
+    """Looks at all parameters together."""
+
+    def step(self, closure: Any = None) -> Any:
+        nn.utils.clip_grad_norm_([one for group in self.param_groups for one in group["params"]], 0.1)
+        return super().step(closure)
+
+
+class _Normalising(torch.optim.SGD):
+    """Looks at one whole weight."""
+
+    def step(self, closure: Any = None) -> Any:
+        result = super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for one in group["params"]:
+                    one.div_(one.norm())
+        return result
+
+
+@pytest.mark.parametrize("optimizer", [_Clipping, _Normalising, torch.optim.LBFGS])
+def test_an_optimiser_that_mixes_elements_is_refused(optimizer: type[torch.optim.Optimizer]) -> None:
+    with pytest.raises(InputError, match="the optimiser"):
+        check_recipe(Recipe(loss=nn.CrossEntropyLoss(), optimizer=functools.partial(optimizer, lr=0.1)))
+
+
+@pytest.mark.parametrize(
+    "name", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop"]
+)
+def test_an_optimiser_by_element_is_taken(name: str) -> None:
+    check_recipe(Recipe(loss=nn.CrossEntropyLoss(), optimizer=functools.partial(getattr(torch.optim, name), lr=0.01)))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"clip_norm": 0.0}, "clip_norm 0.0"),
+        ({"clip_value": -1.0}, "clip_value -1.0"),
+        ({"accumulate": 0}, "accumulate 0"),
+        ({"scheduled_by": "batch"}, "scheduled_by 'batch'"),
+        ({"scheduler": functools.partial(ReduceLROnPlateau, factor=0.5), "scheduled_by": "step"}, "ReduceLROnPlateau"),
+    ],
+)
+def test_a_recipe_that_cannot_work_is_refused(wrong: dict[str, Any], named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        check_recipe(Recipe(loss=nn.CrossEntropyLoss(), optimizer=SGD, **wrong))
+
+
+@pytest.mark.parametrize(("weights", "exact"), [(1e-12, True), (1e-6, False), (math.nan, False), (math.inf, False)])
+def test_parity_does_not_call_nan_exact(weights: float, exact: bool) -> None:
+    found = Parity(
+        strategy="kernel", shares=(0.5, 0.5), loss=0.0, gradients=0.0, weights=weights, statistics=0.0, split=1.0,
+        on_master=(), seconds=1.0,
+    )  # fmt: skip
+    assert found.is_exact == exact
