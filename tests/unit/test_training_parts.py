@@ -31,7 +31,7 @@ def test_split_batchnorm_keeps_the_digits_that_torch_keeps(mean: float, spread: 
     batch_norm.track(split, moments_RC, (6, 4), 36)
     expected, usual = reference(x_BCHW.double()), single(x_BCHW)
     assert (found - expected).abs().max() < 10 * (usual - expected).abs().max()
-    assert torch.allclose(split.running_var.double(), reference.running_var, rtol=1e-5)  # type: ignore[union-attr]
+    assert torch.allclose(split.running_var.double(), reference.running_var, rtol=1e-4)  # type: ignore[union-attr]
     assert torch.allclose(split.running_mean.double(), reference.running_mean, rtol=1e-5)  # type: ignore[union-attr]
 
 
