@@ -56,6 +56,8 @@ class Call:
     """By node, the axis of the channels."""
     parameters: Sequence[torch.Tensor]
     """What it reads of the model directly."""
+    order: tuple[int, ...]
+    """The axes of its result from the outermost to the innermost in memory."""
     training: bool
     """Whether its module is in training mode when the model is."""
     is_images: Callable[[Any], bool]
@@ -200,8 +202,7 @@ def _random(call: Call) -> Judgement | None:
         per = "image" if mode == "row" else "batch"
     if per == "channel" and axis != 1:
         return _imagewise(call)
-    given = call.inputs[name]
-    order = tuple(sorted(range(given.dim()), key=lambda one: -given.stride(one))) if per == "element" else ()
+    order = call.order if per == "element" else ()
     return replace(result, noise=Noise(per, float(p), alpha=kind.startswith("alpha"), order=order))
 
 

@@ -14,9 +14,10 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from pipeline.errors import InputError
-from pipeline.graph.effects import Effect
+from pipeline.graph.effects import RANDOM_FUNCTIONS, Effect, random_kind
 from pipeline.graph.rules import WHOLE, Call, Judgement, Noise, aligned_axis, judge
-from pipeline.graph.tracing import EVALUATION, NO_GRADIENT, TRAINING, traced
+from pipeline.graph.tracing import EVALUATION, TRAINING, traced
+from pipeline.graph.writes import NO_GRADIENT
 
 _TRIALS = (3, 5)
 """Two numbers of images: what has as many entries along axis 0 for both is a tensor of images."""
@@ -130,6 +131,7 @@ class _Analysis:
         self._input_shape = tuple(example_input.shape[1:])
         self._dtype = model_dtype(graph_module)
         self._trials, self._images = _results(graph_module, example_input.to(self._dtype))
+        self._in_memory = _in_memory(graph_module, example_input.to(self._dtype), self._trials[0])
         self._axes: dict[str, int] = {}
         self._uses = _uses(graph_module)
         self._differentiable = _differentiable(graph_module, self._trials[0])
@@ -164,6 +166,7 @@ class _Analysis:
             inputs={one.name: self._trials[0].get(one.name) for one in taken},
             axes={one.name: self._axes[one.name] for one in taken},
             parameters=[_attribute(self._model, str(one.target)) for one in reads],
+            order=_memory_order(self._in_memory.get(node.name)),
             training=node.meta.get(TRAINING, True),
             is_images=self._is_images,
         )
@@ -271,7 +274,7 @@ def _results(graph_module: fx.GraphModule, example_BCHW: torch.Tensor) -> tuple[
         try:
             x_BCHW = example_BCHW.cpu()
             repeated = [x_BCHW[[index % len(x_BCHW) for index in range(images)]] for images in _TRIALS]
-            return [_run(copy.deepcopy(graph_module).cpu(), one) for one in repeated], _TRIALS
+            return [_really_run(graph_module, one) for one in repeated], _TRIALS
         except Exception as error:
             raise InputError(
                 f"the model does not take images of shape {tuple(shape)} (C, H, W): {_last_line(error)}"
@@ -290,6 +293,41 @@ def _run(graph_module: fx.GraphModule, x_BCHW: torch.Tensor) -> dict[str, Any]:
 
     Recorder(graph_module.train()).run(x_BCHW)
     return results
+
+
+def _really_run(graph_module: fx.GraphModule, x_BCHW: torch.Tensor) -> dict[str, Any]:
+    """As ``_run``, by arithmetic on a copy; the random numbers to come are left as they were."""
+    with torch.random.fork_rng(devices=[]):
+        return _run(copy.deepcopy(graph_module).cpu(), x_BCHW.clone())
+
+
+def _in_memory(graph_module: fx.GraphModule, example_BCHW: torch.Tensor, results: dict[str, Any]) -> dict[str, Any]:
+    """Results whose strides are those that one device would meet, where masks are drawn in the order of memory.
+
+    On the meta device convolutions forget the order of their input.
+    """
+    tensors = [*results.values(), *graph_module.parameters()]
+    moved = any(isinstance(one, torch.Tensor) and not _is_in_order(one) for one in tensors)
+    random = any(
+        node.target in RANDOM_FUNCTIONS
+        or (node.op == "call_module" and random_kind(graph_module.get_submodule(str(node.target))) is not None)
+        for node in graph_module.graph.nodes
+    )
+    if not (moved and random) or any(one.is_meta for one in graph_module.parameters()):
+        return results
+    return _really_run(graph_module, example_BCHW.cpu())
+
+
+def _is_in_order(tensor: torch.Tensor) -> bool:
+    """Whether it is contiguous, also in the strides of axes with one entry, by which convolutions go."""
+    return tensor.stride() == torch.empty(tensor.shape, device="meta").stride()
+
+
+def _memory_order(result: Any) -> tuple[int, ...]:
+    if not isinstance(result, torch.Tensor):
+        return ()
+    strides = result.stride()
+    return tuple(sorted(range(result.dim()), key=lambda axis: -strides[axis]))
 
 
 def _last_line(error: Exception) -> str:

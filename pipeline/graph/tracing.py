@@ -12,13 +12,11 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from pipeline.graph.effects import TABLE, random_kind
-from pipeline.graph.writes import ORDINARY_OPERATORS, Untraceable, remove_writes
+from pipeline.graph.effects import RANDOM_FUNCTIONS, TABLE, random_kind
+from pipeline.graph.writes import NO_GRADIENT, ORDINARY_OPERATORS, Untraceable, remove_writes
 
 EVALUATION = "evaluation arguments"
 """Key in a node's ``meta``: its (args, kwargs) in evaluation mode, where they differ from those in training."""
-NO_GRADIENT = "no gradient"
-"""Key in a node's ``meta``: whether it runs under ``torch.no_grad()``."""
 TRAINING = "training"
 """Key in a node's ``meta``: whether its module is in training mode when the model is."""
 
@@ -228,9 +226,10 @@ def _note_evaluation(graph_module: fx.GraphModule, model: nn.Module, whole: set[
 
 
 def _remove_unused(graph: fx.Graph) -> None:
-    """Drop calls that only look at something and whose result nobody uses."""
+    """Drop calls that only look at something and whose result nobody uses; but a mask is drawn all the same."""
     for node in reversed(list(graph.nodes)):
-        if node.op in ("call_function", "call_method", "get_attr") and not node.users:
+        looks = node.op in ("call_function", "call_method", "get_attr") and node.target not in RANDOM_FUNCTIONS
+        if looks and not node.users:
             graph.erase_node(node)
 
 

@@ -30,6 +30,10 @@ _MEMORY_ATTRIBUTES = ("T", "mT", "H", "mH", "data", "real")
 _LOOKS = ("size", "dim", "ndimension", "numel", "stride", "item")
 
 
+NO_GRADIENT = "no gradient"
+"""Key in a node's ``meta``: whether it runs under ``torch.no_grad()``."""
+
+
 class Untraceable(Exception):  # noqa: N818 - never leaves this package
     """The innermost submodule that has to stay whole, by name; ``""`` is the model itself."""
 
@@ -50,7 +54,7 @@ def remove_writes(graph_module: fx.GraphModule) -> None:
 
     What read a tensor after it was written to reads the result of the ordinary operation instead. Raises
     ``Untraceable`` where that is not all: if parts of the written memory are read under another name, or if it is the
-    model's own.
+    model's own, or hidden from gradients.
     """
     memory, position = _Memory(), {node: index for index, node in enumerate(graph_module.graph.nodes)}
     numbers: set[fx.Node] = set()
@@ -69,7 +73,9 @@ def remove_writes(graph_module: fx.GraphModule) -> None:
         others = [one for one in sharing if one is not written]
         late = [user for one in others for user in one.users if position[user] > position[node]]
         own = any(one.op == "get_attr" for one in sharing)
-        if own or late:
+        # Written to under no_grad, a tensor passes gradients on as if it had not been.
+        hidden = node.meta.get(NO_GRADIENT) and not written.meta.get(NO_GRADIENT)
+        if own or late or hidden:
             raise Untraceable(_common_module([node, *sharing]))
         for user in list(written.users):
             if position[user] > position[node]:
