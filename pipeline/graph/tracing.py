@@ -138,6 +138,7 @@ def _checked(model: nn.Module, whole: set[str]) -> fx.GraphModule:
     _note_evaluation(graph_module, model, whole)
     _remove_unused(graph_module.graph)
     _keep_parts_together(graph_module.graph)
+    graph_module.recompile()
     return graph_module
 
 
