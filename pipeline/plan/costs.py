@@ -19,7 +19,8 @@ class Costs:
     """Cost curves of one calibration, for chosen devices.
 
     Curves are times of a *fraction* of a segment (of its kernels, or of a dense layer's input features) for the batch
-    of the calibration, scaled in proportion to the batch. The median over repetitions counts.
+    of the calibration, scaled in proportion to the batch. The least of the repetitions counts: what
+    disturbs a measurement only adds to it.
     """
 
     segments: tuple[str, ...]
@@ -39,8 +40,8 @@ class Costs:
     @classmethod
     def of(cls, calibration: xr.Dataset) -> Costs:
         """The costs of all devices of one network's calibration."""
-        median = calibration[["forward_time", "backward_time", "update_time"]].median("repetition")
-        both = (median.forward_time, median.backward_time)
+        least = calibration[["forward_time", "backward_time", "update_time"]].min("repetition")
+        both = (least.forward_time, least.backward_time)
         times = np.stack([way.transpose("device", "segment", "share").values for way in both], axis=-1)
         kernels = calibration.kernels.transpose("segment", "share")
         return cls(
@@ -50,7 +51,7 @@ class Costs:
             times=times,
             latency=calibration.link_latency.values,
             seconds_per_byte=1 / calibration.link_bandwidth.values,
-            update=median.update_time.values,
+            update=least.update_time.values,
         )
 
     def only(self, devices: Sequence[int]) -> Costs:
