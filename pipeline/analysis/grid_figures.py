@@ -66,6 +66,7 @@ def speedup_over_devices(timing: xr.Dataset, *, store: str = _STORE) -> Figure:
                 cells = ratios.sel(network=network, batch_size=batch_size, link=link, device_set=sets)
                 _speedup_panel(axis, cells, shown, label)
                 axis.set_title(f"{network}, batch {batch_size}")
+            row[0].set_ylim(bottom=0)  # only now: it ends the fitting to what is drawn, for all panels of the row
             row[0].set_ylabel(f"speedup over one {label}" + (" (emulated)" if is_emulated([label]) else ""))
         only_left(axes)
         legend(figure, [*(_line(s) for s in shown), *_reference_lines()])
@@ -98,7 +99,6 @@ def _speedup_panel(axis: Axes, cells: xr.Dataset, shown: list[str], label: str) 
             )
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("devices")
-    axis.set_ylim(bottom=0)
 
 
 def _line(strategy: str) -> Line2D:

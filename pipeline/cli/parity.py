@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.errors import InputError, PipelineError, RunError
+from pipeline.errors import InputError, PipelineError, RunError, first_line
 
 if TYPE_CHECKING:
     from pipeline.parity import Parity
@@ -61,7 +61,7 @@ def parity(
                     lines.add(_row(title, one))
                     exact = exact and one.is_exact
         except RunError as error:
-            lines.add(f"| {title} | failed: {_first_line(error)} |" + " |" * (len(_COLUMNS) - 2))
+            lines.add(f"| {title} | failed: {first_line(error).replace('|', '/')} |" + " |" * (len(_COLUMNS) - 2))
             exact = False
         if not exact:
             failed.append(name)
@@ -106,7 +106,3 @@ def _specimen(name: str, image_size: int | None) -> Specimen:
         return specimen(name)
     shape = (3, image_size or 64, image_size or 64)
     return Specimen(network(name, classes=10, image_shape=shape), shape, "")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].replace("|", "/") if str(error) else type(error).__name__

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, first_line
 from pipeline.graph.effects import RANDOM_FUNCTIONS, Effect, random_kind
 from pipeline.graph.rules import WHOLE, Call, Judgement, Noise, aligned_axis, judge
 from pipeline.graph.tracing import EVALUATION, TRAINING, traced
@@ -277,7 +277,7 @@ def _results(graph_module: fx.GraphModule, example_BCHW: torch.Tensor) -> tuple[
             return [_really_run(graph_module, one) for one in repeated], _TRIALS
         except Exception as error:
             raise InputError(
-                f"the model does not take images of shape {tuple(shape)} (C, H, W): {_last_line(error)}"
+                f"the model does not take images of shape {tuple(shape)} (C, H, W): {first_line(error)}"
             ) from error
     return trials, _TRIALS
 
@@ -328,11 +328,6 @@ def _memory_order(result: Any) -> tuple[int, ...]:
         return ()
     strides = result.stride()
     return tuple(sorted(range(result.dim()), key=lambda axis: -strides[axis]))
-
-
-def _last_line(error: Exception) -> str:
-    """The first line of the error itself, without fx's account of the node."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _state(module: nn.Module) -> list[torch.Tensor]:

@@ -70,6 +70,8 @@ class Execution:
         self._target: torch.Tensor | None = None
         self._loss: torch.Tensor | None = None
         self._recipe: Recipe | None = None
+        self._whole: nn.Module | None = None
+        """On the master, the model to evaluate where the graph cannot do it."""
         self.updater: Updater | None = None
 
     def prepare(self, recipe: Recipe, seed: int) -> None:
@@ -108,11 +110,20 @@ class Execution:
         loss, self._loss = self._loss, None
         return None if loss is None else float(loss.detach())
 
-    def predict(self, batch_size: int, x_BCHW: torch.Tensor | None) -> Any:
-        """What the network returns for a batch, on the master; the model is in evaluation mode.
+    def begin_evaluation(self) -> None:
+        """Before ``predict``, after any training.
 
-        Where evaluation mode runs other operations than training, the weights are gathered and the master does it.
+        Where evaluation mode runs other operations than training, the weights are gathered for the master to do it.
         """
+        self._whole = None
+        if self.graph.evaluable:
+            return
+        self.parameters.gather()
+        if self.context.rank == 0:
+            self._whole = copy.deepcopy(self.model).to(self.transport.device).eval()
+
+    def predict(self, batch_size: int, x_BCHW: torch.Tensor | None) -> Any:
+        """What the network returns for a batch, on the master; the model is in evaluation mode."""
         if not self.graph.evaluable:
             return self._predict_whole(x_BCHW)
         instructions = self._inference(batch_size)
@@ -127,12 +138,10 @@ class Execution:
         return output
 
     def _predict_whole(self, x_BCHW: torch.Tensor | None) -> Any:
-        self.parameters.gather()
-        if self.context.rank != 0 or x_BCHW is None:
+        if self._whole is None or x_BCHW is None:
             return None
-        device = self.transport.device
         with torch.no_grad():
-            return copy.deepcopy(self.model).to(device).eval()(x_BCHW.to(device, self.dtype))
+            return self._whole(x_BCHW.to(self.transport.device, self.dtype))
 
     def gather(self) -> dict[str, torch.Tensor] | None:
         """The state dict of the whole model on the CPU, on the master; None elsewhere."""

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pipeline.cluster.rank import RankContext
-from pipeline.errors import InputError
+from pipeline.errors import InputError, first_line
 from pipeline.run.parameters import ParameterGroups, Parameters
 
 Loss = Callable[[Any, torch.Tensor], torch.Tensor]
@@ -129,10 +129,8 @@ def check_recipe(recipe: Recipe) -> None:
         raise InputError("ReduceLROnPlateau goes by the loss of an epoch: it needs scheduled_by='epoch'")
     try:
         whole, parts = _trial(recipe.optimizer, 1), _trial(recipe.optimizer, 2)
-    except InputError:
-        raise
     except Exception as error:
-        raise InputError(f"the optimiser cannot be used: {_first_line(error)}") from error
+        raise InputError(f"the optimiser cannot be used: {first_line(error)}") from error
     if not torch.allclose(whole, parts, rtol=1e-9, atol=1e-12):
         raise InputError(
             f"the optimiser {_name(recipe.optimizer)} mixes elements of a weight, and devices hold parts of weights; "
@@ -159,7 +157,3 @@ def _trial(optimizer: OptimizerFactory, ranks: int) -> torch.Tensor:
 def _name(factory: Any) -> str:
     function = getattr(factory, "func", factory)
     return str(getattr(function, "__name__", type(function).__name__))
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

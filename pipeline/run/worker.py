@@ -208,6 +208,7 @@ class _ProgramRun:
         source: Any = ((None, None) for _ in parts)
         if self._job.validation is not None:
             source = batches(self._job.validation, parts, self._job.loader)
+        self._execution.begin_evaluation()
         for part, (x_BCHW, y_B) in zip(parts, source, strict=True):
             output = self._execution.predict(len(part), x_BCHW)
             if output is not None and y_B is not None:

@@ -152,6 +152,7 @@ def _train(context: RankContext, cases: list[Case]) -> list[Trained | None]:
             given: tuple[Any, Any] = (x_BCHW, y_B) if context.rank == 0 else (None, None)
             with clock.step():
                 losses.append(execution.train_step(len(y_B), *given, clock, Turn()))
+        execution.begin_evaluation()
         predicted = execution.predict(len(case.images), case.images if context.rank == 0 else None)
         state = execution.gather()
         found.append(None if state is None else Trained(losses, state, predicted))  # type: ignore[arg-type]
