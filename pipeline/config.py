@@ -59,12 +59,12 @@ class Section(BaseModel):
 class Calibration(Section):
     """How the time of each network segment is measured on each device."""
 
-    batch_size: Positive = 16
-    """Images per measured segment; times of other batch sizes are scaled from it."""
-    fractions: Annotated[tuple[Fraction, ...], Field(min_length=2)] = (0.125, 0.25, 0.5, 0.75, 1.0)
+    batch_size: Positive = 64
+    """Most images per measured segment; networks with much work per image are measured with fewer."""
+    fractions: Annotated[tuple[Fraction, ...], Field(min_length=2)] = (0.03125, 0.125, 0.25, 0.5, 0.75, 1.0)
     """Shares of a layer's kernels that are measured; the cost curve runs through them."""
-    repetitions: Positive = 3
-    """Measurements of each share, all of them kept."""
+    repetitions: Positive = 2
+    """Measurements of each share, all of them kept; there are more where they differ."""
 
 
 class Timing(Section):

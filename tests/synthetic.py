@@ -139,14 +139,14 @@ def accuracy(epochs: int = 6, steps: int = 60) -> xr.Dataset:
 
 def calibration() -> xr.Dataset:
     segments, shares = ["conv1", "relu1", "conv2", "dense"], [0.25, 0.5, 1.0]
-    work = np.array([0.1, 0.01, 1.0, 0.05])[None, :, None, None] * np.array(shares)[None, None, :, None]
-    slowness = np.array([1.0, 2.0])[:, None, None, None]
-    forward = work * slowness * np.ones((1, 1, 1, 3))
+    work = np.array([0.1, 0.01, 1.0, 0.05])[:, None, None, None] * np.array(shares)[:, None, None]
+    slowness = np.array([1.0, 2.0])[:, None, None, None, None]
+    forward = work * slowness * np.array([0.25, 1.0])[:, None] * np.ones(3)
     sizes = np.array([1e3, 1e6])
     dataset = xr.Dataset(
         {
-            "forward_time": (("device", "segment", "share", "repetition"), forward),
-            "backward_time": (("device", "segment", "share", "repetition"), 2 * forward),
+            "forward_time": (("device", "segment", "share", "images", "repetition"), forward),
+            "backward_time": (("device", "segment", "share", "images", "repetition"), 2 * forward),
             "update_time": (("device", "repetition"), np.full((2, 3), 1e-9)),
             "kernels": (("segment", "share"), np.outer([50, 50, 500, 10], shares).round()),
             "device_label": ("device", np.array(["cpu", "cpu@0.5"], object)),
@@ -159,7 +159,7 @@ def calibration() -> xr.Dataset:
         },
         {
             "network": "50:500",
-            "batch_size": 32,
+            "images": [8, 32],
             "device_set": "cpu + cpu@0.5",
             "segment": np.array(segments, object),
             "share": shares,

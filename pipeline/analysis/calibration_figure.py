@@ -32,7 +32,7 @@ def calibration_curves(calibration: xr.Dataset, *, store: str = "calibration.zar
     """
     title, source = "Calibration of devices and links", source_line(calibration, store)
     chosen = largest(calibration)
-    total = chosen["forward_time"] + chosen["backward_time"]
+    total = with_most_images(chosen)
     shared = total.median("repetition").notnull().sum("share").max("device") > 1
     cost = total.median("repetition").max(["share", "device"]).where(shared)
     segments = [str(cost["segment"].values[i]) for i in np.argsort(-cost.values) if np.isfinite(cost.values[i])]
@@ -40,10 +40,8 @@ def calibration_curves(calibration: xr.Dataset, *, store: str = "calibration.zar
         return nothing(title, "No segment was timed at several shares.", source)
     segments = segments[:_SEGMENTS_SHOWN]
     labels = [str(label) for label in chosen["device_label"].values if label]
-    network, batch_size = str(chosen["network"].item()), int(chosen["batch_size"].item())
-    note = subtitle(
-        f"{network}, batch {batch_size}", "forward and backward, median and quartiles", emulation_note(labels)
-    )
+    network, images = str(chosen["network"].item()), int(total["images"].item())
+    note = subtitle(f"{network}, {images} images", "forward and backward, median and quartiles", emulation_note(labels))
     with style():
         columns = len(segments) + 1
         figure, axes = canvas(1, columns, title=title, subtitle=note, source=source, panel=(3.3, 2.8), width=8)
@@ -67,6 +65,12 @@ def largest(calibration: xr.Dataset) -> xr.Dataset:
     sizes = [selection.network_size(str(network)) for network in calibration["network"].values]
     best = max(range(len(sizes)), key=lambda i: (sizes[i], devices[i]))
     return calibration.isel(calibration=best)
+
+
+def with_most_images(calibration: xr.Dataset) -> xr.DataArray:
+    """Forward plus backward time in s, (device, segment, share, repetition), with the most images."""
+    total = calibration["forward_time"] + calibration["backward_time"]
+    return total.dropna("images", how="all").sortby("images").isel(images=-1)
 
 
 def _share_curve(axis: Axes, times: xr.DataArray, devices: int) -> None:

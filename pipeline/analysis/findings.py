@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from pipeline.analysis import paper, selection
-from pipeline.analysis.calibration_figure import largest
+from pipeline.analysis.calibration_figure import largest, with_most_images
 from pipeline.analysis.statistics import baseline, convolution_share, speedup, summary
 from pipeline.analysis.style import is_emulated
 from pipeline.results.contracts import NOT_PLANNED, OK
@@ -154,10 +154,11 @@ def accuracy_finding(accuracy: xr.Dataset) -> str:
 def calibration_finding(calibration: xr.Dataset) -> str:
     """The time of the whole network on every device, and the links."""
     chosen = largest(calibration)
-    whole = (chosen["forward_time"] + chosen["backward_time"]).median("repetition").max("share").sum("segment")
+    times = with_most_images(chosen)
+    whole = times.min("repetition").max("share").sum("segment")
     labels = [str(label) for label in chosen["device_label"].values if label]
-    times = ", ".join(f"{whole.values[rank]:.3g} s on {_named(label)}" for rank, label in enumerate(labels))
-    sentences = [f"Forward and backward of {chosen['network'].item()}, batch {chosen['batch_size'].item()}: {times}."]
+    each = ", ".join(f"{whole.values[rank]:.3g} s on {_named(label)}" for rank, label in enumerate(labels))
+    sentences = [f"Forward and backward of {chosen['network'].item()}, {times['images'].item()} images: {each}."]
     apart = xr.DataArray(np.arange(chosen.sizes["source"]), dims="source") != xr.DataArray(
         np.arange(chosen.sizes["destination"]), dims="destination"
     )

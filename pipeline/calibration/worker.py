@@ -1,10 +1,15 @@
-"""What every rank of a calibration does."""
+"""What every rank of a calibration does.
+
+All ranks measure the same segment at the same time, and who is ready first goes on working until all are: what devices
+take from each other is in the numbers. A first pass measures everything; further passes repeat only what still is
+uncertain by enough to matter for the step.
+"""
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,36 +19,21 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pipeline._torchvision import Importable
+from pipeline.calibration.links import measure_links
+from pipeline.calibration.segments import Chain
 from pipeline.cluster.gang import RankContext
 from pipeline.graph.trace import Graph
-from pipeline.plan.instructions import Compute, Exchange, Placed, Step, TensorSpec
-from pipeline.plan.layouts import Layout, kernels
+from pipeline.plan.instructions import Compute, Placed, Step
 from pipeline.plan.plan import Plan
 from pipeline.plan.program import activation_spec
 from pipeline.plan.strategies import plan_network
 from pipeline.run.emulation import Throttle
 from pipeline.run.execution import Execution
-from pipeline.run.transport import Transport
 
-LINK_BYTES = (1_024, 1_048_576, 8_388_608)
-"""Sizes of the messages that measure a link, ascending."""
 _UPDATED_PARAMETERS = 1_000_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chain:
-    """Operations that are measured together: one segment of the calibration."""
-
-    operations: tuple[str, ...]
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    splittable: bool
-    """Whether a rank can do a part of it; if not, it is measured whole only."""
-
-    @property
-    def name(self) -> str:
-        """Its operations, joined by ``+``."""
-        return "+".join(self.operations)
+_LINK_REPETITIONS = 5
+_CERTAIN = 0.01
+"""What is uncertain by less than this part of a whole step is not measured again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,18 +47,30 @@ class Task:
     """A skeleton on the meta device: times do not depend on the weights."""
     graph: Graph
     chains: tuple[Chain, ...]
-    images: int
+    """Segments of different geometry."""
+    weights: tuple[int, ...]
+    """For each of them, how often its like is in the network."""
+    images: tuple[int, ...]
+    """Ascending numbers of images that each is measured with."""
     fractions: tuple[float, ...]
     repetitions: int
+    """Of everything, in the first pass."""
+    passes: int
+    """How many passes at most follow, each with one more repetition of what still is uncertain."""
+
+    def shares_of(self, segment: int) -> Iterator[tuple[int, float]]:
+        """Index and fraction of what of a segment is measured: of one that cannot be split, the whole only."""
+        for index, fraction in enumerate(self.fractions):
+            if fraction == 1 or self.chains[segment].splittable:
+                yield index, fraction
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
     """What a rank measured; times in s."""
 
-    forward: NDArray[np.float64]
-    """(segment, share, repetition); NaN where a segment was not measured."""
-    backward: NDArray[np.float64]
+    times: NDArray[np.float64]
+    """(segment, share, images, repetition, direction), forward first; NaN where nothing was measured."""
     kernels: NDArray[np.float64]
     """(segment, share): channels at that share; of input features for a dense layer."""
     update: NDArray[np.float64]
@@ -87,28 +89,65 @@ def measure_rank(context: RankContext, task: Task) -> Measurement:
                 tensor.normal_(0, 0.01).abs_()  # running variances must not be negative
             else:
                 tensor.zero_()
-    shape = (len(task.chains), len(task.fractions))
-    forward = np.full((*shape, task.repetitions), np.nan)
-    backward = forward.copy()
-    kernels = np.full(shape, np.nan)
-    undivided = _execution_of(context, model, task.graph, None)
-    for share, fraction in enumerate(task.fractions):
-        split = _execution_of(context, model, task.graph, fraction)
-        for segment, chain in enumerate(task.chains):
-            if fraction < 1 and not chain.splittable:
-                continue
-            execution = split if chain.splittable else undivided
-            kernels[segment, share] = _kernels(task.graph, execution.plan, chain)
-            times = _measure_chain(context, execution, chain, task)
-            forward[segment, share], backward[segment, share] = times.T
-            context.report(share * len(task.chains) + segment + 1, total=len(task.chains) * len(task.fractions))
+    segments = _Segments(context, model, task)
+    for _ in range(1 + task.passes):
+        todo = segments.uncertain()
+        if not todo:
+            break
+        segments.measure(todo)
     return Measurement(
-        forward=forward,
-        backward=backward,
-        kernels=kernels,
+        times=segments.times,
+        kernels=segments.kernels,
         update=_measure_update(context, task.repetitions),
-        links=_measure_links(context, task.repetitions),
+        links=measure_links(context, max(task.repetitions, _LINK_REPETITIONS)),
     )
+
+
+class _Segments:
+    """The times of one rank so far."""
+
+    def __init__(self, context: RankContext, model: nn.Module, task: Task) -> None:
+        self._context, self._model, self._task = context, model, task
+        self._done = 0
+        shape = (len(task.chains), len(task.fractions))
+        self.times = np.full((*shape, len(task.images), task.repetitions + task.passes, 2), np.nan)
+        self.kernels = np.full(shape, np.nan)
+        self._undivided = _execution_of(context, model, task.graph, None)
+
+    def uncertain(self) -> list[tuple[int, int]]:
+        """The (share, segment) pairs that any rank has to measure (again), the same on all ranks."""
+        task = self._task
+        every = [(share, segment) for segment in range(len(task.chains)) for share, _ in task.shares_of(segment)]
+        if not np.isfinite(self.times).any():
+            return sorted(every)
+        least = np.sort(self.times[:, :, -1].sum(axis=-1), axis=-1)  # (segment, share, repetition), NaN last
+        step = float(np.nansum(least[:, -1, 0] * np.array(task.weights)))
+        # Noise only adds to a time: where the two least agree, they are likely to be right.
+        doubt = least[..., 1] - least[..., 0] if least.shape[-1] > 1 else np.zeros(least.shape[:-1])
+        # As if the rest of the step were done at the same share.
+        relative = doubt * np.array(task.weights)[:, None] / (step * np.array(task.fractions))
+        relative = np.nan_to_num(relative, nan=np.inf)
+        if self._context.group is not None:
+            agreed = torch.from_numpy(relative)
+            dist.all_reduce(agreed, dist.ReduceOp.MAX, self._context.group)
+        return sorted((share, segment) for share, segment in every if relative[segment, share] > _CERTAIN)
+
+    def measure(self, todo: list[tuple[int, int]]) -> None:
+        """One pass over what is to be measured, one share after the other."""
+        task = self._task
+        split, at = None, -1
+        repetitions = 1 if self._done else task.repetitions
+        for place, (share, segment) in enumerate(todo):
+            chain = task.chains[segment]
+            if chain.splittable and share != at:
+                split, at = _execution_of(self._context, self._model, task.graph, task.fractions[share]), share
+            execution = split if chain.splittable and split is not None else self._undivided
+            self.kernels[segment, share] = _kernels(task.graph, execution.plan, chain)
+            steps = [_step_of(self._context, execution, chain, task.graph, images) for images in task.images]
+            made = slice(self._done, self._done + repetitions)
+            self.times[segment, share, :, made] = _measured(self._context, steps, repetitions)
+            self._context.report(place + 1, total=len(todo))
+        self._done += repetitions
 
 
 def _execution_of(context: RankContext, model: nn.Module, graph: Graph, fraction: float | None) -> Execution:
@@ -120,8 +159,7 @@ def _execution_of(context: RankContext, model: nn.Module, graph: Graph, fraction
     if fraction is None:
         plan = plan_network(graph, "single", batch_size=1, labels=(label,))
     else:
-        shares = (fraction, 1 - fraction)
-        plan = plan_network(graph, "kernel", batch_size=1, labels=(label, "elsewhere"), shares=shares)
+        plan = split_plan(graph, fraction, label)
     execution = Execution(replace(context, rank=0, size=plan.ranks, group=None), model, graph, plan)
     with torch.no_grad():
         for tensor in execution.parameters.work.values():
@@ -130,15 +168,34 @@ def _execution_of(context: RankContext, model: nn.Module, graph: Graph, fraction
     return execution
 
 
+def split_plan(graph: Graph, fraction: float, label: str = "here") -> Plan:
+    """The plan in which the first of two ranks has ``fraction`` of every layer."""
+    labels = (label, "elsewhere")
+    return plan_network(graph, "kernel", batch_size=1, labels=labels, shares=(fraction, 1 - fraction))
+
+
 def _kernels(graph: Graph, plan: Plan, chain: Chain) -> int:
     first = plan[chain.operations[0]]
     layout = first.input if first.input.kind == "K" else first.output
     return layout.shares[0] if layout.kind == "K" else graph[chain.operations[0]].channels or 1
 
 
-def _measure_chain(context: RankContext, execution: Execution, chain: Chain, task: Task) -> NDArray[np.float64]:
-    """Forward and backward time in s, (repetition, 2); one more repetition before them warms up."""
-    graph, plan = task.graph, execution.plan
+def _measured(
+    context: RankContext, steps: list[Callable[[], tuple[float, float]]], repetitions: int
+) -> NDArray[np.float64]:
+    """Forward and backward time of each of ``steps`` in s, (step, repetition, 2); the first warms up before them."""
+    context.barrier()
+    steps[0]()
+    times = [[once() for once in steps] for _ in range(repetitions)]
+    _keep_busy(context, steps[0])
+    return np.array(times).transpose(1, 0, 2)
+
+
+def _step_of(
+    context: RankContext, execution: Execution, chain: Chain, graph: Graph, images: int
+) -> Callable[[], tuple[float, float]]:
+    """What runs a segment forward and backward on made-up values, and tells the two times in s."""
+    plan = execution.plan
     inputs = tuple(dict.fromkeys(
         Placed(value, plan[name].input)
         for name in chain.operations
@@ -158,35 +215,26 @@ def _measure_chain(context: RankContext, execution: Execution, chain: Chain, tas
         for name in chain.operations
     )
     gradients = differentiable | (frozenset(outputs) if trained or differentiable else frozenset())
-    instruction = Compute(
-        name=chain.name,
-        direction="forward",
-        segment=0,
-        steps=steps,
-        inputs=inputs,
-        outputs=outputs,
-        ranks=(0,),
+    forward = Compute(
+        name=chain.name, direction="forward", segment=0, steps=steps, inputs=inputs, outputs=outputs, ranks=(0,)
     )
-    values = {placed: _made_up(execution, placed, task).requires_grad_(placed in gradients) for placed in inputs}
+    backward = replace(forward, direction="backward")
+    values = {one: _made_up(execution, one, graph, images).requires_grad_(one in gradients) for one in inputs}
     incoming: dict[Placed, torch.Tensor] = {}
 
     def once() -> tuple[float, float]:
-        execution.begin(task.images, None, training=True)
+        execution.begin(images, None, training=True)
         execution.parameters.clear_gradients()
         for placed, value in values.items():
             value.grad = None
             execution.values[placed] = value
-        ahead = _timed(context, functools.partial(execution.compute, instruction, gradients))
+        ahead = _timed(context, functools.partial(execution.compute, forward, gradients))
         for placed in outputs:
             incoming.setdefault(placed, torch.rand_like(execution.values[placed]))
             execution.values[placed].grad = incoming[placed]
-        backward = replace(instruction, direction="backward")
         return ahead, _timed(context, functools.partial(execution.compute, backward, gradients))
 
-    context.barrier()
-    times = [once() for _ in range(1 + task.repetitions)]
-    _keep_busy(context, once)
-    return np.array(times[1:])
+    return once
 
 
 def _keep_busy(context: RankContext, work: Callable[[], object]) -> None:
@@ -199,8 +247,8 @@ def _keep_busy(context: RankContext, work: Callable[[], object]) -> None:
     others.wait()
 
 
-def _made_up(execution: Execution, placed: Placed, task: Task) -> torch.Tensor:
-    spec = activation_spec(task.graph, placed.name, task.images)
+def _made_up(execution: Execution, placed: Placed, graph: Graph, images: int) -> torch.Tensor:
+    spec = activation_spec(graph, placed.name, images)
     shape = spec.local_shape(spec.boxes(placed.layout)[0])
     return torch.rand(shape, dtype=execution.dtype, device=execution.transport.device)
 
@@ -226,48 +274,3 @@ def _measure_update(context: RankContext, repetitions: int) -> NDArray[np.float6
 
     work()
     return np.array([_timed(context, work) for _ in range(repetitions)]) / _UPDATED_PARAMETERS
-
-
-def _measure_links(context: RankContext, repetitions: int) -> dict[int, NDArray[np.float64]]:
-    """Half of each round trip of every message size, from this rank to every higher one, one pair at a time."""
-    links = {}
-    transport = Transport(context)  # what a training's messages go through: shared memory on one host, else sockets
-    for lower in range(context.size):
-        for higher in range(lower + 1, context.size):
-            context.barrier()
-            if context.rank in (lower, higher):
-                times = _round_trips(context, transport, lower, higher, repetitions) / 2
-                if context.rank == lower:
-                    links[higher] = times
-    return links
-
-
-def _round_trips(
-    context: RankContext, transport: Transport, lower: int, higher: int, repetitions: int
-) -> NDArray[np.float64]:
-    times = np.empty((len(LINK_BYTES), repetitions))
-    for index, size in enumerate(LINK_BYTES):
-        elements = size // 4
-        here, there = (_all_on(end, elements, context.size) for end in (lower, higher))
-        out = Exchange(
-            name=f"{size} bytes {lower}→{higher}",
-            direction="forward",
-            source=Placed("message", here),
-            target=Placed("message", there),
-            spec=TensorSpec(shape=(1, elements), channel_axis=1, images_axis=0),
-        )
-        back = replace(out, direction="backward")
-        message = torch.zeros(1, elements, device=context.torch_device)
-        starts = context.rank == lower
-        for repetition in range(-1, repetitions):
-            start = time.perf_counter()
-            for one in (out, back):
-                sends = starts == (one is out)
-                transport.exchange(one, message if sends else None, None if sends else message)
-            if repetition >= 0:
-                times[index, repetition] = time.perf_counter() - start
-    return times
-
-
-def _all_on(rank: int, elements: int, ranks: int) -> Layout:
-    return kernels(tuple(elements if other == rank else 0 for other in range(ranks)))

@@ -47,6 +47,8 @@ class Operation:
     effect: Effect
     module: str | None
     """Qualified name of the submodule it calls."""
+    call: str
+    """The function or method it calls, with its arguments that are no tensors; empty for a submodule."""
     inputs: tuple[str, ...]
     """Names of the operations whose output it takes; ``graph.input`` is the batch."""
     shape: tuple[int, ...] | None
@@ -181,6 +183,7 @@ class _Analysis:
             name=node.name,
             effect=judgement.effect,
             module=str(node.target) if module is not None else None,
+            call="" if module is not None else _call_of(node),
             inputs=tuple(one.name for one in taken),
             shape=shape,
             channel_axis=axis,
@@ -252,6 +255,12 @@ class _Analysis:
                 )
             )
         return tuple(found)
+
+
+def _call_of(node: fx.Node) -> str:
+    target = getattr(node.target, "__name__", str(node.target))
+    args, kwargs = (fx.map_arg(given, lambda _: "_") for given in (node.args, node.kwargs))
+    return f"{target}{args}{kwargs}"
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression
 
 from pipeline.plan.instructions import Direction
 
@@ -18,37 +19,44 @@ Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 class Costs:
     """Cost curves of one calibration, for chosen devices.
 
-    Curves are times of a *fraction* of a segment (of its kernels, or of a dense layer's input features) for the batch
-    of the calibration, scaled in proportion to the batch. The least of the repetitions counts: what
-    disturbs a measurement only adds to it.
+    The time of a *fraction* of a segment (of its kernels, or of a dense layer's input features) is a line over the
+    images, ``fixed + images * per_image``: each of the two never falls over the fraction, and is interpolated between
+    the measured ones. The least of the repetitions counts: what disturbs a measurement only adds to it.
     """
 
     segments: tuple[str, ...]
     """Names of the calibrated segments: their operations joined by ``+``."""
-    batch_size: int
     fractions: NDArray[np.float64]
     """(segment, share), ascending; NaN where a segment was measured at fewer shares."""
-    times: NDArray[np.float64]
-    """(device, segment, share, direction) in s; direction 0 is forward, 1 backward."""
+    fixed: NDArray[np.float64]
+    """(device, segment, share, direction) in s, whatever the number of images; direction 0 is forward, 1 backward."""
+    per_image: NDArray[np.float64]
+    """(device, segment, share, direction) in s per image."""
     latency: NDArray[np.float64]
     """(source, destination) in s."""
     seconds_per_byte: NDArray[np.float64]
     """(source, destination) in s per byte."""
     update: NDArray[np.float64]
     """(device) in s per trained parameter."""
+    _places: dict[str, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        places = {name.split("+", 1)[0]: index for index, name in enumerate(self.segments)}
+        object.__setattr__(self, "_places", places)
 
     @classmethod
     def of(cls, calibration: xr.Dataset) -> Costs:
         """The costs of all devices of one network's calibration."""
         least = calibration[["forward_time", "backward_time", "update_time"]].min("repetition")
         both = (least.forward_time, least.backward_time)
-        times = np.stack([way.transpose("device", "segment", "share").values for way in both], axis=-1)
+        times = np.stack([way.transpose("device", "segment", "share", "images").values for way in both], axis=-1)
+        fixed, per_image = _lines(times, calibration.images.values)
         kernels = calibration.kernels.transpose("segment", "share")
         return cls(
             segments=tuple(str(name) for name in calibration.segment.values),
-            batch_size=int(calibration.batch_size),
             fractions=(kernels / kernels.max("share")).values,
-            times=times,
+            fixed=_rising(fixed),
+            per_image=_rising(per_image),
             latency=calibration.link_latency.values,
             seconds_per_byte=1 / calibration.link_bandwidth.values,
             update=least.update_time.values,
@@ -59,7 +67,8 @@ class Costs:
         chosen = list(devices)
         return replace(
             self,
-            times=self.times[chosen],
+            fixed=self.fixed[chosen],
+            per_image=self.per_image[chosen],
             latency=self.latency[np.ix_(chosen, chosen)],
             seconds_per_byte=self.seconds_per_byte[np.ix_(chosen, chosen)],
             update=self.update[chosen],
@@ -68,51 +77,64 @@ class Costs:
     @property
     def devices(self) -> int:
         """Number of devices."""
-        return len(self.times)
+        return len(self.fixed)
 
-    def curve(self, operation: str, total: int, device: int) -> Curve | None:
+    def curve(self, operation: str, total: int, device: int, batch_size: int) -> Curve | None:
         """Forward plus backward time in s over the share, ``(points, times)``, of ``operation`` with ``total`` kernels.
 
         None if the operation does not begin a calibrated segment.
         """
-        segment = self._segment(operation)
+        segment = self._places.get(operation)
         if segment is None:
             return None
-        measured = np.isfinite(self.fractions[segment]) & np.isfinite(self.times[device, segment, :, 0])
-        both = self.times[device, segment].sum(axis=-1)
+        both = (self.fixed[device, segment] + batch_size * self.per_image[device, segment]).sum(axis=-1)
+        measured = np.isfinite(self.fractions[segment]) & np.isfinite(both)
         return self.fractions[segment][measured] * total, both[measured]
 
-    def seconds(self, operation: str, device: int, fraction: float, direction: Direction, batch_size: int) -> float:
-        """Time of ``fraction`` of the segment that ``operation`` begins, for ``batch_size`` images; else 0."""
-        segment = self._segment(operation)
-        if segment is None or fraction <= 0:
+    def seconds(self, operation: str, device: int, fraction: float, direction: Direction, images: int) -> float:
+        """Time of ``fraction`` of the segment that ``operation`` begins, for so many images; else 0."""
+        segment = self._places.get(operation)
+        if segment is None or fraction <= 0 or images <= 0:
             return 0.0
-        times = self.times[device, segment, :, 0 if direction == "forward" else 1]
+        way = 0 if direction == "forward" else 1
+        times = self.fixed[device, segment, :, way] + images * self.per_image[device, segment, :, way]
         measured = np.isfinite(self.fractions[segment]) & np.isfinite(times)
-        time = np.interp(fraction, self.fractions[segment][measured], times[measured])
-        return float(time) * batch_size / self.batch_size
+        return float(np.interp(fraction, self.fractions[segment][measured], times[measured]))
 
     def whole_step(self, device: int, batch_size: int) -> float:
         """Forward and backward of the whole network on ``device`` alone, in s."""
-        beginnings = [name.split("+", 1)[0] for name in self.segments]
         return sum(
-            self.seconds(name, device, 1.0, way, batch_size) for name in beginnings for way in ("forward", "backward")
+            self.seconds(name, device, 1.0, way, batch_size) for name in self._places for way in ("forward", "backward")
         )
 
-    def throughput(self, device: int) -> float:
+    def throughput(self, device: int, batch_size: int) -> float:
         """Images per second of the whole network on ``device`` alone."""
-        return self.batch_size / self.whole_step(device, self.batch_size)
+        return batch_size / self.whole_step(device, batch_size)
 
-    def fastest(self) -> int:
+    def fastest(self, batch_size: int) -> int:
         """The device with the highest throughput."""
-        return max(range(self.devices), key=self.throughput)
+        return max(range(self.devices), key=lambda device: self.throughput(device, batch_size))
 
     def message(self, source: int, destination: int, size: float) -> float:
         """Time of one message of ``size`` bytes in s."""
         return float(self.latency[source, destination] + size * self.seconds_per_byte[source, destination])
 
-    def _segment(self, operation: str) -> int | None:
-        for index, name in enumerate(self.segments):
-            if name.split("+", 1)[0] == operation:
-                return index
-        return None
+
+def _lines(times: NDArray[np.float64], images: NDArray[np.int_]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Intercept and slope over ``images`` of times (..., images, direction), neither of them negative."""
+    few, many = times[..., 0, :], times[..., -1, :]
+    if len(images) == 1:
+        return np.zeros_like(many), many / images[-1]
+    slope = np.clip((many - few) / (images[-1] - images[0]), 0, many / images[-1])
+    return many - slope * images[-1], slope
+
+
+def _rising(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The closest values that never fall over the share, the third axis; NaN stays."""
+    risen = values.copy()
+    for device, segment, way in np.ndindex(values.shape[0], values.shape[1], values.shape[3]):
+        one = risen[device, segment, :, way]
+        measured = np.isfinite(one)
+        if measured.any():
+            one[measured] = isotonic_regression(one[measured]).x
+    return risen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -43,7 +44,7 @@ def plan_network(
         raise InputError(f"batch size {batch_size} must be at least 1")
     ranks = len(labels)
     if strategy == "single":
-        fastest = costs.fastest() if costs is not None else 0
+        fastest = costs.fastest(batch_size) if costs is not None else 0
         operations = tuple(_on_master(operation, 1) for operation in graph.operations)
         return Plan(
             strategy=strategy,
@@ -58,7 +59,7 @@ def plan_network(
         operations = _batch_split(graph, ranks, _image_shares(batch_size, ranks, costs, shares))
     else:
         build = _kernel_split if strategy == "kernel" else _convolutions_only
-        operations = build(graph, ranks, _split(strategy, ranks, costs, shares))
+        operations = build(graph, ranks, _split(strategy, ranks, batch_size, costs, shares))
     return Plan(
         strategy=strategy,
         batch_size=batch_size,
@@ -68,7 +69,7 @@ def plan_network(
     )
 
 
-def _split(strategy: Strategy, ranks: int, costs: Costs | None, shares: Shares | None) -> Split:
+def _split(strategy: Strategy, ranks: int, batch_size: int, costs: Costs | None, shares: Shares | None) -> Split:
     if isinstance(shares, Mapping):
         return lambda tie: _given_for(tie, shares, ranks)
     if shares is not None:
@@ -79,10 +80,9 @@ def _split(strategy: Strategy, ranks: int, costs: Costs | None, shares: Shares |
         raise InputError(f"strategy '{strategy}' needs a calibration, or shares, to split the kernels")
     if strategy == "paper":
         # In inverse proportion to the measured time of that convolution on each device.
-        return lambda tie: _in_units(
-            tie, proportional(tie.channels // tie.unit, [_throughput(costs, tie, one) for one in range(ranks)])
-        )
-    return lambda tie: _in_units(tie, _balanced(costs, tie))
+        speeds = functools.partial(_speeds, costs, batch_size=batch_size)
+        return lambda tie: _in_units(tie, proportional(tie.channels // tie.unit, speeds(tie)))
+    return lambda tie: _in_units(tie, _balanced(costs, tie, batch_size))
 
 
 def _in_units(tie: Tie, shares: Sequence[int]) -> tuple[int, ...]:
@@ -121,28 +121,33 @@ def _image_shares(batch_size: int, ranks: int, costs: Costs | None, shares: Shar
         return _given(batch_size, shares, ranks)
     if costs is None:
         raise InputError("strategy 'batch' needs a calibration, or shares, to split the images")
-    return proportional(batch_size, [costs.throughput(device) for device in range(ranks)])
+    points = np.unique([1.0, batch_size])
+    times = [np.array([costs.whole_step(device, int(one)) for one in points]) for device in range(ranks)]
+    return balanced(batch_size, [points] * ranks, times)
 
 
-def _throughput(costs: Costs, tie: Tie, device: int) -> float:
-    """Of the operations per second; of the whole network in images/s where they were not measured by themselves."""
-    seconds = sum(
-        costs.seconds(one.name, device, 1.0, way, costs.batch_size)
-        for one in tie.operations
-        for way in ("forward", "backward")
-    )
-    return 1 / seconds if seconds else costs.throughput(device)
+def _speeds(costs: Costs, tie: Tie, batch_size: int) -> list[float]:
+    """Of each device how often per second it does the operations; or the network, where they were not measured."""
+    seconds = [
+        sum(
+            costs.seconds(one.name, device, 1.0, way, batch_size)
+            for one in tie.operations
+            for way in ("forward", "backward")
+        )
+        for device in range(costs.devices)
+    ]
+    return [1 / (one or costs.whole_step(device, batch_size)) for device, one in enumerate(seconds)]
 
 
-def _balanced(costs: Costs, tie: Tie) -> tuple[int, ...]:
+def _balanced(costs: Costs, tie: Tie, batch_size: int) -> tuple[int, ...]:
     """Units for each device, by the sum of the cost curves of all that is tied."""
     units = tie.channels // tie.unit
     points, times = [], []
     for device in range(costs.devices):
-        curves = [costs.curve(one.name, units, device) for one in tie.weighted]
+        curves = [costs.curve(one.name, units, device, batch_size) for one in tie.weighted]
         known = [curve for curve in curves if curve is not None]
         if not known:
-            return proportional(units, [costs.throughput(one) for one in range(costs.devices)])
+            return proportional(units, _speeds(costs, tie, batch_size))
         grid = np.unique(np.concatenate([curve[0] for curve in known]))
         points.append(grid)
         times.append(np.sum([np.interp(grid, *curve) for curve in known], axis=0))

@@ -18,9 +18,10 @@ whatever does not exist: a rank that took no part in an instruction, a repetitio
 (device_set, device). `status` is "not planned" where no cell was asked for. The timeline, `loss`, `share`,
 `peak_memory` and `convolution_time` may be absent from a simulation.
 
-**Calibration** (`calibration.zarr`), per `network` and `batch_size` (scalars) or, of several, along `calibration`:
+**Calibration** (`calibration.zarr`), per `network` (a scalar) or, of several, along `calibration`:
 
-    forward_time, backward_time(device, segment, share, repetition)  kernels(segment, share)  device_label(device)
+    forward_time, backward_time(device, segment, share, images, repetition)
+    kernels(segment, share)  device_label(device)
     update_time(device, repetition)
     link_time(source, destination, message_bytes, repetition)  link_latency, link_bandwidth(source, destination)
 
@@ -92,7 +93,7 @@ CELL: Mapping[str, Variable] = {
     "instruction_end": Variable(("instruction", "device"), "s", "end since the step's start", measured=True),
 }
 
-_SEGMENT_TIME = ("device", "segment", "share", "repetition")
+_SEGMENT_TIME = ("device", "segment", "share", "images", "repetition")
 CALIBRATION: Mapping[str, Variable] = {
     "forward_time": Variable(_SEGMENT_TIME, "s", "forward time of a segment"),
     "backward_time": Variable(_SEGMENT_TIME, "s", "backward time of a segment"),
@@ -120,6 +121,7 @@ COORDINATES: Mapping[str, tuple[str, str]] = {
     "instruction": ("1", "position of an instruction in the program"),
     "segment": ("1", "operations between two exchanges"),
     "share": ("1", "fraction of a segment's kernels"),
+    "images": ("1", "images that a segment was measured with"),
     "source": ("1", "rank that sends"),
     "destination": ("1", "rank that receives"),
     "message_bytes": ("bytes", "size of a message"),
@@ -188,7 +190,7 @@ def validate_calibration(dataset: xr.Dataset, source: str = "the data set") -> N
     several = ("calibration",) if "calibration" in dataset.dims else ()
     needed = {name: (*several, *variable.dims) for name, variable in CALIBRATION.items()}
     _validate(
-        dataset, needed, CALIBRATION, f"{source} is not a calibration", coordinates=("network", "batch_size", "segment")
+        dataset, needed, CALIBRATION, f"{source} is not a calibration", coordinates=("network", "segment", "images")
     )
 
 

@@ -146,7 +146,7 @@ def combine(cells: Iterable[xr.Dataset], expected: Sequence[tuple[str, int, str,
 def combine_calibrations(calibrations: Sequence[xr.Dataset]) -> xr.Dataset:
     """Several calibrations along a new dimension `calibration`, padded to the same devices, segments and repetitions.
 
-    `network`, `batch_size` and, where given, `device_set` become coordinates of that dimension.
+    `network` and, where given, `device_set` become coordinates of that dimension.
     """
     if not calibrations:
         raise InputError("There are no calibrations to combine: give at least one.")
@@ -157,7 +157,7 @@ def combine_calibrations(calibrations: Sequence[xr.Dataset]) -> xr.Dataset:
     combined = xr.concat(
         aligned, dim="calibration", data_vars="all", coords="different", compat="equals", join="exact"
     ).assign_coords(calibration=np.arange(len(calibrations)))
-    for name in ("network", "batch_size", "device_set"):
+    for name in ("network", "device_set"):
         if name in combined.coords and "calibration" not in combined[name].dims:
             combined = combined.assign_coords({name: combined[name].expand_dims(calibration=combined.calibration)})
     combined.attrs = merged_attributes(calibrations)

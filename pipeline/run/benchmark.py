@@ -100,6 +100,7 @@ def _cell(
     convolution = np.full(repetitions, np.nan)
     convolution[-1] = accounts[0].convolution_s
     relative = times[-1] - steps[-1, 0]
+    throughput = np.array([costs.throughput(device, plan.batch_size) for device in plan.devices])
     cell = xr.Dataset(
         {
             "step_time": ("repetition", steps[:, 1] - steps[:, 0]),
@@ -108,7 +109,7 @@ def _cell(
             "predicted_step_time": predicted_step_time(graph, plan, costs),
             "status": OK,
             "device_label": ("device", np.array(plan.labels, dtype=object)),
-            "device_throughput": ("device", np.array([costs.throughput(device) for device in plan.devices])),
+            "device_throughput": ("device", throughput),
             "share": ("device", np.array(plan.convolution_shares(graph))),
             "peak_memory": ("device", np.array([float(account.peak_memory) for account in accounts])),
             **label_variables(labels, itemsize=4),

@@ -41,14 +41,18 @@ def calibration(client: Client) -> xr.Dataset:
 def test_a_calibration_keeps_every_repetition_of_every_segment_and_link(calibration: xr.Dataset) -> None:
     validate_calibration(calibration)
     assert list(calibration.segment.values) == ["conv1", "relu1+pool1", "conv2", "relu2+pool2+flatten", "dense"]
-    assert calibration.forward_time.sizes == {"device": 2, "segment": 5, "share": 5, "repetition": 2}
-    assert (calibration.forward_time > 0).all()
-    assert (calibration.backward_time > 0).all()
-    assert (calibration.update_time > 0).all()
+    sizes = dict(calibration.forward_time.sizes)
+    assert sizes.pop("repetition") >= 2
+    assert sizes == {"device": 2, "segment": 5, "share": 6, "images": 2}
+    made = calibration.forward_time.count("repetition")
+    assert (made >= 2).all()
+    assert (calibration.forward_time.fillna(1) > 0).all()
+    assert (calibration.backward_time.fillna(1) > 0).all()
+    assert (calibration.update_time.fillna(1) > 0).all()
     apart = calibration.link_time.isel(source=0, destination=1)
     assert (apart > 0).all()
     assert np.isfinite(calibration.link_bandwidth.values[0, 1])
-    assert calibration.kernels.sel(segment="conv2").values.tolist() == [6, 13, 25, 38, 50]
+    assert calibration.kernels.sel(segment="conv2").values.tolist() == [2, 6, 13, 25, 38, 50]
     assert calibration.attrs["emulated"]
 
 

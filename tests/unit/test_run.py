@@ -10,10 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.calibration.measure import calibration_images, chains_of, link_of
+from pipeline.calibration.links import link_of
 from pipeline.cluster.devices import Device
-from pipeline.graph.trace import trace
-from pipeline.networks import network
 from pipeline.run.batches import batch_indices, part_of
 from pipeline.run.convolution_timer import ConvolutionTimer
 from pipeline.run.emulation import Throttle
@@ -81,21 +79,6 @@ def test_latency_and_bandwidth_follow_from_the_times_of_messages() -> None:
     link = link_of(np.array([[0.001, 0.001, 0.005], [0.011, 0.011, 0.2]]), sizes)
     assert link.latency == pytest.approx(0.001)
     assert link.bandwidth == pytest.approx(1e8)
-
-
-def test_a_network_is_calibrated_by_convolution_and_what_lies_between() -> None:
-    graph = trace(network("6:10"), torch.empty(2, 3, 32, 32))
-    chains = chains_of(graph)
-    assert [chain.name for chain in chains] == ["conv1", "relu1+pool1", "conv2", "relu2+pool2+flatten", "dense"]
-    assert all(chain.splittable for chain in chains)
-    assert [chain.outputs for chain in chains] == [("conv1",), ("pool1",), ("conv2",), ("flatten",), ("dense",)]
-
-
-def test_a_heavy_network_is_calibrated_with_few_images() -> None:
-    heavy = trace(network("500:1500"), torch.empty(2, 3, 32, 32))
-    light = trace(network("6:10"), torch.empty(2, 3, 32, 32))
-    assert calibration_images(heavy, 64) < 10
-    assert calibration_images(light, 64) == 64
 
 
 def test_the_convolution_timer_sees_forward_and_backward_and_nothing_else() -> None:

@@ -1,0 +1,55 @@
+"""What a calibration is taken to say: lines over the images, curves over the share that never fall."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from pipeline.plan.costs import Costs
+from tests import synthetic
+
+
+@pytest.fixture
+def calibration() -> xr.Dataset:
+    return synthetic.calibration()
+
+
+def test_time_is_a_line_over_the_images(calibration: xr.Dataset) -> None:
+    fixed = 0.02
+    lifted = calibration.assign(forward_time=calibration.forward_time + fixed)
+    costs = Costs.of(lifted)
+    for images in (8, 32, 640):
+        expected = fixed + Costs.of(calibration).seconds("conv2", 0, 0.5, "forward", images)
+        assert costs.seconds("conv2", 0, 0.5, "forward", images) == pytest.approx(expected)
+    assert costs.seconds("conv2", 0, 0.5, "forward", 0) == 0
+
+
+def test_the_least_of_the_repetitions_counts(calibration: xr.Dataset) -> None:
+    disturbed = calibration.copy(deep=True)
+    disturbed.backward_time[..., 1] *= 3
+    assert Costs.of(disturbed).whole_step(1, 16) == pytest.approx(Costs.of(calibration).whole_step(1, 16))
+
+
+def test_a_curve_never_falls_over_the_share(calibration: xr.Dataset) -> None:
+    noisy = calibration.copy(deep=True)
+    noisy.forward_time.loc[{"segment": "conv2", "share": 0.5}] *= 4
+    points, times = Costs.of(noisy).curve("conv2", 500, 0, 32) or pytest.fail("conv2 has a curve")
+    assert points.tolist() == [125, 250, 500]
+    assert (np.diff(times) >= 0).all()
+    # What was above the next point and that point meet in the middle: neither alone is believed.
+    forward = [Costs.of(noisy).seconds("conv2", 0, share, "forward", 32) for share in (0.5, 1.0)]
+    assert forward == pytest.approx([1.5, 1.5])
+
+
+def test_one_number_of_images_is_taken_in_proportion(calibration: xr.Dataset) -> None:
+    costs = Costs.of(calibration.isel(images=[-1]))
+    assert costs.seconds("conv2", 0, 1.0, "forward", 64) == pytest.approx(2.0)
+
+
+def test_more_images_never_take_less_time(calibration: xr.Dataset) -> None:
+    falling = calibration.copy(deep=True)
+    falling.forward_time.loc[{"segment": "relu1", "images": 8}] *= 100
+    costs = Costs.of(falling)
+    few, many = (costs.seconds("relu1", 0, 1.0, "forward", images) for images in (1, 1000))
+    assert 0 < few <= many
