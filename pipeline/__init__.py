@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pipeline.errors import InputError, PipelineError, RunError
     from pipeline.plan.plan import Plan
     from pipeline.plan.planner import make_plan
+    from pipeline.simulation.step import simulate
     from pipeline.training import FitResult, fit
 
 _HOMES = {
@@ -30,10 +31,11 @@ _HOMES = {
     "fit": "pipeline.training",
     "local_cluster": "pipeline.cluster.deployment",
     "make_plan": "pipeline.plan.planner",
+    "simulate": "pipeline.simulation.step",
 }
 __all__ = [
     "Device", "FitResult", "InputError", "PipelineError", "Plan", "RunError",
-    "calibrate", "connect", "fit", "local_cluster", "make_plan",
+    "calibrate", "connect", "fit", "local_cluster", "make_plan", "simulate",
 ]  # fmt: skip
 
 

@@ -119,7 +119,7 @@ class Accuracy(Section):
     """Strategies compared, on the same images, in the same order, from the same weights."""
     epochs: Positive = 3
     """Passes over the training images."""
-    train_images: Positive | None = 5_000
+    train_images: Positive | None = 4_000
     """Most training images used; null takes all."""
     test_images: Positive | None = 2_000
     """Most test images used; null takes all."""

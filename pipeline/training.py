@@ -21,6 +21,7 @@ from pipeline.cluster.deployment import local_cluster
 from pipeline.cluster.devices import Member, discover
 from pipeline.errors import InputError
 from pipeline.graph.trace import trace
+from pipeline.plan.checks import check_plan
 from pipeline.plan.plan import STRATEGIES, Plan, Strategy
 from pipeline.plan.planner import plan_graph
 from pipeline.plan.strategies import Shares
@@ -75,6 +76,7 @@ def fit(
     checkpoint: str | Path | None = None,
     calibration: xr.Dataset | None = None,
     shares: Shares | None = None,
+    plan: Plan | None = None,
     label: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> FitResult:
@@ -85,7 +87,8 @@ def fit(
     step over all devices. ``optimizer`` makes an optimiser from parameters, and must update element by element (SGD,
     Adam and the like), as devices update shards. ``loss`` (cross-entropy by default) averages over a batch.
     ``validation`` images are classified after each epoch. The devices are calibrated first, in seconds, unless a
-    ``calibration`` or ``shares`` (fractions per device, or kernels per layer and device) are given. ``checkpoint`` is a
+    ``calibration`` or ``shares`` (fractions per device, or kernels per layer and device) are given, or a whole ``plan``
+    for these devices and ``batch_size``, which then decides instead of ``strategy``. ``checkpoint`` is a
     file for the trained weights: a ``.safetensors`` file, or under any other name one for ``torch.load(...,
     weights_only=True)``. ``label`` names the run on the dashboard.
 
@@ -98,6 +101,8 @@ def fit(
         scheduled_by=scheduled_by, clip_norm=clip_norm, clip_value=clip_value, accumulate=accumulate,
     )  # fmt: skip
     check_recipe(recipe)
+    if plan is not None and plan.batch_size != batch_size:
+        raise InputError(f"the plan is for batch size {plan.batch_size}, not {batch_size}: plan again, or use that")
     images = _checked_length(dataset, batch_size, epochs, max_steps)
     if checkpoint is not None:
         check_checkpoint(checkpoint)
@@ -105,10 +110,15 @@ def fit(
     graph = trace(model, example_BCHW)
     with _cluster(client) as connected:
         chosen = tuple(members or discover(connected))
-        if calibration is None and shares is None and strategy not in ("ddp", "equal") and len(chosen) > 1:
-            calibration = calibrate(model, example_BCHW, connected, members=chosen, batch_size=batch_size)
         labels = [member.device.label for member in chosen]
-        plan = plan_graph(graph, calibration, batch_size=batch_size, strategy=strategy, labels=labels, shares=shares)
+        if plan is not None:
+            check_plan(plan, graph, labels)
+        else:
+            if calibration is None and shares is None and strategy not in ("ddp", "equal") and len(chosen) > 1:
+                calibration = calibrate(model, example_BCHW, connected, members=chosen, batch_size=batch_size)
+            plan = plan_graph(
+                graph, calibration, batch_size=batch_size, strategy=strategy, labels=labels, shares=shares
+            )
         indices = batch_indices(images, batch_size, epochs=epochs, max_steps=max_steps, shuffle=shuffle, seed=seed)
         accounts = run_plan(
             connected, chosen, plan, graph, model, dataset,

@@ -32,7 +32,7 @@ from pipeline.run.execution import Execution
 
 _UPDATED_PARAMETERS = 1_000_000
 _LINK_REPETITIONS = 5
-_CERTAIN = 0.01
+_CERTAIN = 0.02
 """What is uncertain by less than this part of a whole step is not measured again."""
 
 

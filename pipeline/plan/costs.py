@@ -101,6 +101,24 @@ class Costs:
         measured = np.isfinite(self.fractions[segment]) & np.isfinite(times)
         return float(np.interp(fraction, self.fractions[segment][measured], times[measured]))
 
+    def seconds_of_all(
+        self, operation: str, fraction: NDArray[np.float64], direction: Direction, images: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """As ``seconds`` for all devices at once, each with its own ``fraction`` and ``images``, all (device)."""
+        segment = self._places.get(operation)
+        if segment is None:
+            return np.zeros(self.devices)
+        way = 0 if direction == "forward" else 1
+        measured = np.isfinite(self.fractions[segment]) & np.isfinite(self.fixed[0, segment, :, way])
+        points = self.fractions[segment][measured]
+        times = (self.fixed[:, segment, :, way] + images[:, None] * self.per_image[:, segment, :, way])[:, measured]
+        rows, after = np.arange(self.devices), np.clip(np.searchsorted(points, fraction), 1, max(len(points) - 1, 1))
+        if len(points) == 1:
+            return np.where((fraction > 0) & (images > 0), times[:, 0], 0.0)
+        along = np.clip((fraction - points[after - 1]) / (points[after] - points[after - 1]), 0, 1)
+        found = (1 - along) * times[rows, after - 1] + along * times[rows, after]
+        return np.where((fraction > 0) & (images > 0), found, 0.0)
+
     def whole_step(self, device: int, batch_size: int) -> float:
         """Forward and backward of the whole network on ``device`` alone, in s."""
         return sum(

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Literal
 
 from pipeline.plan.layouts import Box, Layout, Message, messages, transposed
+from pipeline.plan.traffic import Traffic, taking_part, traffic
 
 Direction = Literal["forward", "backward"]
 Part = Literal["whole", "moments", "normalise", "track"]
@@ -141,13 +142,19 @@ class Exchange:
 
     @cached_property
     def ranks(self) -> tuple[int, ...]:
-        """The ranks that send or receive."""
-        return tuple(sorted({rank for message in self.messages for rank in (message.source, message.target)}))
+        """The ranks that send, receive, or keep what they have."""
+        return taking_part(self.source.layout, self.target.layout, self.spec.images, self.spec.channels)
+
+    @property
+    def traffic(self) -> Traffic:
+        """How much travels in this direction between which ranks."""
+        forward = traffic(self.source.layout, self.target.layout, self.spec.images, self.spec.channels)
+        return forward if self.direction == "forward" else forward.transposed
 
     @property
     def elements(self) -> int:
         """Elements that travel between different ranks."""
-        return sum(one.box.size * self.spec.rest for one in self.messages if one.source != one.target)
+        return int(self.traffic.sent[1].sum()) * self.spec.rest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,3 +166,11 @@ class Update:
 
 
 Instruction = Compute | Exchange | Update
+
+
+def may_go_on(exchange: Exchange, following: Instruction | None) -> bool:
+    """Whether a deferred exchange may still be under way during ``following``; at the end of a step none may."""
+    if exchange.moves == "gradients":
+        takes_up = isinstance(following, Exchange) and following.source == exchange.target
+        return isinstance(following, Compute | Exchange) and not takes_up
+    return isinstance(following, Compute) and following.gradients == "parameters"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import xarray as xr
@@ -11,13 +12,12 @@ from torch import nn
 
 from pipeline.errors import InputError
 from pipeline.graph.trace import Graph, trace
+from pipeline.plan.checks import check_calibration
 from pipeline.plan.costs import Costs
 from pipeline.plan.plan import STRATEGIES, Plan, Strategy
 from pipeline.plan.prediction import predict_step
+from pipeline.plan.search import fastest_plan
 from pipeline.plan.strategies import Shares, plan_network
-
-CANDIDATES: tuple[Strategy, ...] = ("single", "paper", "kernel", "batch")
-"""What ``auto`` chooses from, by predicted step time; all of them are exact."""
 
 
 def make_plan(model: nn.Module, calibration: xr.Dataset, *, batch_size: int, strategy: Strategy = "auto") -> Plan:
@@ -43,36 +43,25 @@ def plan_graph(
 ) -> Plan:
     """Plan a traced network for the devices called ``labels``, which ``calibration`` measured in this order.
 
-    Without a calibration only ``ddp``, ``equal``, one device, or given ``shares`` are possible; ``auto`` is then
-    ``single`` on one device and ``kernel`` with shares. Raises ``InputError`` as ``make_plan`` does.
+    Without a calibration only ``ddp``, ``equal``, one device, or given ``shares`` are possible. With shares ``auto`` is
+    ``kernel``, and on one device ``single``. Raises ``InputError`` as ``make_plan`` does.
     """
-    costs = None if calibration is None else Costs.of(calibration)
-    if costs is not None:
-        _check_fits(graph, costs, labels)
     if strategy not in STRATEGIES:
         raise InputError(f"strategy '{strategy}' is unknown; the strategies are {', '.join(STRATEGIES)}")
-
-    def plan(one: Strategy) -> Plan:
-        return plan_network(graph, one, batch_size=batch_size, labels=labels, costs=costs, shares=shares)
-
-    if strategy != "auto":
-        return plan(strategy)
-    if costs is None or len(labels) == 1:
-        return plan("single" if len(labels) == 1 else "kernel")
-    plans = [plan(one) for one in CANDIDATES]
-    return min(plans, key=lambda one: predicted_step_time(graph, one, costs, itemsize=itemsize))
+    costs = None
+    if calibration is not None:
+        check_calibration(calibration, graph, labels)
+        costs = Costs.of(calibration)
+    if strategy == "auto" and costs is not None and len(labels) > 1 and shares is None:
+        plan = fastest_plan(graph, costs, batch_size=batch_size, labels=labels, itemsize=itemsize)
+    else:
+        if strategy == "auto":
+            strategy = "single" if len(labels) == 1 else "kernel"
+        plan = plan_network(graph, strategy, batch_size=batch_size, labels=labels, costs=costs, shares=shares)
+    return replace(plan, graph=graph)
 
 
 def predicted_step_time(graph: Graph, plan: Plan, costs: Costs, *, itemsize: int = 4) -> float:
     """Predicted time of one step of ``plan`` in s, where ``costs`` are of all devices that it was made for."""
-    return predict_step(graph, plan, costs.only(plan.devices), batch_size=plan.batch_size, itemsize=itemsize)
-
-
-def _check_fits(graph: Graph, costs: Costs, labels: Sequence[str]) -> None:
-    known = {name for segment in costs.segments for name in segment.split("+")}
-    wanted = {operation.name for operation in graph.operations}
-    if known != wanted:
-        some = ", ".join(sorted(wanted ^ known)[:3])
-        raise InputError(f"the calibration is of another network: the two differ in {some}")
-    if costs.devices != len(labels):
-        raise InputError(f"the calibration is of {costs.devices} devices, but there are {len(labels)}")
+    chosen = costs.only(plan.devices)
+    return float(predict_step(graph, plan, chosen, batch_size=plan.batch_size, itemsize=itemsize)[0])

@@ -1,6 +1,12 @@
-"""How long a step of a plan will take: the program's instructions on cost curves instead of devices."""
+"""How long a step of a plan will take: the program's instructions on cost curves and link models instead of devices.
+
+Many links can be tried at once: everything that depends on the link has an axis of *cases* in front, (case, rank).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,105 +14,245 @@ from numpy.typing import NDArray
 from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph
 from pipeline.plan.costs import Costs
-from pipeline.plan.instructions import Compute, Direction, Exchange, Instruction, Step
+from pipeline.plan.instructions import Compute, Direction, Exchange, Instruction, Step, may_go_on
 from pipeline.plan.layouts import Layout
 from pipeline.plan.plan import Plan
 from pipeline.plan.program import Program, compile_program
+from pipeline.plan.traffic import Traffic
+
+Times = NDArray[np.float64]
+
+_PAIRWISE_RANKS = 48
+"""Up to so many ranks every message is followed; beyond, the sums of what each rank sends and receives."""
 
 
-def predict_step(graph: Graph, plan: Plan, costs: Costs, *, batch_size: int, itemsize: int = 4) -> float:
-    """Predicted time of one training step in s; ``itemsize`` is the bytes per number of the model's type."""
+@dataclass(frozen=True, eq=False)
+class Links:
+    """What messages cost, in several cases at once.
+
+    The arrays have the shape (case, sender, receiver), or (case, 1, 1) where all pairs are alike.
+    """
+
+    latency: Times
+    """In s, from the last byte's leaving the sender to its reaching the receiver, whom it does not occupy."""
+    seconds_per_byte: Times
+    """How long a byte occupies the sender's and the receiver's port."""
+
+    @classmethod
+    def measured(cls, costs: Costs) -> Links:
+        """The one case that the calibration has measured."""
+        return cls(costs.latency[None], costs.seconds_per_byte[None])
+
+    @classmethod
+    def uniform(cls, latency: Times, bandwidth: Times) -> Links:
+        """Links of the same latency in s and bandwidth in bytes/s between all ranks, one case per entry, (case)."""
+        return cls(np.asarray(latency)[:, None, None], 1 / np.asarray(bandwidth)[:, None, None])
+
+    def of(self, devices: Sequence[int]) -> Links:
+        """The links between ``devices`` alone."""
+        if self.alike:
+            return self
+        chosen = np.ix_(range(self.cases), list(devices), list(devices))
+        return Links(self.latency[chosen], self.seconds_per_byte[chosen])
+
+    @property
+    def cases(self) -> int:
+        """Number of cases."""
+        return len(self.latency)
+
+    @property
+    def alike(self) -> bool:
+        """Whether all pairs of ranks are alike."""
+        return self.latency.shape[1:] == (1, 1)
+
+
+def predict_step(
+    graph: Graph, plan: Plan, costs: Costs, *, batch_size: int, itemsize: int = 4, links: Links | None = None
+) -> Times:
+    """Predicted time of one training step in s, (case); ``itemsize`` is the bytes per number of the model's type.
+
+    ``costs`` are those of the plan's ranks; without ``links`` those of the calibration count.
+    """
+    links = links or Links.measured(costs)
     if plan.strategy == "ddp":
-        return _predict_ddp(graph, costs, batch_size, itemsize)
-    timeline = predict_timeline(graph, plan, compile_program(graph, plan, batch_size), costs, itemsize=itemsize)
-    return float(np.nanmax(timeline))
+        return _predict_ddp(graph, costs, batch_size, itemsize, links)
+    program = compile_program(graph, plan, batch_size)
+    timeline = predict_timeline(graph, plan, program, costs, itemsize=itemsize, links=links)
+    found: Times = np.nanmax(timeline, axis=(1, 2, 3))
+    return found
 
 
 def predict_timeline(
-    graph: Graph, plan: Plan, program: Program, costs: Costs, *, itemsize: int = 4
-) -> NDArray[np.float64]:
-    """Start and end of each instruction on each rank in s, (instruction, rank, 2); NaN where a rank takes no part.
+    graph: Graph, plan: Plan, program: Program, costs: Costs, *, itemsize: int = 4, links: Links | None = None
+) -> Times:
+    """Start and end of each instruction on each rank in s, (case, instruction, rank, 2).
 
-    A rank begins an instruction when it has ended the one before, but goes on during a deferred exchange until the
-    computation beside it has ended. In an exchange a message begins when both ends are
-    there; a rank's messages go over its one link after each other, and the rank is done when the last has arrived.
-    ``costs`` are those of the plan's ranks.
+    NaN where a rank takes no part.
+    A rank begins an instruction when it has ended the one before, but goes on during a deferred exchange until what
+    needs it begins.
     """
-    instructions = program.instructions
-    timeline = np.full((len(instructions), program.ranks, 2), np.nan)
-    free, arrived = np.zeros(program.ranks), np.zeros(program.ranks)
-    for index, instruction in enumerate(instructions):
-        ranks = list(instruction.ranks)
-        start = free[ranks]
-        if isinstance(instruction, Exchange):
-            end = _exchange_ends(instruction, free, costs, itemsize)[ranks]
+    return _Simulation(graph, plan, program, costs, itemsize, links or Links.measured(costs)).run()
+
+
+def compute_seconds(graph: Graph, plan: Plan, program: Program, instruction: Instruction, costs: Costs) -> Times:
+    """Time of a computation or of the update on each rank in s, (rank)."""
+    if not isinstance(instruction, Compute):
+        return _updated(program) * costs.update
+    # The gradients of a convolution's input and of its weights take the same number of operations.
+    part = 1.0 if instruction.gradients == "all" else 0.5
+    total = np.zeros(program.ranks)
+    for step in instruction.steps:
+        if step.part in ("whole", "normalise"):
+            total += step_seconds(graph, plan, step, instruction.direction, program.batch_size, costs)
+    return part * total
+
+
+def step_seconds(graph: Graph, plan: Plan, step: Step, direction: Direction, batch_size: int, costs: Costs) -> Times:
+    """Time of each rank's part of one operation in s, (rank)."""
+    fraction, images = _work(graph, plan, step, batch_size)
+    return costs.seconds_of_all(step.operation, fraction, direction, images)
+
+
+class _Simulation:
+    """The clocks of all ranks and the ports of their links, as the instructions go by."""
+
+    def __init__(self, graph: Graph, plan: Plan, program: Program, costs: Costs, itemsize: int, links: Links) -> None:
+        self._graph, self._plan, self._program, self._costs = graph, plan, program, costs
+        self._itemsize, self._links = itemsize, links
+        shape = (links.cases, program.ranks)
+        self._free = np.zeros(shape)
+        """When each rank has ended what it does itself."""
+        self._egress, self._ingress = np.zeros(shape), np.zeros(shape)
+        """When the ports of each rank are free again."""
+        self._pending: list[tuple[Exchange, Times]] = []
+
+    def run(self) -> Times:
+        instructions = self._program.instructions
+        timeline = np.full((self._links.cases, len(instructions), self._program.ranks, 2), np.nan)
+        for index, instruction in enumerate(instructions):
+            self._complete(instruction)
+            ranks = list(instruction.ranks)
+            start = self._free[:, ranks]
+            if isinstance(instruction, Exchange):
+                end = self._exchange(instruction)
+                if instruction.deferred:
+                    self._pending.append((instruction, end))
+                else:
+                    self._free = np.maximum(self._free, end)
+                end = end[:, ranks]
+            else:
+                end = start + compute_seconds(self._graph, self._plan, self._program, instruction, self._costs)[ranks]
+                self._free[:, ranks] = end
+            timeline[:, index, ranks, 0], timeline[:, index, ranks, 1] = start, end
+        return timeline
+
+    def _complete(self, following: Instruction) -> None:
+        left = []
+        for exchange, end in self._pending:
+            if may_go_on(exchange, following):
+                left.append((exchange, end))
+            else:
+                self._free = np.maximum(self._free, end)
+        self._pending = left
+
+    def _exchange(self, exchange: Exchange) -> Times:
+        """When each rank has ended its part, (case, rank); a rank without one ends at once."""
+        unit = exchange.spec.rest * self._itemsize
+        if self._links.alike and self._program.ranks > _PAIRWISE_RANKS:
+            return self._in_sum(exchange.traffic, unit)
+        return self._message_by_message(exchange.traffic, unit)
+
+    def _message_by_message(self, moved: Traffic, unit: int) -> Times:
+        """Each port takes its messages one after the other, in the order of the other end's ranks."""
+        size = moved.matrix
+        travels = size > 0
+        if not travels.any():
+            return self._free
+        duration = size * unit * self._links.seconds_per_byte
+        latency = np.broadcast_to(self._links.latency, duration.shape)
+        begin = np.maximum(self._free, self._egress)
+        leaves = begin[:, :, None] + np.cumsum(duration, axis=2)
+        sends, receives = travels.any(axis=1), travels.any(axis=0)
+        self._egress = np.where(sends, leaves[:, :, -1], self._egress)
+        arrives = np.where(travels, leaves + latency, -np.inf)
+        # The port is busy for as long as each message takes: t = max(arrival, t before + duration), unrolled.
+        begun = np.maximum(self._free, self._ingress)
+        busy = np.cumsum(duration, axis=1)
+        ended = np.maximum((arrives - busy).max(axis=1) + busy[:, -1], begun)
+        self._ingress = np.where(receives, ended, self._ingress)
+        end = np.where(sends, leaves[:, :, -1], self._free)
+        return np.where(receives, np.maximum(end, ended), end)
+
+    def _in_sum(self, moved: Traffic, unit: int) -> Times:
+        """Ports share their bandwidth fairly, so that what goes through one ends when all of it has."""
+        latency, per_byte = self._links.latency[:, :, 0], self._links.seconds_per_byte[:, :, 0]
+        (sent, out_size), (received, in_size) = moved.sent, moved.received
+        sends, receives = sent > 0, received > 0
+        if not sends.any():
+            return self._free
+        leaving, arriving = out_size * unit * per_byte, in_size * unit * per_byte
+        begin = np.where(sends, np.maximum(self._free, self._egress), -np.inf)
+        leaves = begin + leaving
+        self._egress = np.where(sends, leaves, self._egress)
+        if moved.pairs is None:
+            last = leaves[:, sends].max(axis=1, keepdims=True)
+            first = begin[:, sends].max(axis=1, keepdims=True)
         else:
-            end = start + [_work(graph, plan, program, instruction, costs, rank) for rank in ranks]
-        timeline[index, ranks, 0], timeline[index, ranks, 1] = start, end
-        if isinstance(instruction, Exchange) and instruction.deferred:
-            arrived[ranks] = end
-            continue
-        free[ranks] = end
-        free = np.maximum(free, arrived)
-    return timeline
+            last, first = _latest(moved, leaves), _latest(moved, begin)
+        begun = np.maximum(self._free, self._ingress)
+        ended = np.maximum(np.maximum(last, np.maximum(first, begun) + arriving) + latency, begun)
+        self._ingress = np.where(receives, ended, self._ingress)
+        end = np.where(sends, leaves, self._free)
+        return np.where(receives, np.maximum(end, ended), end)
 
 
-def _work(graph: Graph, plan: Plan, program: Program, instruction: Instruction, costs: Costs, rank: int) -> float:
-    if isinstance(instruction, Compute):
-        # The gradients of a convolution's input and of its weights take the same number of operations.
-        part = 1.0 if instruction.gradients == "all" else 0.5
-        return part * sum(
-            _step_seconds(graph, plan, step, costs, rank, instruction.direction, program.batch_size)
-            for step in instruction.steps
-            if step.part in ("whole", "normalise")
-        )
-    elements = 0.0
+def _latest(moved: Traffic, times: Times) -> Times:
+    """Of each rank the latest of those that send to it."""
+    assert moved.pairs is not None
+    sender, receiver, _ = moved.pairs
+    found = np.full_like(times, -np.inf)
+    for case in range(len(times)):
+        np.maximum.at(found[case], receiver, times[case, sender])
+    return found
+
+
+def _updated(program: Program) -> Times:
+    """How many trained numbers live on each rank, (rank)."""
+    elements = np.zeros(program.ranks)
     for one in program.parameters:
         if one.parameter.trained:
-            size = float(np.prod(one.parameter.shape))
-            elements += size * _part(one.home, rank)
-    return elements * float(costs.update[rank])
+            elements += float(np.prod(one.parameter.shape)) * _parts(one.home)
+    return elements
 
 
-def _step_seconds(
-    graph: Graph, plan: Plan, step: Step, costs: Costs, rank: int, direction: Direction, images: int
-) -> float:
-    """Time of a rank's part of an operation: some of its kernels, or all of them for some images."""
+def _work(graph: Graph, plan: Plan, step: Step, batch_size: int) -> tuple[Times, Times]:
+    """Each rank's part of an operation: the fraction of its kernels, and for how many images; both (rank)."""
     planned = plan[step.operation]
     split_input = graph[step.operation].effect is Effect.KERNEL and planned.input.kind == "K"
     if step.output is not None and step.output.layout.kind == "B":
-        return costs.seconds(step.operation, rank, 1.0, direction, step.output.layout.shares[rank])
-    fraction = _part(planned.input if split_input else planned.output, rank)
-    return costs.seconds(step.operation, rank, fraction, direction, images)
+        images = np.array(step.output.layout.shares, dtype=float)
+        return (images > 0).astype(float), images
+    layout = planned.input if split_input else planned.output
+    return _parts(layout), np.full(len(layout.shares), float(batch_size))
 
 
-def _part(layout: Layout, rank: int) -> float:
-    share = layout.shares[rank]
-    return share / sum(layout.shares) if layout.kind in ("K", "B") else float(share > 0)
+def _parts(layout: Layout) -> Times:
+    shares = np.array(layout.shares, dtype=float)
+    return shares / shares.sum() if layout.kind in ("K", "B") else (shares > 0).astype(float)
 
 
-def _exchange_ends(exchange: Exchange, free: NDArray[np.float64], costs: Costs, itemsize: int) -> NDArray[np.float64]:
-    link, done = free.copy(), free.copy()
-    rest = exchange.spec.rest * itemsize
-    for message in exchange.messages:
-        source, target = message.source, message.target
-        if source == target:
-            continue
-        end = max(link[source], link[target]) + costs.message(source, target, message.box.size * rest)
-        link[source] = link[target] = end
-        done[source], done[target] = max(done[source], end), max(done[target], end)
-    return done
-
-
-def _predict_ddp(graph: Graph, costs: Costs, batch_size: int, itemsize: int) -> float:
+def _predict_ddp(graph: Graph, costs: Costs, batch_size: int, itemsize: int, links: Links) -> Times:
     """Equal parts of the batch, then a ring all-reduce of all gradients, which overlaps with nothing here."""
     trained = {one.name: one.shape for op in graph.operations for one in op.parameters if one.trained}
     elements = float(sum(np.prod(shape) for shape in trained.values()))
     ranks = costs.devices
     compute = max(costs.whole_step(rank, -(-batch_size // ranks)) for rank in range(ranks))
-    update = float(costs.update.max()) * elements
+    step = np.full(links.cases, compute + float(costs.update.max()) * elements)
     if ranks == 1:
-        return compute + update
-    piece = elements * itemsize / ranks
-    hop = max(costs.message(rank, (rank + 1) % ranks, piece) for rank in range(ranks))
-    return compute + 2 * (ranks - 1) * hop + update
+        return step
+    hop = links.latency + elements * itemsize / ranks * links.seconds_per_byte
+    if not links.alike:
+        here = np.arange(ranks)
+        hop = hop[:, here, (here + 1) % ranks]
+    slowest: Times = hop.reshape(links.cases, -1).max(axis=1)
+    return step + 2 * (ranks - 1) * slowest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,66 +34,116 @@ def equal(total: int, ranks: int) -> tuple[int, ...]:
 
 
 def balanced(
-    total: int, points: Sequence[NDArray[np.float64]], times: Sequence[NDArray[np.float64]]
+    total: int,
+    points: Sequence[NDArray[np.float64]],
+    times: Sequence[NDArray[np.float64]],
+    *,
+    caps: Sequence[int] | None = None,
+    latency: Sequence[float] | None = None,
+    link: Sequence[float] | None = None,
 ) -> tuple[int, ...]:
     """The integer shares that minimise the time of the slowest device.
 
     ``points[i]`` (ascending, positive) and ``times[i]`` (seconds) are device i's measured cost curve: the time of
-    ``points[i][j]`` kernels. Between the points the curve is linear, before the first it is flat at the first time (a
-    few kernels cost what the smallest measured share costs, unless there are none), beyond the last it goes on with the
-    last slope; it is made monotone first. Bisection on the finish time T gives k_i(T), the most kernels device i ends
-    by T; the least T with sum k_i(T) >= total is optimal, as every k_i is monotone in T. What is over is taken from the
-    devices that finish last, so one that would only run for a handful may end with none.
+    ``points[i][j]`` kernels. Between the points the curve is linear, before the
+    first it is flat at the first time (a few kernels cost what the smallest measured share costs, unless there are
+    none), beyond the last it goes on with the last slope; it is made monotone first. A device that has any kernels
+    takes ``latency[i]`` longer, and ``link[i]`` for each of them (s); it gets at most ``caps[i]``.
+
+    Bisection on the finish time T gives k_i(T), the most kernels device i ends by T; the least T with
+    sum k_i(T) >= total is optimal, as every k_i is monotone in T. What is over is taken from the devices that finish
+    last, so one that would only run for a handful may end with none.
+
+    Raises ``InputError`` for curves that are empty, unordered or not positive, and for caps that leave kernels over.
     """
-    curves = [_monotone(point, time) for point, time in zip(points, times, strict=True)]
-
-    def capacity(finish: float) -> list[int]:
-        return [min(total, _most_kernels(*curve, finish)) for curve in curves]
-
-    low, high = 0.0, min(_time_of(*curve, total) for curve in curves)
+    devices = len(points)
+    curves = _Curves.of(points, times, latency or [0.0] * devices, link or [0.0] * devices)
+    most = np.minimum(total, np.array([total] * devices if caps is None else caps))
+    if most.sum() < total:
+        raise InputError(
+            f"{total} kernels do not fit: the devices can hold {' + '.join(map(str, most))} = {most.sum()} of them"
+        )
+    low, high = 0.0, float(curves.seconds(most).max())
     for _ in range(100):
         middle = (low + high) / 2
-        if sum(capacity(middle)) >= total:
+        if not low < middle < high:
+            break
+        if np.minimum(curves.most_kernels(middle), most).sum() >= total:
             high = middle
         else:
             low = middle
-    share = capacity(high)
-    for _ in range(sum(share) - total):
-        last = max((rank for rank, s in enumerate(share) if s), key=lambda rank: _time_of(*curves[rank], share[rank]))
+    share = np.minimum(curves.most_kernels(high), most)
+    finish = curves.seconds(share)
+    for _ in range(int(share.sum()) - total):
+        last = int(np.argmax(np.where(share > 0, finish, -1.0)))
         share[last] -= 1
-    return tuple(share)
+        finish[last] = curves.seconds(share)[last] if share[last] else 0.0
+    return tuple(int(one) for one in share)
 
 
-def _monotone(
-    points: NDArray[np.float64], times: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    if len(points) == 0 or np.any(~np.isfinite(times)) or np.any(np.diff(points) <= 0) or np.any(times <= 0):
+@dataclass(frozen=True, eq=False)
+class _Curves:
+    """Monotone cost curves of all devices: (device, point), beginning at one kernel."""
+
+    points: NDArray[np.float64]
+    times: NDArray[np.float64]
+    slopes: NDArray[np.float64]
+    """(device) in s per kernel beyond the last point; the mean cost where the curve ends flat or has one point."""
+
+    @classmethod
+    def of(
+        cls,
+        points: Sequence[NDArray[np.float64]],
+        times: Sequence[NDArray[np.float64]],
+        latency: Sequence[float],
+        link: Sequence[float],
+    ) -> _Curves:
+        size = max(len(one) for one in points)
+        rows = [_extended(*curve, size) for curve in zip(points, times, strict=True)]
+        point, time, slopes = (np.array(column) for column in zip(*rows, strict=True))
+        # The flat beginning as a point of its own, so that what a link adds per kernel keeps the curve in pieces.
+        first = np.minimum(1.0, point[:, :1] / 2)
+        point, time = np.hstack([first, point]), np.hstack([time[:, :1], time])
+        per_kernel, once = np.array(link, dtype=float)[:, None], np.array(latency, dtype=float)[:, None]
+        if (per_kernel < 0).any() or (once < 0).any():
+            raise InputError(f"latencies {list(latency)} and link times {list(link)} must not be negative")
+        return cls(point, time + once + per_kernel * point, slopes + per_kernel[:, 0])
+
+    def seconds(self, kernels: NDArray[np.int_]) -> NDArray[np.float64]:
+        """Time of so many kernels on each device, 0 for none."""
+        found = np.array([np.interp(k, *curve) for k, *curve in zip(kernels, self.points, self.times, strict=True)])
+        beyond = np.clip(kernels - self.points[:, -1], 0, None)
+        return np.where(kernels > 0, found + beyond * self.slopes, 0.0)
+
+    def most_kernels(self, finish: float) -> NDArray[np.int_]:
+        """How many kernels each device ends by ``finish``."""
+        rows, last = np.arange(len(self.points)), self.points.shape[1] - 1
+        done = (self.times <= finish).sum(axis=1)
+        index = np.clip(done, 1, last)
+        before, after = self.times[rows, index - 1], self.times[rows, index]
+        start, width = self.points[rows, index - 1], self.points[rows, index] - self.points[rows, index - 1]
+        rise = after - before
+        within = start + np.divide((finish - before) * width, rise, out=np.zeros_like(rise), where=rise > 0)
+        beyond = self.points[:, -1] + (finish - self.times[:, -1]) / self.slopes
+        found = np.where(done > last, beyond, np.where(done == 0, 0.0, within))
+        return np.floor(found + 1e-9).astype(int)
+
+
+def _extended(
+    points: NDArray[np.float64], times: NDArray[np.float64], size: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
+    """A curve made monotone and, by going on with its last slope, of ``size`` points; and that slope."""
+    if (
+        len(points) == 0
+        or np.any(~np.isfinite(times))
+        or np.any(np.diff(points) <= 0)
+        or np.any(np.asarray(times) <= 0)
+    ):
         raise InputError(
             f"a cost curve with points {list(points)} and times {list(times)} is empty, unordered or not positive"
         )
-    return np.asarray(points, dtype=float), np.maximum.accumulate(np.asarray(times, dtype=float))
-
-
-def _last_slope(points: NDArray[np.float64], times: NDArray[np.float64]) -> float:
-    """Seconds per kernel beyond the last point; the mean cost where the curve ends flat or has one point."""
-    slope = (times[-1] - times[-2]) / (points[-1] - points[-2]) if len(points) > 1 else 0.0
-    return float(slope) if slope > 0 else float(times[-1] / points[-1])
-
-
-def _time_of(points: NDArray[np.float64], times: NDArray[np.float64], kernels: int) -> float:
-    if kernels <= 0:
-        return 0.0
-    if kernels > points[-1]:
-        return float(times[-1] + (kernels - points[-1]) * _last_slope(points, times))
-    return float(np.interp(kernels, points, times))
-
-
-def _most_kernels(points: NDArray[np.float64], times: NDArray[np.float64], finish: float) -> int:
-    if finish < times[0]:
-        return 0
-    if finish >= times[-1]:
-        return int(points[-1] + (finish - times[-1]) / _last_slope(points, times) + 1e-9)
-    # The last segment of the curve that begins by ``finish`` and ends after it.
-    index = int(np.searchsorted(times, finish, side="right"))
-    rise = times[index] - times[index - 1]
-    return int(points[index - 1] + (finish - times[index - 1]) / rise * (points[index] - points[index - 1]) + 1e-9)
+    times = np.maximum.accumulate(np.asarray(times, dtype=float))
+    rise = (times[-1] - times[-2]) / (points[-1] - points[-2]) if len(points) > 1 else 0.0
+    slope = float(rise if rise > 0 else times[-1] / points[-1])
+    more = np.arange(1, size - len(points) + 1)
+    return np.append(points, points[-1] + more), np.append(times, times[-1] + slope * more), slope

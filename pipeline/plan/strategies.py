@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from pipeline.plan.layouts import Layout, images, kernels, master, partial, repl
 from pipeline.plan.plan import STRATEGIES, OperationPlan, Plan, Strategy, parameter_plans
 from pipeline.plan.shares import balanced, equal, proportional
 from pipeline.plan.ties import Tie, bound, on_master, ties
+
+Kind = Literal["M", "K", "B"]
+"""How a layer is split: not at all, by kernels or by images."""
 
 Split = Callable[[Tie], tuple[int, ...]]
 """Shares of operations that are tied to each other, in channels."""
@@ -53,13 +57,18 @@ def plan_network(
             labels=(labels[fastest],),
             operations=operations,
         )
+    layers = layers_of(graph)
     if strategy == "ddp":
         operations = ()
     elif strategy == "batch":
-        operations = _batch_split(graph, ranks, _image_shares(batch_size, ranks, costs, shares))
+        of_images = image_shares(batch_size, ranks, costs, shares)
+        operations = Mixed(graph, ranks, {one.name: "B" for one in layers}, _nothing, of_images).plans()
     else:
-        build = _kernel_split if strategy == "kernel" else _convolutions_only
-        operations = build(graph, ranks, _split(strategy, ranks, batch_size, costs, shares))
+        split = kernel_split(strategy, ranks, batch_size, costs, shares)
+        if strategy == "kernel":
+            operations = Mixed(graph, ranks, {one.name: "K" for one in layers}, split, None).plans()
+        else:
+            operations = _convolutions_only(graph, ranks, split)
     return Plan(
         strategy=strategy,
         batch_size=batch_size,
@@ -69,7 +78,8 @@ def plan_network(
     )
 
 
-def _split(strategy: Strategy, ranks: int, batch_size: int, costs: Costs | None, shares: Shares | None) -> Split:
+def kernel_split(strategy: Strategy, ranks: int, batch_size: int, costs: Costs | None, shares: Shares | None) -> Split:
+    """How a strategy shares out the kernels of operations that are tied."""
     if isinstance(shares, Mapping):
         return lambda tie: _given_for(tie, shares, ranks)
     if shares is not None:
@@ -83,6 +93,10 @@ def _split(strategy: Strategy, ranks: int, batch_size: int, costs: Costs | None,
         speeds = functools.partial(_speeds, costs, batch_size=batch_size)
         return lambda tie: _in_units(tie, proportional(tie.channels // tie.unit, speeds(tie)))
     return lambda tie: _in_units(tie, _balanced(costs, tie, batch_size))
+
+
+def _nothing(tie: Tie) -> tuple[int, ...]:
+    raise AssertionError(f"{tie.operations[0].name} is not split by kernels")
 
 
 def _in_units(tie: Tie, shares: Sequence[int]) -> tuple[int, ...]:
@@ -114,7 +128,8 @@ def _given(total: int, shares: Sequence[float], ranks: int, unit: int = 1) -> tu
     raise InputError(f"shares {equation} = {sum(shares):g} must add up to 1 (fractions) or to {total} (kernels)")
 
 
-def _image_shares(batch_size: int, ranks: int, costs: Costs | None, shares: Shares | None) -> tuple[int, ...]:
+def image_shares(batch_size: int, ranks: int, costs: Costs | None, shares: Shares | None) -> tuple[int, ...]:
+    """How many images each rank gets: all end at the same time, going by the network's time on each device."""
     if isinstance(shares, Mapping):
         raise InputError("strategy 'batch' splits images: it takes one share per device, not one per layer")
     if shares is not None:
@@ -177,28 +192,42 @@ def _of_groups(operation: Operation, shares: Sequence[int]) -> tuple[int, ...]:
     return tuple(share // operation.unit * operation.input_unit for share in shares)
 
 
-def _kernel_split(graph: Graph, ranks: int, split: Split) -> tuple[OperationPlan, ...]:
-    """``kernel``: convolutions by kernels, dense layers by the features they find split, the rest on the shard."""
-    return _KernelSplit(graph, ranks, split).plans()
+class Mixed:
+    """A plan in which every convolution and dense layer is split in its own way, and the rest follows.
 
+    A layer of kind ``M`` stays on the master, ``K`` is split by kernels (a dense layer by the features that it finds
+    split), ``B`` by images. What lies between does what it can where its inputs are.
+    """
 
-class _KernelSplit:
-    def __init__(self, graph: Graph, ranks: int, split: Split) -> None:
-        self._graph, self._ranks, self._split = graph, ranks, split
+    def __init__(
+        self, graph: Graph, ranks: int, kinds: Mapping[str, Kind], split: Split, image_shares: tuple[int, ...] | None
+    ) -> None:
+        """``kinds`` by the names of the layers; ``image_shares`` may be missing where none is split by images."""
+        self._graph, self._ranks, self._kinds, self._split = graph, ranks, kinds, split
+        self._images = None if image_shares is None else images(image_shares)
         self._ties, self._bound, self._on_master = ties(graph), bound(graph), on_master(graph)
         self._shares: dict[str, tuple[int, ...]] = {}
-        split_ones = [one for one in graph.convolutions if one.effect in (Effect.KERNEL, Effect.GROUPED)]
-        taking_part = [sum(column) for column in zip(*(self._shares_of(one) for one in split_ones), strict=True)]
-        self._everyone = replicated(tuple(taking_part) if taking_part else (1,) + (0,) * (ranks - 1))
+        self._everyone = replicated(self._taking_part())
         self._layouts: dict[str, Layout] = {graph.input: master(ranks)}
+        self._gathered: dict[str, tuple[Layout, Layout]] = {}
+        """By operation, the layouts of what it is bound to."""
 
     def plans(self) -> tuple[OperationPlan, ...]:
+        """One per operation, in order."""
         found = []
         for operation in self._graph.operations:
             source, target = self._of(operation)
             self._layouts[operation.name] = target
             found.append(OperationPlan(name=operation.name, input=source, output=target, home="shard"))
         return _agreeing(self._graph, tuple(found), self._ranks)
+
+    def _taking_part(self) -> tuple[int, ...]:
+        """The ranks that have a part of some layer."""
+        layers = [one for one in layers_of(self._graph) if one.convolution and self._kinds[one.name] == "K"]
+        held = [self._shares_of(one) for one in layers]
+        if self._images is not None and "B" in self._kinds.values():
+            held.append(self._images.shares)
+        return tuple(sum(column) for column in zip(*held, strict=True)) if held else (1,) + (0,) * (self._ranks - 1)
 
     def _shares_of(self, operation: Operation) -> tuple[int, ...]:
         tie = self._ties[operation.name]
@@ -209,27 +238,50 @@ class _KernelSplit:
 
     def _of(self, operation: Operation) -> tuple[Layout, Layout]:
         """Layouts of what it takes and of what it gives."""
-        together = self._bound[operation.name]
         whole = master(self._ranks), master(self._ranks)
         if operation.name in self._on_master:
             return whole
-        if len(together) > 1:
-            return self._everyone, self._everyone
         inputs = [self._layouts[value] for value in operation.inputs]
-        if operation.convolution and operation.effect is Effect.KERNEL:
-            shares = self._shares_of(operation)
-            return replicated(shares), kernels(shares)
+        if len(self._bound[operation.name]) > 1:
+            return self._of_bound(operation, inputs)
+        if operation.effect in (Effect.KERNEL, Effect.GROUPED):
+            return self._of_layer(operation, inputs)
+        return self._following(operation, inputs)
+
+    def _of_bound(self, operation: Operation, inputs: Sequence[Layout]) -> tuple[Layout, Layout]:
+        """What gives or takes values that cannot travel is in one place: everywhere, or with its images."""
+        together = self._bound[operation.name]
+        if operation.name not in self._gathered:
+            own = [self._kinds[name] for name in together if name in self._kinds]
+            deciding = own or list(self._kinds.values())
+            by_images = any(layout.kind == "B" for layout in inputs) or set(deciding) == {"B"}
+            layout = self._images if by_images and self._images is not None else self._everyone
+            self._gathered.update(dict.fromkeys(together, (layout, layout)))
+        return self._gathered[operation.name]
+
+    def _of_layer(self, operation: Operation, inputs: Sequence[Layout]) -> tuple[Layout, Layout]:
+        kind = self._kinds[operation.name]
+        if kind == "M":
+            return master(self._ranks), master(self._ranks)
+        if kind == "B":
+            assert self._images is not None
+            return self._images, self._images
         if operation.effect is Effect.GROUPED:
             shares = self._shares_of(operation)
             return kernels(_of_groups(operation, shares)), kernels(shares)
+        if not operation.convolution and inputs[0].kind == "K":
+            # Each rank multiplies the features it has; only the small sums travel.
+            return inputs[0], partial(inputs[0].shares)
+        if not operation.convolution and all(layout.kind == "M" for layout in inputs):
+            return master(self._ranks), master(self._ranks)
+        shares = self._shares_of(operation)
+        return replicated(shares), kernels(shares)
+
+    def _following(self, operation: Operation, inputs: Sequence[Layout]) -> tuple[Layout, Layout]:
+        if self._images is not None and any(layout.kind == "B" for layout in inputs):
+            return self._images, self._images
         if all(layout.kind == "M" for layout in inputs):
-            return whole
-        if operation.effect is Effect.KERNEL:
-            if inputs[0].kind == "K":
-                # Each rank multiplies the features it has; only the small sums travel.
-                return inputs[0], partial(inputs[0].shares)
-            shares = self._shares_of(operation)
-            return replicated(shares), kernels(shares)
+            return master(self._ranks), master(self._ranks)
         split = [layout for layout in inputs if layout.kind == "K"]
         if operation.effect is Effect.FLATTEN and split:
             return split[0], split[0].scaled(operation.channels // sum(split[0].shares))
@@ -240,23 +292,9 @@ class _KernelSplit:
         return self._everyone, self._everyone
 
 
-def _batch_split(graph: Graph, ranks: int, shares: tuple[int, ...]) -> tuple[OperationPlan, ...]:
-    """``batch``: every rank has all weights and some images; what may not treat images singly is on the master."""
-    layout, together, unsplit = images(shares), bound(graph), on_master(graph)
-    layouts: dict[str, Layout] = {}
-    for operation in graph.operations:
-        if operation.name in unsplit:
-            layouts[operation.name] = master(ranks)
-            continue
-        # What only touches up a tensor of the master's is not worth a journey.
-        worth = operation.effect in (Effect.KERNEL, Effect.GROUPED) or len(together[operation.name]) > 1
-        split = worth or any(layouts.get(value, layout).kind == "B" for value in operation.inputs)
-        layouts[operation.name] = layout if split else master(ranks)
-    return _agreeing(
-        graph,
-        tuple(OperationPlan(name=name, input=one, output=one, home="shard") for name, one in layouts.items()),
-        ranks,
-    )
+def layers_of(graph: Graph) -> tuple[Operation, ...]:
+    """The convolutions and dense layers, whose layouts are chosen; all else follows."""
+    return tuple(one for one in graph.operations if one.effect in (Effect.KERNEL, Effect.GROUPED))
 
 
 def _agreeing(graph: Graph, plans: tuple[OperationPlan, ...], ranks: int) -> tuple[OperationPlan, ...]:

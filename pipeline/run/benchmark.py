@@ -17,13 +17,15 @@ from pipeline.cluster.devices import Member
 from pipeline.errors import InputError, RunError
 from pipeline.graph.trace import Graph, trace
 from pipeline.plan.costs import Costs
+from pipeline.plan.labels import instruction_labels
 from pipeline.plan.plan import Plan, Strategy
 from pipeline.plan.planner import plan_graph, predicted_step_time
 from pipeline.results.contracts import FAILED, OK, OUT_OF_MEMORY, CellIndex, describe, unmeasured_cell, validate_cell
+from pipeline.results.timeline import busy_times, label_variables
 from pipeline.run.batches import batch_indices
 from pipeline.run.launch import PLAIN, SGD, OnProgress, example_batch, run_plan
 from pipeline.run.recipe import OptimizerFactory
-from pipeline.run.timeline import busy_times, instruction_labels, label_variables, merged_losses, stacked
+from pipeline.run.timeline import merged_losses, stacked
 from pipeline.run.worker import Account
 
 

@@ -13,9 +13,6 @@ from pipeline.run.clock import Clock
 from pipeline.run.emulation import Throttle
 from pipeline.run.recipe import Recipe, Turn
 
-INSTRUCTIONS = (("forward", "compute", "forward"), ("backward", "compute", "backward"), ("update", "update", "update"))
-"""Name, kind and phase of what a step of ``ddp`` consists of; its all-reduce runs within the backward pass."""
-
 
 class DataParallel:
     """One rank of DistributedDataParallel: the whole model, fed with its part of each batch."""

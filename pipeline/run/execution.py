@@ -17,7 +17,7 @@ from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph, model_dtype
 from pipeline.graph.tracing import EVALUATION, modes, traced
 from pipeline.graph.writes import NO_GRADIENT
-from pipeline.plan.instructions import LOSS, Compute, Exchange, Instruction, Placed, Step
+from pipeline.plan.instructions import LOSS, Compute, Exchange, Instruction, Placed, Step, may_go_on
 from pipeline.plan.layouts import master
 from pipeline.plan.plan import Plan
 from pipeline.plan.program import Program, activation_spec, compile_inference, compile_program
@@ -186,7 +186,7 @@ class Execution:
         """End the exchanges under way that ``following`` cannot wait for."""
         left = []
         for one in self._pending:
-            if _may_go_on(one.exchange, following):
+            if may_go_on(one.exchange, following):
                 left.append(one)
             else:
                 with clock.instruction(one.place):
@@ -355,14 +355,6 @@ def _only_last(instruction: Instruction) -> bool:
             instruction.moves == "parameter" and instruction.direction == "backward"
         )
     return not isinstance(instruction, Compute)
-
-
-def _may_go_on(exchange: Exchange, following: Instruction | None) -> bool:
-    """Whether an exchange under way may stay so during an instruction."""
-    if exchange.moves == "gradients":
-        takes_up = isinstance(following, Exchange) and following.source == exchange.target
-        return isinstance(following, Compute | Exchange) and not takes_up
-    return isinstance(following, Compute) and following.gradients == "parameters"
 
 
 def _leaf(value: Any, needs_gradient: bool) -> Any:

@@ -24,12 +24,13 @@ from pipeline._torchvision import Importable
 from pipeline.cluster.gang import RankContext
 from pipeline.errors import RunError
 from pipeline.graph.trace import Graph
+from pipeline.plan.labels import DDP_LABELS
 from pipeline.plan.plan import Plan
 from pipeline.run.batches import Batch, batches, part_of
 from pipeline.run.callbacks import Callback, Epoch
 from pipeline.run.clock import Clock, clock_offset
 from pipeline.run.convolution_timer import ConvolutionTimer
-from pipeline.run.ddp import INSTRUCTIONS, DataParallel
+from pipeline.run.ddp import DataParallel
 from pipeline.run.execution import Execution
 from pipeline.run.recipe import Recipe, Turn
 
@@ -229,7 +230,7 @@ class _DataParallelRun:
         self._context, self._job = context, job
         self._parallel = DataParallel(context, job.model, job.recipe)
         self.updater = self._parallel
-        self.clock = Clock(len(INSTRUCTIONS), offset=offset, keep=job.keep_steps)
+        self.clock = Clock(len(DDP_LABELS), offset=offset, keep=job.keep_steps)
 
     def batches(self, epoch: Sequence[Sequence[int]]) -> Any:
         rank, ranks = self._context.rank, self._context.size

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from pipeline.calibration.links import link_of
 from pipeline.cluster.devices import Device
+from pipeline.plan.labels import InstructionLabel
+from pipeline.results.timeline import busy_times
 from pipeline.run.batches import batch_indices, part_of
 from pipeline.run.convolution_timer import ConvolutionTimer
 from pipeline.run.emulation import Throttle
-from pipeline.run.timeline import InstructionLabel, busy_times
 
 
 @given(st.integers(1, 50), st.integers(1, 20), st.integers(1, 3), st.booleans())

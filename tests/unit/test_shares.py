@@ -52,18 +52,50 @@ def _time(points: np.ndarray, times: np.ndarray, kernels: int) -> float:
     return float(times[-1] + (kernels - points[-1]) * (slope or times[-1] / points[-1]))
 
 
-@given(st.integers(1, 12), st.lists(curves(), min_size=1, max_size=3))
-def test_balanced_shares_are_as_good_as_brute_force(total: int, devices: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    points, times = zip(*devices, strict=True)
-    shares = balanced(total, points, times)
+@st.composite
+def devices(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, float, float, int]:
+    """Points and times of a curve, latency, link time per kernel and cap of one device."""
+    cap = draw(st.one_of(st.just(12), st.integers(0, 12)))
+    return *draw(curves()), draw(st.floats(0, 3)), draw(st.floats(0, 3)), cap
+
+
+@given(st.integers(1, 12), st.lists(devices(), min_size=1, max_size=3))
+def test_balanced_shares_are_as_good_as_brute_force(
+    total: int, cluster: list[tuple[np.ndarray, np.ndarray, float, float, int]]
+) -> None:
+    points, times, latency, link, caps = zip(*cluster, strict=True)
+    if sum(min(cap, total) for cap in caps) < total:
+        with pytest.raises(InputError, match="do not fit"):
+            balanced(total, points, times, caps=caps, latency=latency, link=link)
+        return
+    shares = balanced(total, points, times, caps=caps, latency=latency, link=link)
     assert sum(shares) == total
+    assert all(share <= cap for share, cap in zip(shares, caps, strict=True))
+
+    def finish(device: tuple[np.ndarray, np.ndarray, float, float, int], kernels: int) -> float:
+        curve, once, each = device[:2], device[2], device[3]
+        return _time(*curve, kernels) + once + each * kernels if kernels else 0.0
 
     def slowest(candidate: tuple[int, ...]) -> float:
-        return max(_time(*curve, kernels) for curve, kernels in zip(devices, candidate, strict=True))
+        return max(finish(device, kernels) for device, kernels in zip(cluster, candidate, strict=True))
 
-    everything = product(range(total + 1), repeat=len(devices))
+    everything = product(*(range(min(cap, total) + 1) for cap in caps))
     best = min(slowest(candidate) for candidate in everything if sum(candidate) == total)
     assert slowest(shares) == pytest.approx(best, rel=1e-6)
+
+
+def test_a_device_behind_a_slow_link_gets_nothing_where_that_is_best() -> None:
+    points = np.array([10.0, 100.0])
+    times = [points * 1.0, points * 1.0]
+    assert balanced(100, [points] * 2, times, link=[0, 0.0]) == (50, 50)
+    assert balanced(100, [points] * 2, times, latency=[0, 200]) == (100, 0)
+
+
+def test_a_thousand_devices_are_balanced_at_once() -> None:
+    points = np.array([1.0, 10.0, 100.0])
+    shares = balanced(4096, [points] * 1024, [points * (1 + rank % 2) for rank in range(1024)])
+    assert sum(shares) == 4096
+    assert shares[0] > shares[1] >= 2
 
 
 def test_a_device_twice_as_fast_gets_twice_as_many() -> None:

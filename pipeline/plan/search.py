@@ -1,0 +1,150 @@
+"""Find the plan that is predicted fastest: which devices take part, and how each layer is split.
+
+The prediction is that of the whole program, so what hides behind what, and which link is shared, is in it. Small
+networks are searched exhaustively. For larger ones the search begins with the best of the uniform plans, tries all
+places where one kind of split could give way to another, and then changes layer by layer for as long as that helps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import permutations, product
+
+from pipeline.graph.trace import Graph
+from pipeline.plan.costs import Costs
+from pipeline.plan.plan import Plan, Strategy
+from pipeline.plan.prediction import Links, predict_step
+from pipeline.plan.strategies import Kind, Mixed, image_shares, kernel_split, layers_of, plan_network
+
+UNIFORM: tuple[Strategy, ...] = ("single", "paper", "kernel", "batch")
+"""The exact strategies, all of which are tried on all devices."""
+_KINDS: tuple[Kind, ...] = ("K", "B", "M")
+_EXHAUSTIVE = 100
+"""Up to so many combinations of kinds all are tried."""
+_SETS_SEARCHED = 2
+_WORK = 400_000
+"""The search predicts as many plans as make about this much work, in operations times ranks."""
+_LEAST_TRIES, _MOST_TRIES = 24, 400
+_SMALL_SET = 8
+"""Up to so many devices, any one may be left out."""
+
+
+def fastest_plan(
+    graph: Graph, costs: Costs, *, batch_size: int, labels: Sequence[str], itemsize: int = 4, links: Links | None = None
+) -> Plan:
+    """The plan with the least predicted step time for the devices called ``labels``, which may leave some out.
+
+    ``links`` (one case) replace the measured ones. Never predicted slower than any of ``UNIFORM``.
+    """
+    return _Search(graph, costs, batch_size, tuple(labels), itemsize, links).best()
+
+
+class _Search:
+    def __init__(
+        self, graph: Graph, costs: Costs, batch_size: int, labels: tuple[str, ...], itemsize: int, links: Links | None
+    ) -> None:
+        self._graph, self._costs, self._batch_size, self._labels = graph, costs, batch_size, labels
+        self._itemsize, self._links = itemsize, links
+        self._layers = [one.name for one in layers_of(graph)]
+        self._best: tuple[float, Plan] | None = None
+
+    def best(self) -> Plan:
+        everyone = tuple(range(self._costs.devices))
+        self._try(self._uniform("single", everyone))
+        found = []
+        for devices in _device_sets(self._costs, self._batch_size):
+            strategies = UNIFORM[1:] if devices == everyone else ("kernel", "batch")
+            found.append((min(self._try(self._uniform(one, devices)) for one in strategies), devices))
+        for _, devices in sorted(found)[:_SETS_SEARCHED]:
+            self._search_layers(devices)
+        assert self._best is not None
+        return self._best[1]
+
+    def _try(self, plan: Plan) -> float:
+        """Predicted step time of a plan in s; the best so far is kept."""
+        links = self._links and self._links.of(plan.devices)
+        costs = self._costs.only(plan.devices)
+        times = predict_step(
+            self._graph, plan, costs, batch_size=self._batch_size, itemsize=self._itemsize, links=links
+        )
+        if self._best is None or times[0] < self._best[0]:
+            self._best = float(times[0]), plan
+        return float(times[0])
+
+    def _uniform(self, strategy: Strategy, devices: tuple[int, ...]) -> Plan:
+        labels = [self._labels[device] for device in devices]
+        plan = plan_network(
+            self._graph, strategy, batch_size=self._batch_size, labels=labels, costs=self._costs.only(devices)
+        )
+        return replace(plan, devices=tuple(devices[rank] for rank in plan.devices))
+
+    def _mixed(self, kinds: Mapping[str, Kind], devices: tuple[int, ...]) -> Plan:
+        costs, ranks = self._costs.only(devices), len(devices)
+        split = kernel_split("kernel", ranks, self._batch_size, costs, None)
+        of_images = image_shares(self._batch_size, ranks, costs, None)
+        return Plan(
+            strategy="auto",
+            batch_size=self._batch_size,
+            devices=devices,
+            labels=tuple(self._labels[device] for device in devices),
+            operations=Mixed(self._graph, ranks, kinds, split, of_images).plans(),
+        )
+
+    def _search_layers(self, devices: tuple[int, ...]) -> None:
+        tried: dict[tuple[Kind, ...], float] = {}
+
+        def time_of(kinds: tuple[Kind, ...]) -> float:
+            if kinds not in tried:
+                tried[kinds] = self._try(self._mixed(dict(zip(self._layers, kinds, strict=True)), devices))
+            return tried[kinds]
+
+        layers = len(self._layers)
+        if len(_KINDS) ** layers <= _EXHAUSTIVE:
+            for kinds in product(_KINDS, repeat=layers):
+                time_of(kinds)
+            return
+        tries = min(_MOST_TRIES, max(_LEAST_TRIES, _WORK // (len(self._graph.operations) * len(devices))))
+        for kinds in _two_parts(layers, tries // 2):
+            time_of(kinds)
+        current = min(tried, key=lambda kinds: tried[kinds])
+        improved = True
+        while improved:
+            improved = False
+            for kinds in _neighbours(current):
+                if len(tried) >= tries:
+                    return
+                if time_of(kinds) < tried[current]:
+                    current, improved = kinds, True
+
+
+def _device_sets(costs: Costs, batch_size: int) -> Iterator[tuple[int, ...]]:
+    """Sets of two devices and more: all, the fastest few, and, of a small number, all but one."""
+    order = sorted(range(costs.devices), key=lambda device: -costs.throughput(device, batch_size))
+    sizes = range(2, costs.devices + 1)
+    found = {tuple(sorted(order[:size])) for size in sizes if costs.devices <= _SMALL_SET or size & (size - 1) == 0}
+    everyone = tuple(range(costs.devices))
+    if costs.devices > 1:
+        found.add(everyone)
+    if 2 < costs.devices <= _SMALL_SET:
+        found.update(tuple(one for one in everyone if one != left) for left in everyone)
+    yield from sorted(found)
+
+
+def _two_parts(layers: int, tries: int) -> Iterator[tuple[Kind, ...]]:
+    """All of one kind; then one kind for the first layers and another for the rest, at so many borders as allowed."""
+    yield from ((kind,) * layers for kind in _KINDS)
+    pairs = list(permutations(_KINDS, 2))
+    borders = range(1, layers)
+    stride = max(1, -(-len(borders) * len(pairs) // max(tries - len(_KINDS), 1)))
+    for border in borders[::-stride]:
+        for first, second in pairs:
+            yield (first,) * border + (second,) * (layers - border)
+
+
+def _neighbours(kinds: tuple[Kind, ...]) -> Iterator[tuple[Kind, ...]]:
+    """Another kind for one layer, the last first: there the weights are largest and the tensors smallest."""
+    for place in reversed(range(len(kinds))):
+        for kind in _KINDS:
+            if kind != kinds[place]:
+                yield (*kinds[:place], kind, *kinds[place + 1 :])

@@ -1,0 +1,203 @@
+"""What a plan means: times and bytes per operation, the predicted step, what limits it, and what would help."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.graph.trace import Graph
+from pipeline.plan.costs import Costs
+from pipeline.plan.instructions import Compute, Direction, Exchange
+from pipeline.plan.plan import Plan
+from pipeline.plan.prediction import Links, predict_step, predict_timeline, step_seconds
+from pipeline.plan.program import Program, compile_program
+
+_DEVICES_TRIED = 8
+_WORTH_SAYING = 1.03
+_WAYS: tuple[Direction, Direction] = ("forward", "backward")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One operation of a plan."""
+
+    operation: str
+    layouts: str
+    """Layout it takes and layout it gives, such as ``R → K``."""
+    shares: tuple[int, ...]
+    """Kernels or images of each device; 1 and 0 where it has all or nothing."""
+    seconds: tuple[float, ...]
+    """Of each device, forward and backward."""
+    exchanged_bytes: float
+    """Sent between devices for its output and its parameters, forward and backward."""
+    exchange_seconds: float
+    """From when all that take part are there until the last has ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Help:
+    """A change and what it would bring."""
+
+    change: str
+    speedup: float
+    """Of the step, over the plan as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """A plan with its predictions. Speedups are over the fastest device alone."""
+
+    rows: tuple[Row, ...]
+    step_seconds: float
+    baseline: str
+    """The fastest device, alone."""
+    speedup: float
+    bound: float
+    """The speedup that the throughput of all devices together would allow."""
+    limit: str
+    """What the step waits for most."""
+    helps: tuple[Help, ...]
+    """The best first."""
+
+
+def summarise(
+    graph: Graph, plan: Plan, costs: Costs, *, all_labels: Sequence[str], itemsize: int = 4, links: Links | None = None
+) -> Summary:
+    """The summary of ``plan``; ``costs`` and ``all_labels`` are of all devices that it was made for."""
+    chosen, batch_size = costs.only(plan.devices), plan.batch_size
+    used = (links or Links.measured(costs)).of(plan.devices)
+
+    def step(one: Costs, over: Links) -> float:
+        return float(predict_step(graph, plan, one, batch_size=batch_size, itemsize=itemsize, links=over)[0])
+
+    seconds = step(chosen, used)
+    speeds = [costs.throughput(device, batch_size) for device in range(costs.devices)]
+    fastest = int(np.argmax(speeds))
+    update = float(costs.update[fastest]) * _trained(graph)
+    alone = costs.whole_step(fastest, batch_size) + update
+    rows, busy, on_master = _rows(graph, plan, chosen, itemsize, used)
+    without_links = step(chosen, replace(used, latency=used.latency * 0, seconds_per_byte=used.seconds_per_byte * 0))
+    return Summary(
+        rows=rows,
+        step_seconds=seconds,
+        baseline=all_labels[fastest],
+        speedup=alone / seconds,
+        bound=sum(speeds) / max(speeds),
+        limit=_limit(plan, seconds, without_links, busy, on_master),
+        helps=_helps(plan, seconds, without_links, chosen, used, step),
+    )
+
+
+def _trained(graph: Graph) -> float:
+    sizes = {one.name: float(np.prod(one.shape)) for op in graph.operations for one in op.parameters if one.trained}
+    return sum(sizes.values())
+
+
+def _rows(
+    graph: Graph, plan: Plan, costs: Costs, itemsize: int, links: Links
+) -> tuple[tuple[Row, ...], NDArray[np.float64], float]:
+    """A row per operation; the seconds each rank computes; and for how long the master alone does."""
+    if plan.strategy == "ddp":
+        part = -(-plan.batch_size // plan.ranks)
+        each = np.array([costs.whole_step(rank, part) for rank in range(plan.ranks)])
+        row = Row(
+            operation="the whole network", layouts="B", shares=(part,) * plan.ranks, seconds=tuple(each),
+            exchanged_bytes=2.0 * (plan.ranks - 1) * _trained(graph) * itemsize, exchange_seconds=float("nan"),
+        )  # fmt: skip
+        return (row,), each, 0.0
+    program = compile_program(graph, plan, plan.batch_size)
+    timeline = predict_timeline(graph, plan, program, costs, itemsize=itemsize, links=links)[0]
+    moved, waited = _exchanged(graph, program, timeline, itemsize)
+    rows = []
+    for operation in graph.operations:
+        planned = plan[operation.name]
+        times = _times_of(operation.name, program, plan, graph, costs)
+        kinds = dict.fromkeys((planned.input.kind, planned.output.kind))
+        rows.append(
+            Row(
+                operation=operation.name,
+                layouts=" → ".join(kinds),
+                shares=planned.output.shares,
+                seconds=tuple(times),
+                exchanged_bytes=moved.get(operation.name, 0.0),
+                exchange_seconds=waited.get(operation.name, 0.0),
+            )
+        )
+    computes = [place for place, one in enumerate(program.instructions) if not isinstance(one, Exchange)]
+    spent = timeline[computes, :, 1] - timeline[computes, :, 0]
+    alone = [place for place, one in zip(computes, spent, strict=True) if np.isfinite(one).sum() == 1]
+    on_master = float(np.nansum(timeline[alone, 0, 1] - timeline[alone, 0, 0])) if plan.ranks > 1 else 0.0
+    return tuple(rows), np.nansum(spent, axis=0), on_master
+
+
+def _times_of(name: str, program: Program, plan: Plan, graph: Graph, costs: Costs) -> NDArray[np.float64]:
+    total = np.zeros(program.ranks)
+    for one in program.forward:
+        if isinstance(one, Compute):
+            for step in one.steps:
+                if step.operation == name and step.part in ("whole", "normalise"):
+                    for way in _WAYS:
+                        total += step_seconds(graph, plan, step, way, program.batch_size, costs)
+    return total
+
+
+def _exchanged(
+    graph: Graph, program: Program, timeline: NDArray[np.float64], itemsize: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes and seconds of exchanges by the operation whose output or parameters travel."""
+    owner = {one.name: operation.name for operation in graph.operations for one in operation.parameters}
+    moved: dict[str, float] = {}
+    waited: dict[str, float] = {}
+    for place, one in enumerate(program.instructions):
+        if not isinstance(one, Exchange):
+            continue
+        names = program.buckets.get(one.source.name, (one.source.name.removesuffix(" moments"),))
+        name = owner.get(names[0], names[0])
+        if name == graph.input:  # its images travel for the sake of the first operation
+            name = graph.operations[0].name
+        moved[name] = moved.get(name, 0.0) + one.elements * itemsize
+        took = float(np.nanmax(timeline[place, :, 1]) - np.nanmax(timeline[place, :, 0]))
+        waited[name] = waited.get(name, 0.0) + max(took, 0.0)
+    return moved, waited
+
+
+def _limit(plan: Plan, seconds: float, without_links: float, busy: NDArray[np.float64], on_master: float) -> str:
+    if plan.ranks == 1:
+        return f"the one device, {plan.labels[0]}"
+    links = seconds - without_links
+    slowest = int(np.argmax(busy))
+    parts = {
+        f"the links: {links / seconds:.0%} of the step": links,
+        f"what is not split: {on_master / seconds:.0%} of the step on {plan.labels[0]} alone": on_master,
+        f"device {plan.devices[slowest]} ({plan.labels[slowest]}), which computes for {busy[slowest] / seconds:.0%} "
+        "of the step": float(busy[slowest]) - on_master * (slowest == 0),
+    }
+    return max(parts, key=lambda what: parts[what])
+
+
+def _helps(
+    plan: Plan, seconds: float, without_links: float, costs: Costs, links: Links, step: Callable[[Costs, Links], float]
+) -> tuple[Help, ...]:
+    found = []
+    if plan.ranks > 1:
+        faster = replace(links, seconds_per_byte=links.seconds_per_byte / 10)
+        found.append(Help(change="ten times the bandwidth", speedup=seconds / step(costs, faster)))
+        quicker = replace(links, latency=links.latency / 10)
+        found.append(Help(change="a tenth of the latency", speedup=seconds / step(costs, quicker)))
+        found.append(Help(change="links that take no time", speedup=seconds / without_links))
+    for rank in range(min(plan.ranks, _DEVICES_TRIED)):
+        scale = np.ones(plan.ranks)
+        scale[rank] = 0.5
+        faster_device = replace(
+            costs,
+            fixed=costs.fixed * scale[:, None, None, None],
+            per_image=costs.per_image * scale[:, None, None, None],
+            update=costs.update * scale,
+        )
+        what = f"device {plan.devices[rank]} ({plan.labels[rank]}) twice as fast, with the same shares"
+        found.append(Help(change=what, speedup=seconds / step(faster_device, links)))
+    worth = [one for one in found if one.speedup >= _WORTH_SAYING]
+    return tuple(sorted(worth, key=lambda one: -one.speedup))

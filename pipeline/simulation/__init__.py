@@ -1,0 +1,1 @@
+"""The same program under cost curves and link models instead of devices and links."""
