@@ -64,4 +64,4 @@ def calibrate(
     costs = Costs.of(calibration)
     print(f"Calibrated {network} on {device_set_of(members)}; images per second of each device, batch {batch_size}:")
     for rank, member in enumerate(members):
-        print(f"  {member.name} {member.device.label}: {costs.throughput(rank, batch_size):.1f}")
+        print(f"  {member.name} {member.device.label}: {costs.throughputs(batch_size)[rank]:.1f}")

@@ -12,7 +12,7 @@ from scipy.optimize import isotonic_regression
 
 from pipeline.plan.instructions import Direction
 
-Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
+Curves = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,17 +79,18 @@ class Costs:
         """Number of devices."""
         return len(self.fixed)
 
-    def curve(self, operation: str, total: int, device: int, batch_size: int) -> Curve | None:
-        """Forward plus backward time in s over the share, ``(points, times)``, of ``operation`` with ``total`` kernels.
+    def curves(self, operation: str, total: int, batch_size: int) -> Curves | None:
+        """Forward plus backward time in s over the share of ``operation`` with ``total`` kernels.
 
-        None if the operation does not begin a calibrated segment.
+        Points, (point), and the times of all devices there, (device, point). None if the operation does not begin a
+        calibrated segment.
         """
         segment = self._places.get(operation)
         if segment is None:
             return None
-        both = (self.fixed[device, segment] + batch_size * self.per_image[device, segment]).sum(axis=-1)
-        measured = np.isfinite(self.fractions[segment]) & np.isfinite(both)
-        return self.fractions[segment][measured] * total, both[measured]
+        both = (self.fixed[:, segment] + batch_size * self.per_image[:, segment]).sum(axis=-1)
+        measured = np.isfinite(self.fractions[segment]) & np.isfinite(both[0])
+        return self.fractions[segment][measured] * total, both[:, measured]
 
     def seconds(self, operation: str, device: int, fraction: float, direction: Direction, images: int) -> float:
         """Time of ``fraction`` of the segment that ``operation`` begins, for so many images; else 0."""
@@ -119,23 +120,34 @@ class Costs:
         found = (1 - along) * times[rows, after - 1] + along * times[rows, after]
         return np.where((fraction > 0) & (images > 0), found, 0.0)
 
-    def whole_step(self, device: int, batch_size: int) -> float:
-        """Forward and backward of the whole network on ``device`` alone, in s."""
-        return sum(
-            self.seconds(name, device, 1.0, way, batch_size) for name in self._places for way in ("forward", "backward")
-        )
+    def whole_steps(self, batch_size: int) -> NDArray[np.float64]:
+        """Forward and backward of the whole network on each device alone in s, (device)."""
+        whole = [np.nanmax(one, axis=2).sum(axis=(1, 2)) for one in (self.fixed, self.per_image)]
+        found: NDArray[np.float64] = whole[0] + batch_size * whole[1]
+        return found
 
-    def throughput(self, device: int, batch_size: int) -> float:
-        """Images per second of the whole network on ``device`` alone."""
-        return batch_size / self.whole_step(device, batch_size)
+    def throughputs(self, batch_size: int) -> NDArray[np.float64]:
+        """Images per second of the whole network on each device alone, (device)."""
+        return batch_size / self.whole_steps(batch_size)
 
     def fastest(self, batch_size: int) -> int:
         """The device with the highest throughput."""
-        return max(range(self.devices), key=lambda device: self.throughput(device, batch_size))
+        return int(np.argmax(self.throughputs(batch_size)))
 
     def message(self, source: int, destination: int, size: float) -> float:
         """Time of one message of ``size`` bytes in s."""
         return float(self.latency[source, destination] + size * self.seconds_per_byte[source, destination])
+
+
+def on_grid(curves: Curves, grid: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The times of ``curves`` at other points, (device, point), constant beyond the ends."""
+    points, times = curves
+    if len(points) == 1:
+        return np.broadcast_to(times, (len(times), len(grid)))
+    after = np.clip(np.searchsorted(points, grid), 1, len(points) - 1)
+    along = np.clip((grid - points[after - 1]) / (points[after] - points[after - 1]), 0, 1)
+    found: NDArray[np.float64] = (1 - along) * times[:, after - 1] + along * times[:, after]
+    return found
 
 
 def _lines(times: NDArray[np.float64], images: NDArray[np.int_]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -89,7 +89,7 @@ class Layout:
     shares: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if any(share < 0 for share in self.shares):
+        if min(self.shares, default=0) < 0:
             raise InputError(f"layout {self.kind}: shares {list(self.shares)} must not be negative")
         if not any(self.shares):
             raise InputError(f"layout {self.kind}: shares {list(self.shares)} leave nothing on any rank")

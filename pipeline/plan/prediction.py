@@ -246,7 +246,7 @@ def _predict_ddp(graph: Graph, costs: Costs, batch_size: int, itemsize: int, lin
     trained = {one.name: one.shape for op in graph.operations for one in op.parameters if one.trained}
     elements = float(sum(np.prod(shape) for shape in trained.values()))
     ranks = costs.devices
-    compute = max(costs.whole_step(rank, -(-batch_size // ranks)) for rank in range(ranks))
+    compute = float(costs.whole_steps(-(-batch_size // ranks)).max())
     step = np.full(links.cases, compute + float(costs.update.max()) * elements)
     if ranks == 1:
         return step

@@ -11,11 +11,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import permutations, product
 
+import numpy as np
+
 from pipeline.graph.trace import Graph
 from pipeline.plan.costs import Costs
 from pipeline.plan.plan import Plan, Strategy
 from pipeline.plan.prediction import Links, predict_step
-from pipeline.plan.strategies import Kind, Mixed, image_shares, kernel_split, layers_of, plan_network
+from pipeline.plan.strategies import (
+    Kind,
+    Mixed,
+    Split,
+    image_shares,
+    kernel_split,
+    layers_of,
+    plan_network,
+    structure_of,
+)
+from pipeline.plan.ties import Tie
 
 UNIFORM: tuple[Strategy, ...] = ("single", "paper", "kernel", "batch")
 """The exact strategies, all of which are tried on all devices."""
@@ -23,9 +35,10 @@ _KINDS: tuple[Kind, ...] = ("K", "B", "M")
 _EXHAUSTIVE = 100
 """Up to so many combinations of kinds all are tried."""
 _SETS_SEARCHED = 2
+"""Of a small number of devices; of a large one the layers are searched for the best set alone."""
 _WORK = 400_000
 """The search predicts as many plans as make about this much work, in operations times ranks."""
-_LEAST_TRIES, _MOST_TRIES = 24, 400
+_LEAST_TRIES, _MOST_TRIES = 8, 200
 _SMALL_SET = 8
 """Up to so many devices, any one may be left out."""
 
@@ -47,6 +60,8 @@ class _Search:
         self._graph, self._costs, self._batch_size, self._labels = graph, costs, batch_size, labels
         self._itemsize, self._links = itemsize, links
         self._layers = [one.name for one in layers_of(graph)]
+        self._structure = structure_of(graph)
+        self._splits: dict[tuple[int, ...], tuple[Split, tuple[int, ...]]] = {}
         self._best: tuple[float, Plan] | None = None
 
     def best(self) -> Plan:
@@ -56,7 +71,7 @@ class _Search:
         for devices in _device_sets(self._costs, self._batch_size):
             strategies = UNIFORM[1:] if devices == everyone else ("kernel", "batch")
             found.append((min(self._try(self._uniform(one, devices)) for one in strategies), devices))
-        for _, devices in sorted(found)[:_SETS_SEARCHED]:
+        for _, devices in sorted(found)[: _SETS_SEARCHED if len(everyone) <= _SMALL_SET else 1]:
             self._search_layers(devices)
         assert self._best is not None
         return self._best[1]
@@ -80,16 +95,31 @@ class _Search:
         return replace(plan, devices=tuple(devices[rank] for rank in plan.devices))
 
     def _mixed(self, kinds: Mapping[str, Kind], devices: tuple[int, ...]) -> Plan:
-        costs, ranks = self._costs.only(devices), len(devices)
-        split = kernel_split("kernel", ranks, self._batch_size, costs, None)
-        of_images = image_shares(self._batch_size, ranks, costs, None)
+        ranks = len(devices)
+        split, of_images = self._split_of(devices)
         return Plan(
             strategy="auto",
             batch_size=self._batch_size,
             devices=devices,
             labels=tuple(self._labels[device] for device in devices),
-            operations=Mixed(self._graph, ranks, kinds, split, of_images).plans(),
+            operations=Mixed(self._graph, ranks, kinds, split, of_images, self._structure).plans(),
         )
+
+    def _split_of(self, devices: tuple[int, ...]) -> tuple[Split, tuple[int, ...]]:
+        """How kernels and images are shared out over a set of devices; worked out once."""
+        if devices not in self._splits:
+            costs, ranks = self._costs.only(devices), len(devices)
+            by_kernels = kernel_split("kernel", ranks, self._batch_size, costs, None)
+            known: dict[str, tuple[int, ...]] = {}
+
+            def split(tie: Tie) -> tuple[int, ...]:
+                name = tie.operations[0].name
+                if name not in known:
+                    known[name] = by_kernels(tie)
+                return known[name]
+
+            self._splits[devices] = split, image_shares(self._batch_size, ranks, costs, None)
+        return self._splits[devices]
 
     def _search_layers(self, devices: tuple[int, ...]) -> None:
         tried: dict[tuple[Kind, ...], float] = {}
@@ -120,7 +150,7 @@ class _Search:
 
 def _device_sets(costs: Costs, batch_size: int) -> Iterator[tuple[int, ...]]:
     """Sets of two devices and more: all, the fastest few, and, of a small number, all but one."""
-    order = sorted(range(costs.devices), key=lambda device: -costs.throughput(device, batch_size))
+    order = [int(device) for device in np.argsort(-costs.throughputs(batch_size), kind="stable")]
     sizes = range(2, costs.devices + 1)
     found = {tuple(sorted(order[:size])) for size in sizes if costs.devices <= _SMALL_SET or size & (size - 1) == 0}
     everyone = tuple(range(costs.devices))

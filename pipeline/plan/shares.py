@@ -51,8 +51,8 @@ def balanced(
     takes ``latency[i]`` longer, and ``link[i]`` for each of them (s); it gets at most ``caps[i]``.
 
     Bisection on the finish time T gives k_i(T), the most kernels device i ends by T; the least T with
-    sum k_i(T) >= total is optimal, as every k_i is monotone in T. What is over is taken from the devices that finish
-    last, so one that would only run for a handful may end with none.
+    sum k_i(T) >= total is optimal, as every k_i is monotone in T. A few that are over are taken from the devices that
+    finish last, so that one that would only run for a handful may end with none; many from all in proportion.
 
     Raises ``InputError`` for curves that are empty, unordered or not positive, and for caps that leave kernels over.
     """
@@ -73,11 +73,13 @@ def balanced(
         else:
             low = middle
     share = np.minimum(curves.most_kernels(high), most)
+    if share.sum() > total + devices:  # many on the flat beginning of their curves: none of them needs so many
+        return proportional(total, list(share))
     finish = curves.seconds(share)
     for _ in range(int(share.sum()) - total):
         last = int(np.argmax(np.where(share > 0, finish, -1.0)))
         share[last] -= 1
-        finish[last] = curves.seconds(share)[last] if share[last] else 0.0
+        finish[last] = curves.only(last).seconds(share[last : last + 1])[0]
     return tuple(int(one) for one in share)
 
 
@@ -98,9 +100,7 @@ class _Curves:
         latency: Sequence[float],
         link: Sequence[float],
     ) -> _Curves:
-        size = max(len(one) for one in points)
-        rows = [_extended(*curve, size) for curve in zip(points, times, strict=True)]
-        point, time, slopes = (np.array(column) for column in zip(*rows, strict=True))
+        point, time, slopes = _same_size(points, times)
         # The flat beginning as a point of its own, so that what a link adds per kernel keeps the curve in pieces.
         first = np.minimum(1.0, point[:, :1] / 2)
         point, time = np.hstack([first, point]), np.hstack([time[:, :1], time])
@@ -109,11 +109,20 @@ class _Curves:
             raise InputError(f"latencies {list(latency)} and link times {list(link)} must not be negative")
         return cls(point, time + once + per_kernel * point, slopes + per_kernel[:, 0])
 
+    def only(self, device: int) -> _Curves:
+        """The curve of one device."""
+        chosen = slice(device, device + 1)
+        return _Curves(self.points[chosen], self.times[chosen], self.slopes[chosen])
+
     def seconds(self, kernels: NDArray[np.int_]) -> NDArray[np.float64]:
         """Time of so many kernels on each device, 0 for none."""
-        found = np.array([np.interp(k, *curve) for k, *curve in zip(kernels, self.points, self.times, strict=True)])
+        rows, last = np.arange(len(self.points)), self.points.shape[1] - 1
+        after = np.clip((self.points < kernels[:, None]).sum(axis=1), 1, last)
+        start, stop = self.points[rows, after - 1], self.points[rows, after]
+        along = np.clip((kernels - start) / (stop - start), 0, 1)
+        within = (1 - along) * self.times[rows, after - 1] + along * self.times[rows, after]
         beyond = np.clip(kernels - self.points[:, -1], 0, None)
-        return np.where(kernels > 0, found + beyond * self.slopes, 0.0)
+        return np.where(kernels > 0, within + beyond * self.slopes, 0.0)
 
     def most_kernels(self, finish: float) -> NDArray[np.int_]:
         """How many kernels each device ends by ``finish``."""
@@ -129,21 +138,28 @@ class _Curves:
         return np.floor(found + 1e-9).astype(int)
 
 
-def _extended(
-    points: NDArray[np.float64], times: NDArray[np.float64], size: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
-    """A curve made monotone and, by going on with its last slope, of ``size`` points; and that slope."""
-    if (
-        len(points) == 0
-        or np.any(~np.isfinite(times))
-        or np.any(np.diff(points) <= 0)
-        or np.any(np.asarray(times) <= 0)
-    ):
-        raise InputError(
-            f"a cost curve with points {list(points)} and times {list(times)} is empty, unordered or not positive"
-        )
-    times = np.maximum.accumulate(np.asarray(times, dtype=float))
-    rise = (times[-1] - times[-2]) / (points[-1] - points[-2]) if len(points) > 1 else 0.0
-    slope = float(rise if rise > 0 else times[-1] / points[-1])
-    more = np.arange(1, size - len(points) + 1)
-    return np.append(points, points[-1] + more), np.append(times, times[-1] + slope * more), slope
+def _same_size(
+    points: Sequence[NDArray[np.float64]], times: Sequence[NDArray[np.float64]]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Curves as (device, point), made monotone and, by going on with the last slope, equally long; and these slopes."""
+    sizes = np.array([len(one) for one in points])
+    if not sizes.all():
+        raise InputError(f"cost curve {int(np.argmin(sizes))} is empty: it needs at least one point")
+    shape = (len(sizes), int(sizes.max()))
+    point, time = np.full(shape, np.nan), np.full(shape, np.nan)
+    there = np.arange(shape[1]) < sizes[:, None]
+    point[there], time[there] = np.concatenate(points), np.concatenate(times)
+    steps = np.diff(point, axis=1)
+    bad = ((there & ~((time > 0) & np.isfinite(time))).any(axis=1)) | (steps <= 0).any(axis=1) | (point[:, 0] <= 0)
+    if bad.any():
+        first = int(np.argmax(bad))
+        raise InputError(f"the cost curve {list(points[first])}: {list(times[first])} is not rising or not positive")
+    time = np.where(there, np.maximum.accumulate(np.where(there, time, 0), axis=1), np.nan)
+    rows, last = np.arange(len(sizes)), sizes - 1
+    before = np.maximum(last - 1, 0)
+    end, end_time = point[rows, last], time[rows, last]
+    width, rise = end - point[rows, before], end_time - time[rows, before]
+    slopes = np.where(rise > 0, np.divide(rise, width, out=np.zeros_like(rise), where=width > 0), end_time / end)
+    more = np.clip(np.arange(shape[1]) - last[:, None], 0, None)
+    point = np.where(there, point, end[:, None] + more)
+    return point, np.where(there, time, end_time[:, None] + slopes[:, None] * more), slopes

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from pipeline.errors import InputError
 from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph, Operation
-from pipeline.plan.costs import Costs
+from pipeline.plan.costs import Costs, on_grid
 from pipeline.plan.layouts import Layout, images, kernels, master, partial, replicated
 from pipeline.plan.plan import STRATEGIES, OperationPlan, Plan, Strategy, parameter_plans
 from pipeline.plan.shares import balanced, equal, proportional
@@ -92,7 +92,8 @@ def kernel_split(strategy: Strategy, ranks: int, batch_size: int, costs: Costs |
         # In inverse proportion to the measured time of that convolution on each device.
         speeds = functools.partial(_speeds, costs, batch_size=batch_size)
         return lambda tie: _in_units(tie, proportional(tie.channels // tie.unit, speeds(tie)))
-    return lambda tie: _in_units(tie, _balanced(costs, tie, batch_size))
+    known: dict[tuple[int, bytes], tuple[int, ...]] = {}
+    return lambda tie: _in_units(tie, _balanced(costs, tie, batch_size, known))
 
 
 def _nothing(tie: Tie) -> tuple[int, ...]:
@@ -137,36 +138,33 @@ def image_shares(batch_size: int, ranks: int, costs: Costs | None, shares: Share
     if costs is None:
         raise InputError("strategy 'batch' needs a calibration, or shares, to split the images")
     points = np.unique([1.0, batch_size])
-    times = [np.array([costs.whole_step(device, int(one)) for one in points]) for device in range(ranks)]
-    return balanced(batch_size, [points] * ranks, times)
+    times = np.stack([costs.whole_steps(int(one)) for one in points], axis=1)
+    return balanced(batch_size, [points] * ranks, list(times))
 
 
 def _speeds(costs: Costs, tie: Tie, batch_size: int) -> list[float]:
     """Of each device how often per second it does the operations; or the network, where they were not measured."""
-    seconds = [
-        sum(
-            costs.seconds(one.name, device, 1.0, way, batch_size)
-            for one in tie.operations
-            for way in ("forward", "backward")
-        )
-        for device in range(costs.devices)
-    ]
-    return [1 / (one or costs.whole_step(device, batch_size)) for device, one in enumerate(seconds)]
+    found = [costs.curves(one.name, 1, batch_size) for one in tie.operations]
+    whole = [times[:, -1] for _, times in filter(None, found)]
+    seconds = np.sum(whole, axis=0) if whole else costs.whole_steps(batch_size)
+    return [float(one) for one in 1 / seconds]
 
 
-def _balanced(costs: Costs, tie: Tie, batch_size: int) -> tuple[int, ...]:
-    """Units for each device, by the sum of the cost curves of all that is tied."""
+def _balanced(
+    costs: Costs, tie: Tie, batch_size: int, done: dict[tuple[int, bytes], tuple[int, ...]]
+) -> tuple[int, ...]:
+    """Units for each device, by the sum of the cost curves of all that is tied; ``done`` are those of equal curves."""
     units = tie.channels // tie.unit
-    points, times = [], []
-    for device in range(costs.devices):
-        curves = [costs.curve(one.name, units, device, batch_size) for one in tie.weighted]
-        known = [curve for curve in curves if curve is not None]
-        if not known:
-            return proportional(units, _speeds(costs, tie, batch_size))
-        grid = np.unique(np.concatenate([curve[0] for curve in known]))
-        points.append(grid)
-        times.append(np.sum([np.interp(grid, *curve) for curve in known], axis=0))
-    return balanced(units, points, times)
+    found = [costs.curves(one.name, units, batch_size) for one in tie.weighted]
+    known = [curves for curves in found if curves is not None]
+    if not known:
+        return proportional(units, _speeds(costs, tie, batch_size))
+    grid = np.unique(np.concatenate([points for points, _ in known]))
+    times = np.sum([on_grid(curves, grid) for curves in known], axis=0)
+    key = units, times.tobytes()
+    if key not in done:
+        done[key] = balanced(units, [grid] * costs.devices, list(times))
+    return done[key]
 
 
 def _on_master(operation: Operation, ranks: int) -> OperationPlan:
@@ -200,12 +198,21 @@ class Mixed:
     """
 
     def __init__(
-        self, graph: Graph, ranks: int, kinds: Mapping[str, Kind], split: Split, image_shares: tuple[int, ...] | None
+        self,
+        graph: Graph,
+        ranks: int,
+        kinds: Mapping[str, Kind],
+        split: Split,
+        image_shares: tuple[int, ...] | None,
+        structure: Structure | None = None,
     ) -> None:
-        """``kinds`` by the names of the layers; ``image_shares`` may be missing where none is split by images."""
+        """``kinds`` by the names of the layers; ``image_shares`` may be missing where none is split by images.
+
+        ``structure`` is that of the graph, for whoever makes many plans of it.
+        """
         self._graph, self._ranks, self._kinds, self._split = graph, ranks, kinds, split
         self._images = None if image_shares is None else images(image_shares)
-        self._ties, self._bound, self._on_master = ties(graph), bound(graph), on_master(graph)
+        self._ties, self._bound, self._on_master = structure or structure_of(graph)
         self._shares: dict[str, tuple[int, ...]] = {}
         self._everyone = replicated(self._taking_part())
         self._layouts: dict[str, Layout] = {graph.input: master(ranks)}
@@ -290,6 +297,19 @@ class Mixed:
             layout = split[0] if fits else kernels(self._shares_of(operation))
             return layout, layout
         return self._everyone, self._everyone
+
+
+class Structure(NamedTuple):
+    """What has to be planned together in a network, by operation."""
+
+    ties: Mapping[str, Tie]
+    bound: Mapping[str, tuple[str, ...]]
+    on_master: frozenset[str]
+
+
+def structure_of(graph: Graph) -> Structure:
+    """What has to be planned together in ``graph``."""
+    return Structure(ties(graph), bound(graph), on_master(graph))
 
 
 def layers_of(graph: Graph) -> tuple[Operation, ...]:

@@ -74,10 +74,10 @@ def summarise(
         return float(predict_step(graph, plan, one, batch_size=batch_size, itemsize=itemsize, links=over)[0])
 
     seconds = step(chosen, used)
-    speeds = [costs.throughput(device, batch_size) for device in range(costs.devices)]
+    speeds = costs.throughputs(batch_size)
     fastest = int(np.argmax(speeds))
     update = float(costs.update[fastest]) * _trained(graph)
-    alone = costs.whole_step(fastest, batch_size) + update
+    alone = float(costs.whole_steps(batch_size)[fastest]) + update
     rows, busy, on_master = _rows(graph, plan, chosen, itemsize, used)
     without_links = step(chosen, replace(used, latency=used.latency * 0, seconds_per_byte=used.seconds_per_byte * 0))
     return Summary(
@@ -85,7 +85,7 @@ def summarise(
         step_seconds=seconds,
         baseline=all_labels[fastest],
         speedup=alone / seconds,
-        bound=sum(speeds) / max(speeds),
+        bound=float(speeds.sum() / speeds.max()),
         limit=_limit(plan, seconds, without_links, busy, on_master),
         helps=_helps(plan, seconds, without_links, chosen, used, step),
     )
@@ -102,7 +102,7 @@ def _rows(
     """A row per operation; the seconds each rank computes; and for how long the master alone does."""
     if plan.strategy == "ddp":
         part = -(-plan.batch_size // plan.ranks)
-        each = np.array([costs.whole_step(rank, part) for rank in range(plan.ranks)])
+        each = costs.whole_steps(part)
         row = Row(
             operation="the whole network", layouts="B", shares=(part,) * plan.ranks, seconds=tuple(each),
             exchanged_bytes=2.0 * (plan.ranks - 1) * _trained(graph) * itemsize, exchange_seconds=float("nan"),

@@ -102,7 +102,7 @@ def _cell(
     convolution = np.full(repetitions, np.nan)
     convolution[-1] = accounts[0].convolution_s
     relative = times[-1] - steps[-1, 0]
-    throughput = np.array([costs.throughput(device, plan.batch_size) for device in plan.devices])
+    throughput = costs.throughputs(plan.batch_size)[list(plan.devices)]
     cell = xr.Dataset(
         {
             "step_time": ("repetition", steps[:, 1] - steps[:, 0]),

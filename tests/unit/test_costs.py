@@ -28,15 +28,15 @@ def test_time_is_a_line_over_the_images(calibration: xr.Dataset) -> None:
 def test_the_least_of_the_repetitions_counts(calibration: xr.Dataset) -> None:
     disturbed = calibration.copy(deep=True)
     disturbed.backward_time[..., 1] *= 3
-    assert Costs.of(disturbed).whole_step(1, 16) == pytest.approx(Costs.of(calibration).whole_step(1, 16))
+    assert Costs.of(disturbed).whole_steps(16) == pytest.approx(Costs.of(calibration).whole_steps(16))
 
 
 def test_a_curve_never_falls_over_the_share(calibration: xr.Dataset) -> None:
     noisy = calibration.copy(deep=True)
     noisy.forward_time.loc[{"segment": "conv2", "share": 0.5}] *= 4
-    points, times = Costs.of(noisy).curve("conv2", 500, 0, 32) or pytest.fail("conv2 has a curve")
+    points, times = Costs.of(noisy).curves("conv2", 500, 32) or pytest.fail("conv2 has curves")
     assert points.tolist() == [125, 250, 500]
-    assert (np.diff(times) >= 0).all()
+    assert (np.diff(times, axis=1) >= 0).all()
     # What was above the next point and that point meet in the middle: neither alone is believed.
     forward = [Costs.of(noisy).seconds("conv2", 0, share, "forward", 32) for share in (0.5, 1.0)]
     assert forward == pytest.approx([1.5, 1.5])
