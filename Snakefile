@@ -17,6 +17,7 @@ if "experiments" not in config:
 include: "pipeline/workflow/rules/common.smk"
 include: "pipeline/workflow/rules/data.smk"
 include: "pipeline/workflow/rules/calibration.smk"
+include: "pipeline/workflow/rules/simulation.smk"
 include: "pipeline/workflow/rules/timing.smk"
 include: "pipeline/workflow/rules/accuracy.smk"
 include: "pipeline/workflow/rules/analysis.smk"
@@ -30,6 +31,7 @@ rule all:
     input:
         rules.calibration.output.store,
         rules.timing.output.store,
+        rules.simulation.output.store,
         rules.accuracy.output.store,
         rules.report.output.html,
         rules.notebook.output.notebook,

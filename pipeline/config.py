@@ -20,9 +20,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from pipeline.cluster.devices import format_device_set, parse_device_set
 from pipeline.errors import InputError
+from pipeline.links import parse_link
 
-Strategy = Literal["single", "ddp", "equal", "paper", "kernel", "batch"]
-Link = Literal["loopback"]
+Strategy = Literal["single", "ddp", "equal", "paper", "kernel", "batch", "auto"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 _STUDY_NETWORK = re.compile(r"[1-9]\d*:[1-9]\d*")
@@ -45,7 +45,15 @@ def _device_set(text: str) -> str:
 
 
 Network = Annotated[str, BeforeValidator(_network_name)]
+
+
+def _link_text(text: str) -> str:
+    parse_link(text)
+    return text
+
+
 DeviceSet = Annotated[str, AfterValidator(_device_set)]
+Link = Annotated[str, AfterValidator(_link_text)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
@@ -99,7 +107,7 @@ class Experiment(Section):
     device_sets: Annotated[tuple[DeviceSet, ...], Field(min_length=1)]
     """Devices that train together, as in '4 x cpu@0.45' or 'gpu + 2 x cpu'; 'default' takes those of this machine."""
     links: Annotated[tuple[Link, ...], Field(min_length=1)] = ("loopback",)
-    """Links between the devices; loopback is the link as it is."""
+    """Links between the devices: loopback as it is, or emulated ones such as 1Gbit/s+0.1ms."""
     strategies: Annotated[tuple[Strategy, ...], Field(min_length=1)]
     """How the network is split over the devices."""
     repetitions: Positive | None = None
@@ -125,6 +133,27 @@ class Accuracy(Section):
     """Most test images used; null takes all."""
     seed: int = 0
     """Seed of the initial weights and of the order of the images."""
+
+
+class Simulation(Section):
+    """A grid that is simulated from the calibrations: devices and links that need not be there."""
+
+    networks: tuple[Network, ...] | None = None
+    """Networks, each of which some experiment calibrates; null takes all of these."""
+    batch_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] = (64, 256, 1024)
+    """Images per step over all devices."""
+    device_sets: tuple[str, ...] | None = None
+    """Devices that train together, up to 1,024, as in 'gpu + 8 x cpu'; null takes 1 to 1,024 of each calibrated one."""
+    links: Annotated[tuple[Link, ...], Field(min_length=1)] = (
+        "loopback", "100Mbit/s+1ms", "1Gbit/s+0.1ms", "10Gbit/s+0.05ms", "100Gbit/s+0.01ms",
+    )  # fmt: skip
+    """Links between the devices: loopback as measured, or a rate and a delay."""
+    strategies: Annotated[tuple[Strategy, ...], Field(min_length=1)] = (
+        "single", "ddp", "paper", "kernel", "batch", "auto",
+    )  # fmt: skip
+    """How the network is split over the devices."""
+    described: Mapping[str, Annotated[float, Field(gt=0)]] = Field(default_factory=lambda: {"gpu": 5000.0})
+    """Devices that are not there, by the GFLOP/s that they reach in convolutions: an assumption, not a measurement."""
 
 
 def _default_experiments() -> dict[str, Experiment]:
@@ -190,6 +219,8 @@ class Config(Section):
     """Named parts of the timing grid; the grid is their union."""
     accuracy: Accuracy = Accuracy()
     """Training one network on one device and split, to compare the test accuracy."""
+    simulation: Simulation = Simulation()
+    """A grid that is simulated from the calibrations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +239,7 @@ class Cell:
     @property
     def path(self) -> str:
         """Relative path, without suffix, of the file that holds the cell: one folder per coordinate."""
-        return f"{slug(self.network)}/batch-{self.batch_size}/{slug(self.device_set)}/{self.link}/{self.strategy}"
+        return f"{slug(self.network)}/batch-{self.batch_size}/{slug(self.device_set)}/{slug(self.link)}/{self.strategy}"
 
 
 def slug(text: str) -> str:

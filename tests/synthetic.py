@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import xarray as xr
 
+from pipeline.calibration.segments import chains_of
+from pipeline.graph.trace import Graph
 from pipeline.results.contracts import CellIndex, describe, unmeasured_cell
 from pipeline.results.stores import combine
 
@@ -166,5 +168,42 @@ def calibration() -> xr.Dataset:
             "message_bytes": sizes,
         },
         PROVENANCE,
+    )
+    return describe(dataset)
+
+
+def calibration_of(graph: Graph, labels: Sequence[str]) -> xr.Dataset:
+    """A calibration of a real network: time in proportion to the work, a device ``cpu@0.5`` twice as slow."""
+    chains = chains_of(graph)
+    shares, images = np.array([0.25, 0.5, 1.0]), np.array([4, 16])
+    flops = np.array([sum(graph[name].flops_per_image for name in chain.operations) + 1e4 for chain in chains])
+    slowness = np.array([1 / float(label.partition("@")[2] or 1) for label in labels])
+    forward = np.einsum("d,s,f,i->dsfi", slowness, flops / 1e11, shares, images)[..., None] + 1e-6
+    kernels = np.array(
+        [[max(round(share * graph[chain.operations[0]].channels), 1) for share in shares] for chain in chains]
+    )
+    ranks = len(labels)
+    dataset = xr.Dataset(
+        {
+            "forward_time": (("device", "segment", "share", "images", "repetition"), forward),
+            "backward_time": (("device", "segment", "share", "images", "repetition"), 2 * forward),
+            "kernels": (("segment", "share"), kernels),
+            "update_time": (("device", "repetition"), np.full((ranks, 1), 1e-9)),
+            "device_label": ("device", np.array(labels, object)),
+            "link_time": (
+                ("source", "destination", "message_bytes", "repetition"),
+                np.full((ranks, ranks, 2, 1), 1e-3),
+            ),
+            "link_latency": (("source", "destination"), np.full((ranks, ranks), 1e-4)),
+            "link_bandwidth": (("source", "destination"), np.full((ranks, ranks), 2e9)),
+        },
+        {
+            "network": "of a test",
+            "segment": np.array([chain.name for chain in chains], object),
+            "share": shares,
+            "images": images,
+            "message_bytes": [1024, 1048576],
+        },
+        {**PROVENANCE, "image_shape": str(list(graph.input_shape)), "classes": 10},
     )
     return describe(dataset)

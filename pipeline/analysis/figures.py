@@ -14,6 +14,7 @@ from pipeline.analysis import findings
 from pipeline.analysis.accuracy_figure import accuracy_over_epochs
 from pipeline.analysis.calibration_figure import calibration_curves
 from pipeline.analysis.grid_figures import convolution_over_size, speedup_over_devices, time_per_step
+from pipeline.analysis.prediction_figure import predicted_against_measured
 from pipeline.analysis.step_figures import step_timeline, time_per_device
 from pipeline.analysis.style import save
 
@@ -33,6 +34,7 @@ FIGURES: Mapping[str, Entry] = {
     "activity": Entry("timing", time_per_device, findings.activity_finding),
     "timeline": Entry("timing", step_timeline, findings.timeline_finding),
     "accuracy": Entry("accuracy", accuracy_over_epochs, findings.accuracy_finding),
+    "prediction": Entry("timing", predicted_against_measured, findings.prediction_finding),
     "calibration": Entry("calibration", calibration_curves, findings.calibration_finding),
 }
 

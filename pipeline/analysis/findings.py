@@ -7,7 +7,7 @@ import xarray as xr
 
 from pipeline.analysis import paper, selection
 from pipeline.analysis.calibration_figure import largest, with_most_images
-from pipeline.analysis.statistics import baseline, convolution_share, speedup, summary
+from pipeline.analysis.statistics import baseline, convolution_share, prediction_error, speedup, summary
 from pipeline.analysis.style import is_emulated
 from pipeline.results.contracts import NOT_PLANNED, OK
 
@@ -149,6 +149,21 @@ def accuracy_finding(accuracy: xr.Dataset) -> str:
             f"losses by at most {loss:.1e} of the loss in any step."
         )
     return _listed(sentences, "")
+
+
+def prediction_finding(timing: xr.Dataset) -> str:
+    """How far predictions are off, over all cells and by strategy."""
+    error = prediction_error(timing)
+    sentences = []
+    for name in ("", *selection.strategies(timing)):
+        one = np.abs((error.sel(strategy=name) if name else error).values.ravel())
+        one = one[np.isfinite(one)]
+        if one.size:
+            sentences.append(
+                f"{f'``{name}``' if name else 'All strategies'}: the predicted step is off by {np.median(one):.1%} in "
+                f"the median and {np.quantile(one, 0.95):.1%} at the 95th percentile of {one.size} cells."
+            )
+    return _listed(sentences, "No cell was both measured and predicted.")
 
 
 def calibration_finding(calibration: xr.Dataset) -> str:

@@ -77,6 +77,14 @@ def device_throughput(timing: xr.Dataset) -> xr.DataArray:
     return timing["device_throughput"].median(["link", "strategy"], keep_attrs=True)
 
 
+def prediction_error(timing: xr.Dataset) -> xr.DataArray:
+    """Predicted over measured median step time, less one, for every cell of the grid that has both."""
+    error = timing["predicted_step_time"] / timing["step_time"].median("repetition") - 1
+    error = error.where(timing["status"] == OK)
+    error.attrs = {"units": "1", "long_name": "relative error of the predicted step time"}
+    return error.rename("prediction_error")
+
+
 def aggregate_bound(timing: xr.Dataset) -> xr.DataArray:
     """Largest speedup that the set's throughput allows, (network, batch_size, device_set).
 

@@ -150,6 +150,7 @@ def _dataset(
         ),
     )
     dataset.attrs["image_shape"] = json.dumps(task.graph.input_shape)
+    dataset.attrs["classes"] = task.graph[task.graph.outputs[0]].channels
     return describe(dataset)
 
 

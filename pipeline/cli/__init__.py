@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from pipeline.cli import accuracy, benchmark, calibrate, data, devices, parity, plan, results, train
+from pipeline.cli import accuracy, benchmark, calibrate, data, devices, parity, plan, results, simulate, train
 from pipeline.errors import InputError, PipelineError
 from pipeline.workflow.session import end_with_snakemake
 
@@ -29,6 +29,7 @@ app.command()(data.data)
 app.command()(calibrate.calibrate)
 app.command()(plan.plan)
 app.command()(train.train)
+app.command()(simulate.simulate)
 app.command()(parity.parity)
 app.command()(benchmark.benchmark)
 app.command()(accuracy.accuracy)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from pipeline.cluster.devices import Member
 
-_ALL = ["single", "ddp", "equal", "paper", "kernel", "batch"]
+_ALL = ["single", "ddp", "equal", "paper", "kernel", "batch", "auto"]
 
 
 def benchmark(
@@ -44,6 +44,9 @@ def benchmark(
     devices: DevicesOption = None,
     scheduler: SchedulerOption = None,
     batch_size: BatchSizeOption = 64,
+    link: Annotated[
+        str, typer.Option("--link", help="loopback as it is, or one to emulate, such as 1Gbit/s+0.1ms.")
+    ] = "loopback",
     calibration: CalibrationOption = None,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Steps before the clock starts.")] = 2,
     repetitions: Annotated[int, typer.Option("--repetitions", min=1, help="Timed steps.")] = 5,
@@ -58,6 +61,7 @@ def benchmark(
     ] = None,
 ) -> None:
     """Time the training step of a network, one or several strategies on the same devices."""
+    from pipeline.links import parse_link
     from pipeline.networks import network as build
     from pipeline.run.benchmark import measure_cell
     from pipeline.run.reference import plain_step_times
@@ -65,6 +69,7 @@ def benchmark(
     strategies = [checked_strategy(name) for name in strategy or _ALL]
     if output is not None and len(strategies) != 1:
         raise InputError("--output takes one cell: give one --strategy with it")
+    parse_link(link)
     optimizer = optimizer_of(learning_rate, momentum)
     cells: dict[str, xr.Dataset] = {}
     with prepared_images(data, image_size) as (images, _):
@@ -80,6 +85,7 @@ def benchmark(
                 batch_size=batch_size,
                 device_set=device_set_of(members),
                 calibration=costs_of(calibration, network, model, images, client, members, batch_size),
+                link=link,
                 seed=seed,
                 optimizer=optimizer,
                 warmup=warmup,
@@ -102,7 +108,8 @@ def benchmark(
             plain = plain_step_times(
                 model, x_BCHW, y_B, optimizer, threads=threads, warmup=warmup, repetitions=repetitions
             )
-    print(f"{network}, batch {batch_size}, {device_set_of(members)}, {images.source_name}")
+    over = "" if link == "loopback" else f" over {link} (emulated)"
+    print(f"{network}, batch {batch_size}, {device_set_of(members)}{over}, {images.source_name}")
     _print_table(cells, plain)
 
 

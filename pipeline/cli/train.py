@@ -11,7 +11,6 @@ import typer
 from pipeline.cli.epochs import EpochNews, shown_epochs
 from pipeline.cli.images import prepared_images
 from pipeline.cli.options import (
-    BatchSizeOption,
     DataOption,
     DevicesOption,
     ImageSizeOption,
@@ -58,7 +57,12 @@ def train(
             "--shares", help="Part of every layer for each device, such as 0.7,0.3, instead of a calibration."
         ),
     ] = None,
-    batch_size: BatchSizeOption = 64,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="JSON file that `plan` wrote, instead of a strategy.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="Images per step over all devices; 64, or the plan's.")
+    ] = None,
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the training images.")] = 1,
     max_steps: Annotated[int | None, typer.Option("--max-steps", min=1, help="Stop after so many steps.")] = None,
     optimizer: OptimizerOption = "sgd",
@@ -90,12 +94,17 @@ def train(
     from pipeline.graph.trace import trace
     from pipeline.networks import check_name
     from pipeline.networks import network as build
+    from pipeline.plan.files import read_plan
     from pipeline.run.launch import example_batch
     from pipeline.run.recipe import Recipe, check_recipe
     from pipeline.training import fit
 
     # Whatever can be refused is, before images are read and processes started.
     chosen, parts = checked_strategy(strategy), _parsed_shares(shares)
+    given = read_plan(plan) if plan is not None else None
+    if given is not None and (parts is not None or chosen != "auto"):
+        raise InputError("--plan already says how to split: leave --strategy and --shares out")
+    batch_size = batch_size or (given.batch_size if given is not None else 64)
     update = optimizer_named(optimizer, learning_rate, momentum, weight_decay)
     check_schedule(schedule, step_size, gamma)
     check_recipe(Recipe(loss=nn.CrossEntropyLoss(), optimizer=update, clip_norm=clip_norm, accumulate=accumulate))
@@ -122,6 +131,7 @@ def train(
                 max_steps=max_steps,
                 strategy=chosen,
                 shares=parts,
+                plan=given,
                 optimizer=update,
                 clip_norm=clip_norm,
                 accumulate=accumulate,

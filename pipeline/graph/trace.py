@@ -61,6 +61,8 @@ class Operation:
     """The same for its input."""
     noise: Noise | None
     """What a random operation multiplies its input by."""
+    keeps_indices: bool
+    """Whether it keeps, for the backward pass, where each of its outputs came from, as max pooling does."""
     parameters: tuple[Parameter, ...]
     differentiable: bool
     """Whether a gradient flows through its output to something that is trained."""
@@ -190,6 +192,7 @@ class _Analysis:
             unit=judgement.unit,
             input_unit=judgement.input_unit,
             noise=judgement.noise,
+            keeps_indices=_keeps_indices(node, module),
             parameters=parameters or self._read(reads, result, axis, judgement),
             differentiable=node in self._differentiable,
             flops_per_image=_flops(module, call, self._images),
@@ -255,6 +258,12 @@ class _Analysis:
                 )
             )
         return tuple(found)
+
+
+def _keeps_indices(node: fx.Node, module: nn.Module | None) -> bool:
+    if module is not None:
+        return isinstance(module, nn.modules.pooling._MaxPoolNd | nn.modules.pooling._AdaptiveMaxPoolNd)
+    return "max_pool" in getattr(node.target, "__name__", str(node.target))
 
 
 def _call_of(node: fx.Node) -> str:

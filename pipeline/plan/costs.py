@@ -10,6 +10,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
+from pipeline.errors import InputError
 from pipeline.plan.instructions import Direction
 
 Curves = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -33,7 +34,7 @@ class Costs:
     per_image: NDArray[np.float64]
     """(device, segment, share, direction) in s per image."""
     latency: NDArray[np.float64]
-    """(source, destination) in s."""
+    """(source, destination) in s; (1, 1) where all pairs are alike."""
     seconds_per_byte: NDArray[np.float64]
     """(source, destination) in s per byte."""
     update: NDArray[np.float64]
@@ -65,14 +66,36 @@ class Costs:
     def only(self, devices: Sequence[int]) -> Costs:
         """The costs of ``devices`` alone, in that order."""
         chosen = list(devices)
+        pairs = np.ix_(chosen, chosen) if self.latency.shape != (1, 1) else ...
         return replace(
             self,
             fixed=self.fixed[chosen],
             per_image=self.per_image[chosen],
-            latency=self.latency[np.ix_(chosen, chosen)],
-            seconds_per_byte=self.seconds_per_byte[np.ix_(chosen, chosen)],
+            latency=self.latency[pairs],
+            seconds_per_byte=self.seconds_per_byte[pairs],
             update=self.update[chosen],
         )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Costs]) -> Costs:
+        """The devices of several costs of one network together; their links are not known, and count for nothing.
+
+        Raises ``InputError`` if they were measured at different shares.
+        """
+        if any(one.fractions.shape != parts[0].fractions.shape for one in parts):
+            raise InputError("calibrations that were measured at different shares cannot be joined: calibrate alike")
+        return replace(
+            parts[0],
+            fixed=np.concatenate([one.fixed for one in parts]),
+            per_image=np.concatenate([one.per_image for one in parts]),
+            update=np.concatenate([one.update for one in parts]),
+            latency=np.zeros((1, 1)),
+            seconds_per_byte=np.zeros((1, 1)),
+        )
+
+    def slowed(self, factor: float) -> Costs:
+        """The same devices if all took ``factor`` times as long to compute."""
+        return replace(self, fixed=self.fixed * factor, per_image=self.per_image * factor, update=self.update * factor)
 
     @property
     def devices(self) -> int:

@@ -15,7 +15,7 @@ from pipeline.graph.trace import Graph, trace
 from pipeline.plan.checks import check_calibration
 from pipeline.plan.costs import Costs
 from pipeline.plan.plan import STRATEGIES, Plan, Strategy
-from pipeline.plan.prediction import predict_step
+from pipeline.plan.prediction import Links, predict_step
 from pipeline.plan.search import fastest_plan
 from pipeline.plan.strategies import Shares, plan_network
 
@@ -39,12 +39,14 @@ def plan_graph(
     strategy: Strategy,
     labels: Sequence[str],
     shares: Shares | None = None,
+    links: Links | None = None,
     itemsize: int = 4,
 ) -> Plan:
     """Plan a traced network for the devices called ``labels``, which ``calibration`` measured in this order.
 
-    Without a calibration only ``ddp``, ``equal``, one device, or given ``shares`` are possible. With shares ``auto`` is
-    ``kernel``, and on one device ``single``. Raises ``InputError`` as ``make_plan`` does.
+    ``links`` (one case) stand for the measured ones. Without a calibration only ``ddp``, ``equal``, one device, or
+    given ``shares`` are possible. With shares ``auto`` is ``kernel``, and on one device ``single``. Raises
+    ``InputError`` as ``make_plan`` does.
     """
     if strategy not in STRATEGIES:
         raise InputError(f"strategy '{strategy}' is unknown; the strategies are {', '.join(STRATEGIES)}")
@@ -53,7 +55,7 @@ def plan_graph(
         check_calibration(calibration, graph, labels)
         costs = Costs.of(calibration)
     if strategy == "auto" and costs is not None and len(labels) > 1 and shares is None:
-        plan = fastest_plan(graph, costs, batch_size=batch_size, labels=labels, itemsize=itemsize)
+        plan = fastest_plan(graph, costs, batch_size=batch_size, labels=labels, itemsize=itemsize, links=links)
     else:
         if strategy == "auto":
             strategy = "single" if len(labels) == 1 else "kernel"
@@ -61,7 +63,10 @@ def plan_graph(
     return replace(plan, graph=graph)
 
 
-def predicted_step_time(graph: Graph, plan: Plan, costs: Costs, *, itemsize: int = 4) -> float:
+def predicted_step_time(
+    graph: Graph, plan: Plan, costs: Costs, *, itemsize: int = 4, links: Links | None = None
+) -> float:
     """Predicted time of one step of ``plan`` in s, where ``costs`` are of all devices that it was made for."""
     chosen = costs.only(plan.devices)
-    return float(predict_step(graph, plan, chosen, batch_size=plan.batch_size, itemsize=itemsize)[0])
+    over = links and links.of(plan.devices)
+    return float(predict_step(graph, plan, chosen, batch_size=plan.batch_size, itemsize=itemsize, links=over)[0])

@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import permutations, product
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.graph.trace import Graph
 from pipeline.plan.costs import Costs
@@ -53,6 +54,15 @@ def fastest_plan(
     return _Search(graph, costs, batch_size, tuple(labels), itemsize, links).best()
 
 
+def fastest_times(
+    graph: Graph, costs: Costs, *, batch_size: int, labels: Sequence[str], links: Links, itemsize: int = 4
+) -> NDArray[np.float64]:
+    """The least predicted step time in s in each case of ``links``, (case), each by a plan of its own."""
+    search = _Search(graph, costs, batch_size, tuple(labels), itemsize, links)
+    search.best()
+    return search.times
+
+
 class _Search:
     def __init__(
         self, graph: Graph, costs: Costs, batch_size: int, labels: tuple[str, ...], itemsize: int, links: Links | None
@@ -63,6 +73,8 @@ class _Search:
         self._structure = structure_of(graph)
         self._splits: dict[tuple[int, ...], tuple[Split, tuple[int, ...]]] = {}
         self._best: tuple[float, Plan] | None = None
+        self.times = np.full(1 if links is None else links.cases, np.inf)
+        """The least predicted step time so far in each case of the links, (case) in s."""
 
     def best(self) -> Plan:
         everyone = tuple(range(self._costs.devices))
@@ -77,15 +89,17 @@ class _Search:
         return self._best[1]
 
     def _try(self, plan: Plan) -> float:
-        """Predicted step time of a plan in s; the best so far is kept."""
+        """Predicted step time of a plan in s, the mean over the cases; the best so far is kept."""
         links = self._links and self._links.of(plan.devices)
         costs = self._costs.only(plan.devices)
         times = predict_step(
             self._graph, plan, costs, batch_size=self._batch_size, itemsize=self._itemsize, links=links
         )
-        if self._best is None or times[0] < self._best[0]:
-            self._best = float(times[0]), plan
-        return float(times[0])
+        self.times = np.minimum(self.times, times)
+        mean = float(np.exp(np.log(times).mean()))  # geometric: no case outweighs another
+        if self._best is None or mean < self._best[0]:
+            self._best = mean, plan
+        return mean
 
     def _uniform(self, strategy: Strategy, devices: tuple[int, ...]) -> Plan:
         labels = [self._labels[device] for device in devices]

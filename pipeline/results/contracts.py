@@ -15,8 +15,8 @@ whatever does not exist: a rank that took no part in an instruction, a repetitio
 
 **Timing grid** (`timing.zarr`; `simulation.zarr` has the same names): the cells over the dense product of `network`,
 `batch_size`, `device_set`, `link`, `strategy`, and these dimensions in front of those above. `device_label` is
-(device_set, device). `status` is "not planned" where no cell was asked for. The timeline, `loss`, `share`,
-`peak_memory` and `convolution_time` may be absent from a simulation.
+(device_set, device). `status` is "not planned" where no cell was asked for. A simulation has only `step_time`,
+`predicted_step_time`, `status` and `device_label`, and the attribute `simulated`.
 
 **Calibration** (`calibration.zarr`), per `network` (a scalar) or, of several, along `calibration`:
 
@@ -74,13 +74,17 @@ class Variable(NamedTuple):
 
 CELL: Mapping[str, Variable] = {
     "step_time": Variable(("repetition",), "s", "time of one training step"),
-    "compute_time": Variable(("device", "repetition"), "s", "time a device computes within one step"),
-    "exchange_time": Variable(("device", "repetition"), "s", "time a device sends and receives within one step"),
-    "idle_time": Variable(("device", "repetition"), "s", "time a device waits within one step"),
+    "compute_time": Variable(("device", "repetition"), "s", "time a device computes within one step", measured=True),
+    "exchange_time": Variable(
+        ("device", "repetition"), "s", "time a device sends and receives within one step", measured=True
+    ),
+    "idle_time": Variable(("device", "repetition"), "s", "time a device waits within one step", measured=True),
     "predicted_step_time": Variable((), "s", "time of one training step predicted by the planner"),
     "status": Variable((), "1", "how the cell ended", text=True),
     "device_label": Variable(("device",), "1", "device of a rank", text=True),
-    "device_throughput": Variable(("device",), "images/s", "calibrated training throughput of a device on its own"),
+    "device_throughput": Variable(
+        ("device",), "images/s", "calibrated training throughput of a device on its own", measured=True
+    ),
     "share": Variable(("device",), "1", "fraction of the split convolution work of a device", measured=True),
     "peak_memory": Variable(("device",), "bytes", "peak memory of a rank", measured=True),
     "convolution_time": Variable(("repetition",), "s", "time in convolutions within one step", measured=True),

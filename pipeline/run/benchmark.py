@@ -16,10 +16,12 @@ from torch.utils.data import Dataset
 from pipeline.cluster.devices import Member
 from pipeline.errors import InputError, RunError
 from pipeline.graph.trace import Graph, trace
+from pipeline.links import parse_link
 from pipeline.plan.costs import Costs
 from pipeline.plan.labels import instruction_labels
 from pipeline.plan.plan import Plan, Strategy
 from pipeline.plan.planner import plan_graph, predicted_step_time
+from pipeline.plan.prediction import Links
 from pipeline.results.contracts import FAILED, OK, OUT_OF_MEMORY, CellIndex, describe, unmeasured_cell, validate_cell
 from pipeline.results.timeline import busy_times, label_variables
 from pipeline.run.batches import batch_indices
@@ -49,7 +51,8 @@ def measure_cell(
 ) -> xr.Dataset:
     """Time ``repetitions`` training steps of ``model`` after ``warmup`` others, as one cell of the grid.
 
-    ``members`` are the devices of ``device_set``, which ``calibration`` measured in this order. A run that fails or
+    ``members`` are the devices of ``device_set``, which ``calibration`` measured in this order; a ``link`` other than
+    loopback is emulated between them. A run that fails or
     runs out of memory gives a cell whose status says so. Raises ``InputError`` for a batch larger than the data set, a
     calibration of something else, or repetitions below 1.
     """
@@ -60,21 +63,24 @@ def measure_cell(
         raise InputError(f"batch size {batch_size} is larger than the data set, which has {images} images")
     graph = trace(model, example_batch(dataset))
     labels = [member.device.label for member in members]
-    plan = plan_graph(graph, calibration, batch_size=batch_size, strategy=strategy, labels=labels)
+    emulated = parse_link(link)
+    links = None if emulated is None else Links.uniform(np.array([emulated.latency]), np.array([emulated.bandwidth]))
+    plan = plan_graph(graph, calibration, batch_size=batch_size, strategy=strategy, labels=labels, links=links)
     index = CellIndex(network, batch_size, device_set, link, strategy)
     try:
         accounts = run_plan(
             client, members, plan, graph, model, dataset,
             recipe=replace(PLAIN, optimizer=optimizer),
             indices=_full_batches(images, batch_size, warmup + repetitions, seed), seed=seed,
-            label=f"{strategy} {network}", synchronised=True, profiled=strategy == "single", keep_weights=False,
-            keep_steps=repetitions,
+            label=f"{strategy} {network}", link=emulated, synchronised=True, profiled=strategy == "single",
+            keep_weights=False, keep_steps=repetitions,
             on_progress=on_progress,
         )  # fmt: skip
     except (RunError, torch.OutOfMemoryError, MemoryError) as error:
         return unmeasured_cell(index, [labels[device] for device in plan.devices], _status(error))
     costs = Costs.of(calibration)
-    return _cell(index, graph, plan, costs, accounts, repetitions)
+    predicted = predicted_step_time(graph, plan, costs, links=links)
+    return _cell(index, graph, plan, costs, accounts, repetitions, predicted)
 
 
 def _full_batches(images: int, batch_size: int, steps: int, seed: int) -> list[list[list[int]]]:
@@ -95,7 +101,13 @@ def _status(error: BaseException) -> str:
 
 
 def _cell(
-    index: CellIndex, graph: Graph, plan: Plan, costs: Costs, accounts: Sequence[Account], repetitions: int
+    index: CellIndex,
+    graph: Graph,
+    plan: Plan,
+    costs: Costs,
+    accounts: Sequence[Account],
+    repetitions: int,
+    predicted: float,
 ) -> xr.Dataset:
     labels = instruction_labels(graph, plan, plan.batch_size)
     steps, times = stacked(accounts)
@@ -108,7 +120,7 @@ def _cell(
             "step_time": ("repetition", steps[:, 1] - steps[:, 0]),
             "loss": ("repetition", merged_losses(accounts)[-repetitions:]),
             "convolution_time": ("repetition", convolution),
-            "predicted_step_time": predicted_step_time(graph, plan, costs),
+            "predicted_step_time": predicted,
             "status": OK,
             "device_label": ("device", np.array(plan.labels, dtype=object)),
             "device_throughput": ("device", throughput),

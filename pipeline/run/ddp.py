@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pipeline.cluster.gang import RankContext
 from pipeline.graph.trace import model_dtype
+from pipeline.links import Link
 from pipeline.run.clock import Clock
 from pipeline.run.emulation import Throttle
+from pipeline.run.link_emulation import sleep_until
 from pipeline.run.recipe import Recipe, Turn
 
 
 class DataParallel:
     """One rank of DistributedDataParallel: the whole model, fed with its part of each batch."""
 
-    def __init__(self, context: RankContext, model: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, context: RankContext, model: nn.Module, recipe: Recipe, link: Link | None = None) -> None:
         self.context, self.device = context, context.torch_device
         self._recipe = recipe.on(self.device)
         self.model = model.to(self.device)
         self.throttle = Throttle(context.device)
         ids = [self.device.index] if self.device.type == "cuda" else None
         self._parallel = DistributedDataParallel(self.model, device_ids=ids) if context.size > 1 else self.model
+        if link is not None and isinstance(self._parallel, DistributedDataParallel):
+            self._parallel.register_comm_hook(_Ring(context, link), _over_link)
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
         self._optimizer = recipe.optimizer(list(recipe.groups(self.model)) if recipe.groups else self._trained)
         self._scheduler = recipe.scheduler(self._optimizer) if recipe.scheduler else None
@@ -73,3 +81,37 @@ class DataParallel:
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+class _Ring:
+    """What a ring all-reduce over an emulated link takes: twice all but one part through each port, hop by hop."""
+
+    def __init__(self, context: RankContext, link: Link) -> None:
+        self.group, self._link, self._ranks = context.group, link, context.size
+        self._busy_until = 0.0
+
+    def end(self, size: int) -> float:
+        """When the all-reduce of ``size`` bytes that begins now ends, behind those before it."""
+        hops = 2 * (self._ranks - 1)
+        takes = hops * (size / self._ranks / self._link.bandwidth + self._link.latency)
+        self._busy_until = max(self._busy_until, time.perf_counter()) + takes
+        return self._busy_until
+
+
+def _over_link(ring: _Ring, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+    """Average a bucket of gradients over the ranks, as late as the emulated link would have it."""
+    buffer = bucket.buffer()
+    end = ring.end(buffer.numel() * buffer.element_size())
+    buffer.div_(dist.get_world_size(ring.group))
+    summed = dist.all_reduce(buffer, group=ring.group, async_op=True).get_future()
+
+    def wait(done: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
+        sleep_until(end)
+        return done.value()[0]
+
+    found: torch.futures.Future[torch.Tensor] = summed.then(wait)
+    return found
+
+
+# DistributedDataParallel compares the annotations themselves, which here would be text.
+_over_link.__annotations__.update(bucket=dist.GradBucket, **{"return": torch.futures.Future[torch.Tensor]})  # type: ignore[attr-defined]

@@ -17,6 +17,7 @@ from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph, model_dtype
 from pipeline.graph.tracing import EVALUATION, modes, traced
 from pipeline.graph.writes import NO_GRADIENT
+from pipeline.links import Link
 from pipeline.plan.instructions import LOSS, Compute, Exchange, Instruction, Placed, Step, may_go_on
 from pipeline.plan.layouts import master
 from pipeline.plan.plan import Plan
@@ -45,9 +46,11 @@ class Execution:
     calls in the same order, with the same batch sizes.
     """
 
-    def __init__(self, context: RankContext, model: nn.Module, graph: Graph, plan: Plan) -> None:
+    def __init__(
+        self, context: RankContext, model: nn.Module, graph: Graph, plan: Plan, link: Link | None = None
+    ) -> None:
         self.context, self.graph, self.plan, self.model = context, graph, plan, model
-        self.transport = Transport(context)
+        self.transport = Transport(context, link=link)
         self.throttle = Throttle(context.device)
         graph_module = traced(model)
         self._modes = {training: _modes_by_name(model, graph_module, training=training) for training in (True, False)}

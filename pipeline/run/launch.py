@@ -16,6 +16,7 @@ from pipeline.cluster.devices import Member
 from pipeline.cluster.gang import run_gang
 from pipeline.errors import InputError
 from pipeline.graph.trace import Graph
+from pipeline.links import Link
 from pipeline.plan.plan import Plan
 from pipeline.run.callbacks import Callback
 from pipeline.run.recipe import OptimizerFactory, Recipe
@@ -42,6 +43,7 @@ def run_plan(
     indices: list[list[list[int]]],
     seed: int,
     label: str,
+    link: Link | None = None,
     synchronised: bool = False,
     profiled: bool = False,
     keep_weights: bool = True,
@@ -51,14 +53,15 @@ def run_plan(
 ) -> list[Account]:
     """Run ``plan`` on the devices it names, one long task per rank; the account of every rank.
 
-    ``members`` are the devices that the plan was made for. Raises ``RunError`` when a rank fails or is lost.
+    ``members`` are the devices that the plan was made for; ``link`` is emulated between them. Raises ``RunError`` when
+    a rank fails or is lost.
     """
     ranks = [members[device] for device in plan.devices]
     skeleton = copy.deepcopy(model).to("meta")
     common = {
         "graph": graph, "plan": plan, "recipe": recipe or PLAIN, "indices": indices, "loader": loader or {},
         "callbacks": tuple(callbacks),
-        "seed": seed, "synchronised": synchronised, "profiled": profiled, "keep_weights": keep_weights,
+        "seed": seed, "link": link, "synchronised": synchronised, "profiled": profiled, "keep_weights": keep_weights,
         "keep_gradients": keep_gradients, "keep_steps": keep_steps,
         "validation_images": len(validation) if validation is not None else 0,  # type: ignore[arg-type]
     }  # fmt: skip

@@ -31,8 +31,9 @@ from pipeline.cluster.rank import RankContext, RankLost, rank_socket_name
 from pipeline.errors import RunError
 
 _HEAD_BYTES, _COUNTER_BYTES = 64, 8
-_LETTER = struct.Struct("qqq")
-"""What announces a box: tag of the message, number of the file, and which box it is (or the file's bytes)."""
+_LETTER = struct.Struct("qqqd")
+"""What announces a box: tag of the message, number of the file, which box it is (or the file's bytes), and when an
+emulated link lets go of it."""
 _CREDENTIALS = struct.Struct("iII")
 """What the kernel says of a peer: process, user, group."""
 _HANDSHAKE_S = 30.0
@@ -53,15 +54,17 @@ class Outbox:
             self._count = 0
             self._number = neighbour.send_file(file, size, once=once)
 
-    def post(self, part: torch.Tensor) -> None:
+    def post(self, part: torch.Tensor, left: float = 0.0) -> None:
         """Put ``part`` into the box and tell the neighbour; waits until it has copied the one before.
+
+        ``left`` is when it leaves an emulated link, in s of the clock that all ranks of the host read.
 
         Raises ``RankLost`` if the neighbour is gone, or does not copy the last box in the time of the gang.
         """
         self._await_copy()
         self._box.copy_(part)
         self._count += 1
-        self._neighbour.send_letter(self._tag, self._number, self._count)
+        self._neighbour.send_letter(self._tag, self._number, self._count, left)
 
     def _await_copy(self) -> None:
         for _ in self._neighbour.patience():
@@ -79,19 +82,19 @@ class Neighbour:
         connection.setblocking(False)
         self._sent_files = 0
         self._maps: dict[int, torch.Tensor] = {}
-        self._letters: dict[int, deque[tuple[int, int]]] = {}
-        """By tag, what has been announced and not yet been taken: number of the file, and which box it is."""
+        self._letters: dict[int, deque[tuple[int, int, float]]] = {}
+        """By tag, what has been announced and not yet been taken: number of the file, which box it is, when it left."""
 
     def send_file(self, file: int, size: int, *, once: bool) -> int:
         """Hand over a memory file of ``size`` bytes; returns the number by which letters name it, below 0 for once."""
         self._sent_files += 1
         number = -self._sent_files if once else self._sent_files
-        self._send(_LETTER.pack(0, number, size), [file])
+        self._send(_LETTER.pack(0, number, size, 0.0), [file])
         return number
 
-    def send_letter(self, tag: int, number: int, count: int) -> None:
+    def send_letter(self, tag: int, number: int, count: int, left: float) -> None:
         """Say that a file holds its ``count``-th box. Raises ``RankLost`` if the neighbour is gone."""
-        self._send(_LETTER.pack(tag, number, count), [])
+        self._send(_LETTER.pack(tag, number, count, left), [])
 
     def _send(self, letter: bytes, files: list[int]) -> None:
         for _ in self.patience():  # once, unless a very long queue of letters has filled the socket
@@ -99,8 +102,10 @@ class Neighbour:
                 socket.send_fds(self._connection, [letter], files)
                 return
 
-    def receive(self, tag: int, like: torch.Tensor) -> tuple[torch.Tensor, Receipt]:
+    def receive(self, tag: int, like: torch.Tensor) -> tuple[torch.Tensor, Receipt, float]:
         """Wait for the next box with ``tag``, shaped and typed as ``like``; sign the receipt when it has been copied.
+
+        The last of what it returns is when an emulated link let go of it.
 
         Boxes of exchanges that end later are left for them. Raises ``RankLost`` if the neighbour is gone or sends
         nothing in the time of the gang.
@@ -110,10 +115,10 @@ class Neighbour:
                 pass
             if self._letters.get(tag):
                 break
-        number, count = self._letters[tag].popleft()
+        number, count, left = self._letters[tag].popleft()
         memory = self._maps.pop(number) if number < 0 else self._maps[number]
         box = memory[_HEAD_BYTES:].view(like.dtype).view(like.shape)
-        return box, Receipt(memory[:_COUNTER_BYTES].view(torch.int64), count)
+        return box, Receipt(memory[:_COUNTER_BYTES].view(torch.int64), count), left
 
     def _open_next(self) -> bool:
         """Read a letter, if there is one."""
@@ -122,9 +127,9 @@ class Neighbour:
             letter, files, _, _ = socket.recv_fds(self._connection, _LETTER.size, 1)
             if not letter:
                 raise RankLost(f"rank {self.rank} closed its connection")
-            tag, number, count = _LETTER.unpack(letter)
+            tag, number, count, left = _LETTER.unpack(letter)
             if not files:
-                self._letters.setdefault(tag, deque()).append((number, count))
+                self._letters.setdefault(tag, deque()).append((number, count, left))
             for file in files:  # a new one, whose size comes in place of the count
                 self._maps[number] = _mapped(file, count)
                 os.close(file)

@@ -14,20 +14,30 @@ import torch
 import torch.distributed as dist
 
 from pipeline.cluster.gang import RankContext
+from pipeline.errors import InputError
+from pipeline.links import Link
 from pipeline.plan.instructions import Exchange
 from pipeline.plan.layouts import Box, Message
+from pipeline.run.link_emulation import Ports
 from pipeline.run.shared_memory import Neighbour, Outbox, neighbours
 
 
 class Transport:
     """The exchanges of one rank."""
 
-    def __init__(self, context: RankContext, *, shared_memory: bool = True) -> None:
-        """Every rank of the gang must call this at the same point; ``shared_memory=False`` sends all through gloo."""
+    def __init__(self, context: RankContext, *, shared_memory: bool = True, link: Link | None = None) -> None:
+        """Every rank of the gang must call this at the same point.
+
+        ``shared_memory=False`` sends all through gloo; ``link`` is emulated, which takes CPU devices on one host.
+        Raises ``InputError`` where that is not so.
+        """
         self.rank = context.rank
         self.group = context.group
         self.device = context.torch_device
         self._neighbours = neighbours(context) if shared_memory else {}
+        self._ports = Ports(link)
+        if link is not None and len(self._neighbours) < context.size - 1:
+            raise InputError("a link can only be emulated between CPU devices of one host: use loopback, or only these")
         self._buffers: dict[tuple[object, ...], torch.Tensor] = {}
         self._outboxes: dict[tuple[object, ...], Outbox] = {}
 
@@ -87,6 +97,7 @@ class Transport:
                     self._take_out(one, add=index > 0 or not whole)
                 elif one.source != self.rank:
                     self._take_out(one, add=False)
+            self._ports.drain()
 
         return finish
 
@@ -109,7 +120,8 @@ class Transport:
             assert source is not None
             part = source[instruction.spec.slices(held, message.box)]
             if message.target in self._neighbours:
-                self._outbox(tag, self._neighbours[message.target], part, once=instruction.once).post(part)
+                left = 0.0 if instruction.once else self._ports.leave(part.numel() * part.element_size())
+                self._outbox(tag, self._neighbours[message.target], part, once=instruction.once).post(part, left)
                 continue
             kept.append(part.contiguous().cpu() if instruction.once else self._packed((tag, message.target), part))
             operations.append(dist.P2POp(dist.isend, kept[-1], message.target, self.group, tag))
@@ -119,7 +131,9 @@ class Transport:
         """Bring what has arrived to where it belongs; from a neighbour, wait for it first."""
         box, receipt = one.box, None
         if box is None:
-            box, receipt = self._neighbours[one.source].receive(one.tag, one.part)
+            box, receipt, left = self._neighbours[one.source].receive(one.tag, one.part)
+            if left:
+                self._ports.arrive(left, box.numel() * box.element_size())
         if add:
             one.part.add_(box.to(one.part.device))
         elif box is not one.part:

@@ -24,6 +24,7 @@ from pipeline._torchvision import Importable
 from pipeline.cluster.gang import RankContext
 from pipeline.errors import RunError
 from pipeline.graph.trace import Graph
+from pipeline.links import Link
 from pipeline.plan.labels import DDP_LABELS
 from pipeline.plan.plan import Plan
 from pipeline.run.batches import Batch, batches, part_of
@@ -59,6 +60,8 @@ class Job:
     """Further arguments of torch's ``DataLoader``."""
     callbacks: tuple[Callback, ...] = ()
     """What to call after each epoch, on the master; every rank has to know whether there is something."""
+    link: Link | None = None
+    """The link to emulate between the ranks."""
     synchronised: bool = False
     """Whether all ranks begin each step together, as a timing needs."""
     profiled: bool = False
@@ -177,7 +180,7 @@ class _ProgramRun:
 
     def __init__(self, context: RankContext, job: Job, offset: float) -> None:
         self._job = job
-        self._execution = Execution(context, job.model, job.graph, job.plan)
+        self._execution = Execution(context, job.model, job.graph, job.plan, job.link)
         self._execution.prepare(job.recipe, job.seed)
         assert self._execution.updater is not None
         self.updater = self._execution.updater
@@ -228,7 +231,7 @@ class _DataParallelRun:
 
     def __init__(self, context: RankContext, job: Job, offset: float) -> None:
         self._context, self._job = context, job
-        self._parallel = DataParallel(context, job.model, job.recipe)
+        self._parallel = DataParallel(context, job.model, job.recipe, job.link)
         self.updater = self._parallel
         self.clock = Clock(len(DDP_LABELS), offset=offset, keep=job.keep_steps)
 

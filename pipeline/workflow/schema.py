@@ -43,7 +43,7 @@ def _lines(section: Section, indent: str = "") -> Iterator[str]:
             case Section() as part:
                 yield f"{indent}{name}:"
                 yield from _lines(part, f"{indent}  ")
-            case Mapping():
+            case Mapping() as entries if any(isinstance(one, Section) for one in entries.values()):
                 yield f"{indent}{name}:"
                 yield from _experiments(values[name], f"{indent}  ")
             case _:

@@ -122,7 +122,7 @@ def test_a_configuration_cannot_be_changed() -> None:
 
 
 def test_strategies_are_those_of_the_planner() -> None:
-    assert set(STRATEGIES) < set(PLANNED_STRATEGIES)
+    assert set(STRATEGIES) == set(PLANNED_STRATEGIES)
 
 
 class TestGrid:

@@ -49,6 +49,15 @@ def calibration_of(network, device_set):
     return f"{OUT}/calibration/{slug(network)}/{slug(source)}.zarr.zip"
 
 
+def simulation_calibrations():
+    """The files of all calibrations of the networks that are simulated."""
+    return [
+        f"{OUT}/calibration/{name}.zarr.zip"
+        for name, (network, _) in CALIBRATIONS.items()
+        if STUDY.simulation.networks is None or network in STUDY.simulation.networks
+    ]
+
+
 def cell_calibration(wildcards):
     """The file of the calibration that serves the cell's devices."""
     cell, _ = CELLS[wildcards.cell]
@@ -62,6 +71,7 @@ def cell_options(wildcards):
         network=cell.network,
         batch_size=cell.batch_size,
         devices=cell.device_set,
+        link=cell.link,
         strategy=cell.strategy,
         warmup=STUDY.timing.warmup,
         repetitions=timed_steps,

@@ -1,0 +1,117 @@
+"""`simulate`: a grid of networks, batch sizes, devices, links and strategies, from calibrations alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli.options import SchedulerOption
+from pipeline.cli.progress import Progress
+from pipeline.cli.ranks import checked_strategy
+from pipeline.errors import InputError
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+_SHOWN = 10
+_COUNTS = (1, 2, 4, 16, 64, 256, 1024)
+
+
+def simulate(
+    calibration: Annotated[
+        list[Path], typer.Option("--calibration", help="File that `calibrate` wrote; one or more per network.")
+    ],
+    output: Annotated[Path, typer.Option("--output", help="Store to write, such as simulation.zarr.")],
+    config: Annotated[
+        Path | None, typer.Option("--config", help="The study's configuration, whose simulation this is then.")
+    ] = None,
+    network: Annotated[list[str] | None, typer.Option("--network", help="Network; repeat for several.")] = None,
+    batch_size: Annotated[
+        list[int] | None, typer.Option("--batch-size", min=1, help="Images per step over all devices; repeat.")
+    ] = None,
+    devices: Annotated[
+        list[str] | None,
+        typer.Option("--devices", metavar="SET", help="Devices, such as '64 x cpu' or 'gpu + 8 x cpu'; repeat."),
+    ] = None,
+    link: Annotated[
+        list[str] | None, typer.Option("--link", help="loopback, or such as 1Gbit/s+0.1ms; repeat.")
+    ] = None,
+    strategy: Annotated[list[str] | None, typer.Option("--strategy", help="Strategy; repeat.")] = None,
+    describe: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--describe", metavar="NAME=GFLOPS", help="A device that is not there, by the GFLOP/s it reaches; repeat."
+        ),
+    ] = None,
+    scheduler: SchedulerOption = None,
+) -> None:
+    """Simulate training steps on up to 1,024 calibrated or described devices, over links of any speed."""
+    from pipeline.cluster.deployment import connect
+    from pipeline.config import load_config
+    from pipeline.results.contracts import validate_calibration
+    from pipeline.results.stores import open_zip, write_store
+    from pipeline.simulation.sweep import Grid, sweep
+    from pipeline.simulation.workers import simulators
+
+    study = load_config(config if config is not None else {}).simulation
+    described = _described(describe) if describe is not None else dict(study.described)
+    calibrations = _by_network([open_zip(path, validate_calibration) for path in calibration])
+    grid = Grid(
+        networks=tuple(network or study.networks or calibrations),
+        batch_sizes=tuple(batch_size or study.batch_sizes),
+        device_sets=tuple(devices or study.device_sets or _usual_sets(calibrations, described)),
+        links=tuple(link or study.links),
+        strategies=tuple(checked_strategy(one) for one in strategy or study.strategies),
+        described=described,
+    )
+    with (
+        connect(scheduler) if scheduler else simulators() as client,
+        Progress("simulate", grid.cells) as progress,
+    ):
+        found = sweep(grid, calibrations, client, on_progress=lambda done: progress(done, {}))
+    write_store(found, output)
+    _show(found)
+    print(f"{grid.cells} cells simulated, written to {output}.")
+
+
+def _by_network(calibrations: list[xr.Dataset]) -> dict[str, list[xr.Dataset]]:
+    found: dict[str, list[xr.Dataset]] = {}
+    for one in calibrations:
+        found.setdefault(str(one.network.item()), []).append(one)
+    return found
+
+
+def _usual_sets(calibrations: dict[str, list[xr.Dataset]], described: dict[str, float]) -> list[str]:
+    """One to 1,024 of each real device that was calibrated (of each emulated one, where none is real) or described."""
+    labels = dict.fromkeys(
+        str(label) for some in calibrations.values() for one in some for label in one.device_label.values
+    )
+    real = [label for label in labels if "@" not in label] or list(labels)
+    sets = [f"{count} x {name}" if count > 1 else name for name in (*real, *described) for count in _COUNTS]
+    return [*sets, *(f"{one} + {count} x {other}" for one in described for other in real for count in (1, 4))]
+
+
+def _described(texts: list[str]) -> dict[str, float]:
+    found = {}
+    for text in texts:
+        name, _, gflops = text.partition("=")
+        try:
+            found[name.strip()] = float(gflops)
+        except ValueError:
+            raise InputError(f"description '{text}' is wrong: write NAME=GFLOPS, such as gpu=20000") from None
+    return found
+
+
+def _show(simulated: xr.Dataset) -> None:
+    """The fastest strategy of the largest network and batch on the last link, for the first device sets."""
+    import numpy as np
+
+    one = simulated.step_time.isel(network=-1, batch_size=-1, link=-1, repetition=0)
+    place = f"{simulated.network.values[-1]}, batch {simulated.batch_size.values[-1]}, {simulated.link.values[-1]}"
+    print(f"Fastest strategy of {place} (simulated):")
+    for index, name in enumerate(simulated.device_set.values[:_SHOWN]):
+        times = one.isel(device_set=index)
+        best = times.isel(strategy=int(np.argmin(times.values)))
+        print(f"  {name}: {best.strategy.item()}, {float(best):.4g} s per step")

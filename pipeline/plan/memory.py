@@ -1,0 +1,181 @@
+"""How much memory a training step needs on each rank, from the program alone.
+
+Counted are the weights where they live and where they work, their gradients, the optimiser's state, what the forward
+pass keeps for the backward pass, the gradients in flight, what exchanges copy, and what convolutions need to rearrange
+their tensors; not the process itself, nor the images of the data set.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.graph.effects import Effect
+from pipeline.graph.trace import Graph
+from pipeline.plan.instructions import Compute, Exchange, Placed
+from pipeline.plan.layouts import Box, master
+from pipeline.plan.plan import Plan
+from pipeline.plan.program import Program, activation_spec, compile_program, parameter_spec
+from pipeline.plan.strategies import plan_network
+
+Bytes = NDArray[np.float64]
+
+SGD_STATES = 1
+"""Numbers an optimiser keeps per weight: one for momentum, two for Adam."""
+_INDEX_BYTES = 8
+
+
+def predict_memory(
+    graph: Graph, plan: Plan, *, itemsize: int = 4, states: int = SGD_STATES, batch_size: int | None = None
+) -> Bytes:
+    """Most memory of one training step in bytes, (rank), beyond that of the processes.
+
+    ``states`` are the numbers that the optimiser keeps per weight. Under ``ddp`` every rank has all of the network.
+    """
+    images = batch_size or plan.batch_size
+    if plan.strategy == "ddp":
+        alone = plan_network(graph, "single", batch_size=-(-images // plan.ranks), labels=plan.labels[:1])
+        weights = sum(math.prod(one.shape) for op in graph.operations for one in op.parameters if one.trained)
+        # Its buckets are a second copy of all gradients.
+        return np.full(
+            plan.ranks, _Account(graph, alone, itemsize, states, alone.batch_size).peak()[0] + weights * itemsize
+        )
+    return _Account(graph, plan, itemsize, states, images).peak()
+
+
+class _Account:
+    """What every rank holds as a step goes on."""
+
+    def __init__(self, graph: Graph, plan: Plan, itemsize: int, states: int, batch_size: int) -> None:
+        self._graph, self._plan, self._itemsize, self._states = graph, plan, itemsize, states
+        self._batch_size = batch_size
+        self._program: Program = compile_program(graph, plan, batch_size)
+        self._ranks = plan.ranks
+        self._values: dict[Placed, Bytes] = {}
+        self._kept: dict[int, Bytes] = {}
+        """By segment, what its backward pass needs beyond the values at its borders."""
+        self._gradients: dict[Placed, Bytes] = {}
+
+    def peak(self) -> Bytes:
+        standing = self._weights() + self._staging()
+        most = standing.copy()
+        source = Placed(self._graph.input, master(self._ranks))
+        self._values[source] = self._size(source)
+        for instruction in self._program.forward:
+            if isinstance(instruction, Exchange):
+                if instruction.moves == "activation":
+                    self._values[instruction.target] = self._arrived(instruction)
+            else:
+                self._forward(instruction)
+            most = np.maximum(most, standing + self._held() + self._workspace(instruction))
+        for one in self._program.backward:
+            self._backward(one)
+            most = np.maximum(most, standing + self._held() + self._workspace(one))
+            self._consumed(one)
+        return most
+
+    def _weights(self) -> Bytes:
+        total = np.zeros(self._ranks)
+        for one in self._program.parameters:
+            spec = parameter_spec(one)
+            home, work = (
+                np.array([box.size for box in spec.boxes(layout)]) * spec.rest * float(self._itemsize)
+                for layout in (one.home, one.work)
+            )
+            apart = one.home != one.work
+            trained = 1.0 if one.parameter.trained else 0.0
+            total += home * (1 + trained * (1 + self._states)) + (work * (1 + trained) if apart else 0.0)
+        return total
+
+    def _staging(self) -> Bytes:
+        """What is sent lies in memory of its own, and so does, mapped, what is received."""
+        total = np.zeros(self._ranks)
+        for one in self._program.instructions:
+            if isinstance(one, Exchange) and not one.once:
+                moved = one.traffic
+                total += (moved.sent[1] + moved.received[1]) * one.spec.rest * self._itemsize
+        return total
+
+    def _forward(self, instruction: Compute) -> None:
+        inside = np.zeros(self._ranks)
+        outputs = set(instruction.outputs)
+        for step in instruction.steps:
+            operation = self._graph[step.operation]
+            if step.output is None or operation.shape is None:
+                continue
+            size = self._size(step.output)
+            if operation.keeps_indices:
+                inside += size / self._itemsize * _INDEX_BYTES
+            if operation.noise is not None:
+                inside += size
+            if step.output in outputs:
+                self._values[step.output] = size
+            else:
+                inside += size
+        self._kept[instruction.segment] = inside
+
+    def _backward(self, instruction: Compute | Exchange) -> None:
+        """The gradients that come into being."""
+        if isinstance(instruction, Exchange):
+            if instruction.moves == "activation":
+                self._gradients[instruction.source] = self._size(instruction.source)
+            return
+        if instruction.gradients == "parameters":
+            return
+        for placed in instruction.inputs:
+            if placed in self._program.gradients:
+                self._gradients[placed] = self._size(placed)
+
+    def _consumed(self, instruction: Compute | Exchange) -> None:
+        """What is no longer needed after an instruction of the backward half."""
+        if isinstance(instruction, Exchange):
+            self._gradients.pop(instruction.target, None)
+            return
+        if instruction.gradients != "inputs":
+            self._kept.pop(instruction.segment, None)
+            for placed in instruction.outputs:
+                self._gradients.pop(placed, None)
+
+    def _held(self) -> Bytes:
+        nothing = np.zeros(self._ranks)
+        return sum((*self._values.values(), *self._kept.values(), *self._gradients.values()), nothing)
+
+    def _workspace(self, instruction: Compute | Exchange) -> Bytes:
+        """Convolutions rearrange their input, output and weights for the time they run."""
+        most = np.zeros(self._ranks)
+        if isinstance(instruction, Exchange):
+            return most
+        for step in instruction.steps:
+            operation = self._graph[step.operation]
+            if (
+                operation.effect in (Effect.KERNEL, Effect.GROUPED)
+                and step.output is not None
+                and operation.convolution
+            ):
+                parts = np.array(step.output.layout.shares, dtype=float)
+                fraction = parts / parts.sum() if step.output.layout.kind in "KB" else (parts > 0).astype(float)
+                weights = sum(math.prod(one.shape) for one in operation.parameters) * self._itemsize
+                split = fraction if step.output.layout.kind == "K" else (fraction > 0).astype(float)
+                inputs = sum((self._size(one) for one in step.inputs), np.zeros(self._ranks))
+                most = np.maximum(most, inputs + self._size(step.output) + weights * split)
+        return most
+
+    def _arrived(self, exchange: Exchange) -> Bytes:
+        return self._of(exchange.spec.boxes(exchange.target.layout), exchange.spec.rest)
+
+    def _size(self, placed: Placed) -> Bytes:
+        if placed.name != self._graph.input and self._is_no_activation(placed.name):
+            return np.zeros(self._ranks)
+        spec = activation_spec(self._graph, placed.name, self._batch_size)
+        return self._of(spec.boxes(placed.layout), spec.rest)
+
+    def _of(self, boxes: Sequence[Box], rest: int) -> Bytes:
+        return np.array([box.size for box in boxes], dtype=float) * rest * self._itemsize
+
+    def _is_no_activation(self, name: str) -> bool:
+        """Whether a value is moments of a BatchNorm or no tensor of images; both are small."""
+        known = name in {one.name for one in self._graph.operations}
+        return not known or self._graph[name].shape is None

@@ -1,0 +1,29 @@
+"""Links in words."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.links import Link, parse_link
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("loopback", None),
+        ("1Gbit/s", Link(0.0, 1.25e8)),
+        ("100Mbit/s+5ms", Link(5e-3, 1.25e7)),
+        ("10 gbit/s + 50us", Link(5e-5, 1.25e9)),
+        ("8bit/s+1s", Link(1.0, 1.0)),
+    ],
+)
+def test_a_link_is_a_rate_and_a_delay(text: str, expected: Link | None) -> None:
+    found = parse_link(text)
+    assert found == (expected if expected is None else pytest.approx(expected))
+
+
+@pytest.mark.parametrize("text", ["", "fast", "0Gbit/s", "-1Gbit/s", "1Gbit/s+5", "1Gbyte/s", "1.2.3Gbit/s"])
+def test_anything_else_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match=r"link '.*' is unknown: write loopback, or a rate"):
+        parse_link(text)

@@ -1,0 +1,101 @@
+"""Predicted timelines obey the links: ports take one message after the other, and what is deferred hides."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.graph.trace import Graph, trace
+from pipeline.networks import network
+from pipeline.plan import prediction
+from pipeline.plan.instructions import Exchange
+from pipeline.plan.prediction import Links, predict_step, predict_timeline
+from pipeline.plan.program import compile_program
+from pipeline.plan.strategies import plan_network
+from tests.unit.test_search import costs_of
+
+BATCH = 32
+
+
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    return trace(network("20:50"), torch.zeros(2, 3, 32, 32))
+
+
+def _timeline(graph: Graph, strategy: str, ranks: int, links: Links) -> tuple[np.ndarray, list[object]]:
+    costs = costs_of(graph, [1e10] * ranks)
+    labels = [f"device {rank}" for rank in range(ranks)]
+    plan = plan_network(graph, strategy, batch_size=BATCH, labels=labels, costs=costs)  # type: ignore[arg-type]
+    program = compile_program(graph, plan, BATCH)
+    return predict_timeline(graph, plan, program, costs, links=links), list(program.instructions)
+
+
+@pytest.mark.parametrize("strategy", ["paper", "kernel", "batch"])
+def test_instructions_of_a_rank_follow_each_other(graph: Graph, strategy: str) -> None:
+    timeline, instructions = _timeline(graph, strategy, 3, Links.uniform(np.array([1e-4]), np.array([1e8])))
+    assert (timeline[..., 1] >= timeline[..., 0])[np.isfinite(timeline[..., 0])].all()
+    for rank in range(3):
+        free = 0.0
+        for place, one in enumerate(instructions):
+            start, end = timeline[0, place, rank]
+            if np.isnan(start):
+                continue
+            assert start >= free - 1e-12
+            if not (isinstance(one, Exchange) and one.deferred):
+                free = end
+
+
+def test_the_master_sends_to_one_worker_after_the_other(graph: Graph) -> None:
+    """With links of no latency and slow bytes the first exchange takes what the master has to send in all."""
+    bandwidth = 1e7
+    timeline, instructions = _timeline(graph, "paper", 4, Links.uniform(np.array([0.0]), np.array([bandwidth])))
+    place = next(place for place, one in enumerate(instructions) if isinstance(one, Exchange))
+    exchange = instructions[place]
+    assert isinstance(exchange, Exchange)
+    start, end = timeline[0, place, 0]
+    assert end - start == pytest.approx(4 * exchange.elements / bandwidth)
+    arrivals = timeline[0, place, 1:, 1] - start
+    assert arrivals == pytest.approx((end - start) * np.array([1, 2, 3]) / 3)
+
+
+def test_latency_is_paid_once_per_exchange_not_once_per_message(graph: Graph) -> None:
+    times = [
+        predict_step(graph, plan, costs, batch_size=BATCH, links=Links.uniform(np.array([one]), np.array([1e12])))[0]
+        for costs in [costs_of(graph, [1e10] * 4)]
+        for plan in [plan_network(graph, "kernel", batch_size=BATCH, labels=["d"] * 4, costs=costs)]
+        for one in (0.0, 1e-3)
+    ]
+    program = compile_program(graph, plan_of(graph, 4), BATCH)
+    exchanges = sum(isinstance(one, Exchange) for one in program.instructions)
+    assert 1e-3 < times[1] - times[0] <= exchanges * 1e-3 + 1e-9
+
+
+def plan_of(graph: Graph, ranks: int) -> object:
+    return plan_network(graph, "kernel", batch_size=BATCH, labels=["d"] * ranks, costs=costs_of(graph, [1e10] * ranks))
+
+
+def test_cases_are_independent_of_each_other(graph: Graph) -> None:
+    latency, bandwidth = np.array([0.0, 1e-4, 5e-2]), np.array([1e10, 1e8, 1e6])
+    together, _ = _timeline(graph, "kernel", 3, Links.uniform(latency, bandwidth))
+    for case in range(3):
+        alone, _ = _timeline(graph, "kernel", 3, Links.uniform(latency[[case]], bandwidth[[case]]))
+        np.testing.assert_allclose(together[case], alone[0])
+
+
+@pytest.mark.parametrize("strategy", ["paper", "kernel", "batch"])
+def test_sums_over_messages_agree_with_following_each(
+    graph: Graph, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    links = Links.uniform(np.array([1e-4]), np.array([1e8]))
+    followed, _ = _timeline(graph, strategy, 6, links)
+    monkeypatch.setattr(prediction, "_PAIRWISE_RANKS", 1)
+    summed, _ = _timeline(graph, strategy, 6, links)
+    assert np.nanmax(summed) == pytest.approx(np.nanmax(followed), rel=0.15)
+
+
+def test_faster_links_and_devices_never_make_a_step_longer(graph: Graph) -> None:
+    links = Links.uniform(np.full(4, 1e-4), np.array([1e6, 1e7, 1e8, 1e9]))
+    timeline, _ = _timeline(graph, "kernel", 4, links)
+    steps = np.nanmax(timeline, axis=(1, 2, 3))
+    assert (np.diff(steps) < 0).all()

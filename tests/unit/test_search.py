@@ -1,0 +1,141 @@
+"""`auto` finds the plan that is predicted fastest."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import pipeline.plan.search as search
+from pipeline.calibration.segments import chains_of
+from pipeline.graph.trace import Graph, trace
+from pipeline.networks import network
+from pipeline.plan.costs import Costs
+from pipeline.plan.plan import Strategy
+from pipeline.plan.prediction import Links, predict_step
+from pipeline.plan.search import fastest_plan, fastest_times
+from pipeline.plan.strategies import Kind, Mixed, image_shares, kernel_split, layers_of, plan_network
+
+SHARES = np.array([0.125, 0.5, 1.0])
+
+
+def costs_of(graph: Graph, speeds: list[float], *, latency: float = 1e-4, bandwidth: float = 1e9) -> Costs:
+    """Costs in proportion to the work, of devices that reach so many FLOP/s, plus something for every segment."""
+    chains = chains_of(graph)
+    flops = [sum(graph[name].flops_per_image for name in chain.operations) + 1e4 for chain in chains]
+    per_image = np.array(flops)[None, :, None] * SHARES / np.array(speeds)[:, None, None]
+    both = per_image[..., None] * np.array([1.0, 2.0])
+    ranks = len(speeds)
+    return Costs(
+        segments=tuple(chain.name for chain in chains),
+        fractions=np.tile(SHARES, (len(chains), 1)),
+        fixed=np.full_like(both, 1e-5),
+        per_image=both,
+        latency=np.full((ranks, ranks), latency),
+        seconds_per_byte=np.full((ranks, ranks), 1 / bandwidth),
+        update=np.full(ranks, 1e-9),
+    )
+
+
+def predicted(graph: Graph, costs: Costs, strategy: Strategy, batch_size: int) -> float:
+    labels = [f"device {rank}" for rank in range(costs.devices)]
+    plan = plan_network(graph, strategy, batch_size=batch_size, labels=labels, costs=costs)
+    return float(predict_step(graph, plan, costs.only(plan.devices), batch_size=batch_size)[0])
+
+
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    return trace(network("50:500"), torch.zeros(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize("bandwidth", [1e6, 1e7, 1e8, 1e10])
+@pytest.mark.parametrize("speeds", [[1e11, 1e11], [1e11, 5e10, 2e10], [1e10, 1e12]], ids=str)
+def test_auto_is_never_predicted_slower_than_any_strategy(graph: Graph, speeds: list[float], bandwidth: float) -> None:
+    costs = costs_of(graph, speeds, bandwidth=bandwidth)
+    labels = [f"device {rank}" for rank in range(costs.devices)]
+    plan = fastest_plan(graph, costs, batch_size=32, labels=labels)
+    time = float(predict_step(graph, plan, costs.only(plan.devices), batch_size=32)[0])
+    for strategy in search.UNIFORM:
+        assert time <= predicted(graph, costs, strategy, 32) * (1 + 1e-9), strategy
+
+
+def _exhaustive(graph: Graph, costs: Costs, batch_size: int) -> float:
+    """The least predicted time over all kinds of all layers and all sets of two devices and more, and one device."""
+    layers, best = [one.name for one in layers_of(graph)], predicted(graph, costs, "single", batch_size)
+    for members in product([False, True], repeat=costs.devices):
+        devices = tuple(rank for rank, taken in enumerate(members) if taken)
+        if len(devices) < 2:
+            continue
+        some, ranks = costs.only(devices), len(devices)
+        labels = [str(device) for device in devices]
+        split = kernel_split("kernel", ranks, batch_size, some, None)
+        of_images = image_shares(batch_size, ranks, some, None)
+        plans = [plan_network(graph, "paper", batch_size=batch_size, labels=labels, costs=some)]
+        kinds: tuple[Kind, ...]
+        for kinds in product("KBM", repeat=len(layers)):  # type: ignore[assignment]
+            mixed = Mixed(graph, ranks, dict(zip(layers, kinds, strict=True)), split, of_images)
+            plans.append(
+                search.Plan(
+                    strategy="auto", batch_size=batch_size, devices=devices, labels=tuple(labels),
+                    operations=mixed.plans(),
+                )
+            )  # fmt: skip
+        best = min(best, *(float(predict_step(graph, plan, some, batch_size=batch_size)[0]) for plan in plans))
+    return best
+
+
+@pytest.mark.parametrize("bandwidth", [3e6, 3e7, 1e9])
+def test_auto_equals_exhaustive_search_on_small_networks(
+    graph: Graph, bandwidth: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = costs_of(graph, [1e11, 6e10, 3e10], bandwidth=bandwidth)
+    best = _exhaustive(graph, costs, 32)
+    labels = ["a", "b", "c"]
+    for exhaustive in (search._EXHAUSTIVE, 0):  # also by the descent that larger networks need
+        monkeypatch.setattr(search, "_EXHAUSTIVE", exhaustive)
+        plan = fastest_plan(graph, costs, batch_size=32, labels=labels)
+        found = float(predict_step(graph, plan, costs.only(plan.devices), batch_size=32)[0])
+        assert found == pytest.approx(best, rel=1e-9)
+
+
+def test_a_slow_device_behind_a_slow_link_is_left_out(graph: Graph) -> None:
+    costs = costs_of(graph, [1e11, 1e11, 5e9])
+    slow = np.ones((3, 3))
+    slow[2, :] = slow[:, 2] = 1e3
+    costs = Costs(**{name: getattr(costs, name) for name in ("segments", "fractions", "fixed", "per_image", "update")},
+                  latency=costs.latency, seconds_per_byte=costs.seconds_per_byte * slow)  # fmt: skip
+    plan = fastest_plan(graph, costs, batch_size=64, labels=["cpu", "cpu", "cpu@0.05"])
+    assert plan.devices == (0, 1)
+    proportional = predicted(graph, costs, "paper", 64)
+    assert proportional > 2 * float(predict_step(graph, plan, costs.only((0, 1)), batch_size=64)[0])
+
+
+def test_a_slow_network_leaves_one_device_alone_and_a_fast_one_takes_all(graph: Graph) -> None:
+    alone = fastest_plan(graph, costs_of(graph, [1e12, 1e12], bandwidth=1e4), batch_size=8, labels=["a", "b"])
+    assert alone.ranks == 1
+    together = fastest_plan(graph, costs_of(graph, [1e10, 1e10], bandwidth=1e11), batch_size=64, labels=["a", "b"])
+    assert together.ranks == 2
+
+
+def test_the_dense_layers_of_a_vgg_are_not_split_by_images() -> None:
+    """What each rank would have to sum are the gradients of a hundred million weights."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(16 * 32 * 32, 1024), nn.ReLU(), nn.Linear(1024, 10),
+    )  # fmt: skip
+    graph = trace(model, torch.zeros(2, 3, 32, 32))
+    costs = costs_of(graph, [1e10, 1e10], bandwidth=1e9)
+    plan = fastest_plan(graph, costs, batch_size=64, labels=["a", "b"])
+    assert plan["_5"].output.kind != "B"
+    assert plan.strategy in ("auto", "kernel")
+
+
+def test_every_link_gets_a_plan_of_its_own(graph: Graph) -> None:
+    costs = costs_of(graph, [1e11, 1e11])
+    links = Links.uniform(np.array([1e-3, 1e-5]), np.array([1e5, 1e10]))
+    times = fastest_times(graph, costs, batch_size=64, labels=["a", "b"], links=links)
+    assert times[0] == pytest.approx(predicted(graph, costs, "single", 64))
+    assert times[1] < 0.7 * times[0]
