@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -172,21 +172,21 @@ def _default_experiments() -> dict[str, Experiment]:
             networks=small,
             batch_sizes=batch_sizes,
             device_sets=("2 x cpu@0.45", "3 x cpu@0.45", "4 x cpu@0.45"),
-            strategies=("paper", "kernel"),
+            strategies=("paper", "kernel", "auto"),
         ),
         "strategies": Experiment(
             question="How do the strategies compare, on equal and on unequal devices?",
             networks=small,
             batch_sizes=batch_sizes,
             device_sets=("2 x cpu", "cpu + cpu@0.5"),
-            strategies=("ddp", "equal", "paper", "kernel", "batch"),
+            strategies=("ddp", "equal", "paper", "kernel", "batch", "auto"),
         ),
         "headline": Experiment(
             question="What do four devices gain for the paper's largest network?",
             networks=("500:1500",),
             batch_sizes=(32,),
             device_sets=("4 x cpu@0.45",),
-            strategies=("paper", "kernel"),
+            strategies=("paper", "kernel", "auto"),
         ),
         "headline_baseline": Experiment(
             question="How long does one such device take for that network?",
@@ -237,9 +237,9 @@ class Cell:
         return f"{self.strategy} on {self.device_set}: {self.network}, batch {self.batch_size}, {self.link}"
 
     @property
-    def path(self) -> str:
-        """Relative path, without suffix, of the file that holds the cell: one folder per coordinate."""
-        return f"{slug(self.network)}/batch-{self.batch_size}/{slug(self.device_set)}/{slug(self.link)}/{self.strategy}"
+    def folder(self) -> str:
+        """Relative path of the folder that holds the cell's file, named by its strategy: one level per coordinate."""
+        return f"{slug(self.network)}/batch-{self.batch_size}/{slug(self.device_set)}/{slug(self.link)}"
 
 
 def slug(text: str) -> str:
@@ -258,6 +258,26 @@ def grid(config: Config) -> dict[Cell, int]:
             steps = experiment.repetitions or config.timing.repetitions
             timed_steps[cell] = max(steps, timed_steps.get(cell, 0))
     return timed_steps
+
+
+class Group(NamedTuple):
+    """Cells that differ in their strategy alone: they are measured one after the other on the same cluster."""
+
+    cells: tuple[Cell, ...]
+    timed_steps: int
+    """Of each, the most that any of them needs."""
+
+    def __str__(self) -> str:
+        return f"{', '.join(cell.strategy for cell in self.cells)}{str(self.cells[0])[len(self.cells[0].strategy) :]}"
+
+
+def groups(config: Config) -> dict[str, Group]:
+    """The cells of the grid by their folder."""
+    found: dict[str, Group] = {}
+    for cell, timed_steps in grid(config).items():
+        before = found.get(cell.folder, Group((), 0))
+        found[cell.folder] = Group((*before.cells, cell), max(before.timed_steps, timed_steps))
+    return found
 
 
 def cells(config: Config) -> tuple[Cell, ...]:

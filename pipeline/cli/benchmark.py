@@ -23,7 +23,6 @@ from pipeline.cli.options import (
 )
 from pipeline.cli.progress import Progress
 from pipeline.cli.ranks import checked_strategy, cluster, costs_of, device_set_of, optimizer_of
-from pipeline.errors import InputError
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -57,7 +56,7 @@ def benchmark(
         bool, typer.Option("--reference", help="Also time a plain torch loop with as many threads as the first device.")
     ] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", help="Write the one strategy's cell to this file, such as cell.zarr.zip.")
+        Path | None, typer.Option("--output", help="Folder to write each strategy's cell to, as STRATEGY.zarr.zip.")
     ] = None,
 ) -> None:
     """Time the training step of a network, one or several strategies on the same devices."""
@@ -67,8 +66,6 @@ def benchmark(
     from pipeline.run.reference import plain_step_times
 
     strategies = [checked_strategy(name) for name in strategy or _ALL]
-    if output is not None and len(strategies) != 1:
-        raise InputError("--output takes one cell: give one --strategy with it")
     parse_link(link)
     optimizer = optimizer_of(learning_rate, momentum)
     cells: dict[str, xr.Dataset] = {}
@@ -91,15 +88,16 @@ def benchmark(
                 warmup=warmup,
                 repetitions=repetitions,
             )
-            for name in strategies:
-                with Progress(f"{name} {network}", warmup + repetitions) as progress:
-                    cells[name] = measure(strategy=name, on_progress=progress)
-        if output is not None:
             choice = {
                 "warmup": warmup, "repetitions": repetitions, "seed": seed,
                 "optimizer": "SGD", "learning_rate": learning_rate, "momentum": momentum,
             }  # fmt: skip
-            _write(cells[strategies[0]], output, choice, images.source_name, members)
+            for name in strategies:
+                with Progress(f"{name} {network}", warmup + repetitions) as progress:
+                    cells[name] = measure(strategy=name, on_progress=progress)
+                if output is not None:
+                    _write(cells[name], output / f"{name}.zarr.zip", choice, images.source_name, members)
+        if output is not None:
             return
         plain = None
         if reference:

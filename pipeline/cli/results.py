@@ -15,7 +15,9 @@ OutputsArgument = Annotated[Path, typer.Argument(help="Folder of the study, with
 
 
 def combine(
-    files: Annotated[list[Path], typer.Argument(help="Files that `benchmark` wrote, or that `calibrate` wrote.")],
+    files: Annotated[
+        list[Path], typer.Argument(help="Folders that `benchmark` wrote, or files that it or `calibrate` wrote.")
+    ],
     output: Annotated[Path, typer.Option("--output", help="Store to write, such as timing.zarr.")],
     config: Annotated[
         Path | None, typer.Option("--config", help="The study's configuration: its cells must all be there, no others.")
@@ -27,6 +29,7 @@ def combine(
     from pipeline.results.contracts import cell_index, validate_calibration, validate_timing
 
     study = load_config(config) if config is not None else None
+    files = [file for one in files for file in (sorted(one.glob("*.zarr.zip")) if one.is_dir() else [one])]
     parts = [stores.open_zip(file) for file in files]
     are_cells = {"strategy" in part.coords for part in parts}
     if len(are_cells) > 1:

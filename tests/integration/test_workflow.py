@@ -34,6 +34,7 @@ STUDY: dict[str, Any] = {
     "accuracy": {
         "network": "4:8", "batch_size": 32, "device_set": "2 x cpu", "epochs": 1, "train_images": 96, "test_images": 64,
     },
+    "simulation": {"batch_sizes": [32], "device_sets": ["cpu", "100 x cpu"], "links": ["loopback", "1Gbit/s+1ms"]},
 }  # fmt: skip
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -96,7 +97,10 @@ def test_one_command_makes_stores_figures_report_and_notebook(study: Study) -> N
     xr.testing.assert_allclose(
         accuracy.loss.sel(strategy="single", drop=True), accuracy.loss.sel(strategy="kernel", drop=True), rtol=1e-4
     )
-    for store in (timing, accuracy, calibration):
+    simulation = open_store(outputs / "simulation.zarr", validate_timing)
+    assert simulation.attrs["simulated"]
+    assert simulation.step_time.sel(device_set="100 x cpu").notnull().all()
+    for store in (timing, accuracy, calibration, simulation):
         assert {"configuration", "versions", "hardware", "threads", "emulated", "data", "code_version"} <= set(
             store.attrs
         )

@@ -144,14 +144,6 @@ class TestStores:
         said = refused(capsys, "combine", tmp_path / "cell.zarr.zip", "--output", tmp_path / "timing.zarr")
         assert "cell.zarr.zip is not a calibration" in said
 
-    def test_several_strategies_make_no_single_cell(
-        self, tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        said = refused(
-            capsys, "benchmark", "--network", "2:3", "--data", images, "--output", tmp_path / "cell.zarr.zip"
-        )
-        assert "one --strategy" in said
-
 
 def test_progress_is_lines_where_standard_error_is_no_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

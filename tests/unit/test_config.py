@@ -144,7 +144,7 @@ class TestGrid:
         assert [cell.device_set for cell in cells(config)] == ["2 x cpu@0.5 + cpu"]
 
     def test_paths_are_unique_and_ordinary_file_names(self) -> None:
-        paths = [cell.path for cell in cells(load_config(FOLDER / "paper.yaml"))]
+        paths = [f"{cell.folder}/{cell.strategy}" for cell in cells(load_config(FOLDER / "paper.yaml"))]
         assert len(set(paths)) == len(paths)
         assert "500-1500/batch-1024/4xcpu@0.45/loopback/kernel" in paths
         assert not set("".join(paths)) & set(" :*\"'\\$&()")

@@ -7,7 +7,7 @@ from shlex import quote
 
 import yaml
 
-from pipeline.config import calibration_source, calibrations, grid, load_config, slug
+from pipeline.config import calibration_source, calibrations, groups, load_config, slug
 from pipeline.errors import InputError
 from pipeline.workflow import session
 from pipeline.workflow.code import code_digest
@@ -29,7 +29,7 @@ ENVIRONMENT = "../../../envs/cpu.yaml"
 
 FOLDER = Path(workflow.basedir, "pipeline", "workflow")
 
-CELLS = {cell.path: (cell, timed_steps) for cell, timed_steps in grid(STUDY).items()}
+GROUPS = groups(STUDY)
 CALIBRATIONS = {f"{slug(network)}/{slug(devices)}": (network, devices) for network, devices in calibrations(STUDY)}
 
 # Every figure has a caption of its name; the headline is a table, the study the first page.
@@ -58,23 +58,24 @@ def simulation_calibrations():
     ]
 
 
-def cell_calibration(wildcards):
-    """The file of the calibration that serves the cell's devices."""
-    cell, _ = CELLS[wildcards.cell]
+def group_calibration(wildcards):
+    """The file of the calibration that serves the devices of a group of cells."""
+    cell = GROUPS[wildcards.group].cells[0]
     return calibration_of(cell.network, cell.device_set)
 
 
-def cell_options(wildcards):
-    """All that the measurement of a cell depends on."""
-    cell, timed_steps = CELLS[wildcards.cell]
+def group_options(wildcards):
+    """All that the measurement of a group of cells depends on."""
+    group = GROUPS[wildcards.group]
+    cell = group.cells[0]
     return options(
         network=cell.network,
         batch_size=cell.batch_size,
         devices=cell.device_set,
         link=cell.link,
-        strategy=cell.strategy,
+        strategy=tuple(one.strategy for one in group.cells),
         warmup=STUDY.timing.warmup,
-        repetitions=timed_steps,
+        repetitions=group.timed_steps,
         seed=STUDY.timing.seed,
         learning_rate=STUDY.training.learning_rate,
         momentum=STUDY.training.momentum,
@@ -83,5 +84,5 @@ def cell_options(wildcards):
 
 
 wildcard_constraints:
-    cell="|".join(map(re.escape, CELLS)),
+    group="|".join(map(re.escape, GROUPS)),
     calibration="|".join(map(re.escape, CALIBRATIONS)),

@@ -1,30 +1,30 @@
 rule benchmark:
     message:
-        "Timing {params.cell}."
+        "Timing {params.group}."
     input:
         images=rules.data.output.images,
-        calibration=cell_calibration,
+        calibration=group_calibration,
     output:
-        cell=f"{OUT}/timing/{{cell}}.zarr.zip",
+        cells=directory(f"{OUT}/timing/{{group}}"),
     log:
-        f"{LOGS}/timing/{{cell}}.log",
+        f"{LOGS}/timing/{{group}}.log",
     params:
-        cell=lambda wildcards: str(CELLS[wildcards.cell][0]),
-        options=cell_options,
+        group=lambda wildcards: str(GROUPS[wildcards.group]),
+        options=group_options,
         code=code_digest("pipeline.cli.benchmark"),
     threads: workflow.cores
     conda:
         ENVIRONMENT
     shell:
         "exec python -m pipeline benchmark {params.options} --data {input.images:q}"
-        " --calibration {input.calibration:q} --output {output.cell:q} 2> >(tee -i {log:q} >&2)"
+        " --calibration {input.calibration:q} --output {output.cells:q} 2> >(tee -i {log:q} >&2)"
 
 
 rule timing:
     message:
         "Combining all cells into the timing grid."
     input:
-        cells=expand(rules.benchmark.output.cell, cell=CELLS),
+        cells=expand(rules.benchmark.output.cells, group=GROUPS),
         record=rules.configuration.output.record,
     output:
         store=directory(f"{OUT}/timing.zarr"),
