@@ -103,6 +103,9 @@ def show(made: Plan, summary: Summary) -> None:
         f"Predicted step: {1e3 * summary.step_seconds:.4g} ms, {summary.speedup:.2f}x the fastest device alone "
         f"({summary.baseline}); all devices together would allow {summary.bound:.2f}x."
     )
+    mebibytes = [one / 2**20 for one in summary.memory]
+    shown = ", ".join(f"{one:.0f}" for one in mebibytes) if few else _range(mebibytes, ".0f")
+    print(f"Memory per device, beyond its process and the images: {shown} MiB.")
     print(f"What limits: {summary.limit}.")
     for one in summary.helps:
         print(f"What would help: {one.change}: {one.speedup:.2f}x.")

@@ -104,8 +104,8 @@ class _Account:
         outputs = set(instruction.outputs)
         for step in instruction.steps:
             operation = self._graph[step.operation]
-            if step.output is None or operation.shape is None:
-                continue
+            if step.output is None or operation.shape is None or operation.effect is Effect.FLATTEN:
+                continue  # nothing, or a view of what is there
             size = self._size(step.output)
             if operation.keeps_indices:
                 inside += size / self._itemsize * _INDEX_BYTES
@@ -144,12 +144,18 @@ class _Account:
         return sum((*self._values.values(), *self._kept.values(), *self._gradients.values()), nothing)
 
     def _workspace(self, instruction: Compute | Exchange) -> Bytes:
-        """Convolutions rearrange their input, output and weights for the time they run."""
+        """What an operation needs for the time it runs.
+
+        Backward, the gradients of its output and inputs; and convolutions rearrange their tensors and weights.
+        """
         most = np.zeros(self._ranks)
         if isinstance(instruction, Exchange):
             return most
         for step in instruction.steps:
             operation = self._graph[step.operation]
+            if instruction.direction == "backward" and step.output is not None:
+                both = sum((self._size(one) for one in step.inputs), self._size(step.output))
+                most = np.maximum(most, both)
             if (
                 operation.effect in (Effect.KERNEL, Effect.GROUPED)
                 and step.output is not None
@@ -160,7 +166,8 @@ class _Account:
                 weights = sum(math.prod(one.shape) for one in operation.parameters) * self._itemsize
                 split = fraction if step.output.layout.kind == "K" else (fraction > 0).astype(float)
                 inputs = sum((self._size(one) for one in step.inputs), np.zeros(self._ranks))
-                most = np.maximum(most, inputs + self._size(step.output) + weights * split)
+                times = 2 if instruction.direction == "backward" else 1
+                most = np.maximum(most, times * (inputs + self._size(step.output)) + weights * split)
         return most
 
     def _arrived(self, exchange: Exchange) -> Bytes:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pipeline.graph.trace import Graph
 from pipeline.plan.costs import Costs
 from pipeline.plan.instructions import Compute, Direction, Exchange
+from pipeline.plan.memory import predict_memory
 from pipeline.plan.plan import Plan
 from pipeline.plan.prediction import Links, predict_step, predict_timeline, step_seconds
 from pipeline.plan.program import Program, compile_program
@@ -59,6 +60,9 @@ class Summary:
     """The speedup that the throughput of all devices together would allow."""
     limit: str
     """What the step waits for most."""
+    memory: tuple[float, ...]
+    """Most bytes that each rank needs beyond its process and the data set, with one number per weight for the
+    optimiser's state."""
     helps: tuple[Help, ...]
     """The best first."""
 
@@ -87,6 +91,7 @@ def summarise(
         speedup=alone / seconds,
         bound=float(speeds.sum() / speeds.max()),
         limit=_limit(plan, seconds, without_links, busy, on_master),
+        memory=tuple(predict_memory(graph, plan, itemsize=itemsize)),
         helps=_helps(plan, seconds, without_links, chosen, used, step),
     )
 

@@ -1,0 +1,65 @@
+"""Predicted memory follows what a step holds: weights by share, activations by layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.graph.trace import Graph, trace
+from pipeline.networks import network
+from pipeline.plan.memory import predict_memory
+from pipeline.plan.plan import Plan, Strategy
+from pipeline.plan.strategies import Shares, plan_network
+
+MIB = 2**20
+
+
+def _plan(graph: Graph, strategy: Strategy, shares: Shares | None = None, batch_size: int = 64, ranks: int = 2) -> Plan:
+    return plan_network(graph, strategy, batch_size=batch_size, labels=["cpu"] * ranks, shares=shares)
+
+
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    return trace(network("500:1500"), torch.zeros(2, 3, 32, 32))
+
+
+def test_a_dense_layer_alone_needs_what_can_be_counted() -> None:
+    """Weights, gradients and momentum; input, output and their gradients, the backward ones once more in flight."""
+    graph = trace(nn.Sequential(nn.Flatten(), nn.Linear(3072, 1000, bias=False)), torch.zeros(2, 3, 32, 32))
+    (bytes_needed,) = predict_memory(graph, _plan(graph, "single", ranks=1))
+    weights, images = 4 * 3072 * 1000, 4 * 64 * 3072
+    assert 3 * weights + images <= bytes_needed <= 3 * weights + 4 * images
+
+
+def test_more_images_and_more_state_need_more(graph: Graph) -> None:
+    few, many = (predict_memory(graph, _plan(graph, "single", batch_size=size, ranks=1))[0] for size in (16, 64))
+    assert few < many < 4 * few
+    sgd, adam = (predict_memory(graph, _plan(graph, "single", ranks=1), states=states)[0] for states in (1, 2))
+    weights = sum(parameter.numel() for parameter in network("500:1500").parameters())
+    assert adam - sgd == pytest.approx(4 * weights)
+
+
+def test_kernels_divide_the_weights_and_images_do_not(graph: Graph) -> None:
+    alone = predict_memory(graph, _plan(graph, "single", ranks=1))[0]
+    by_kernels = predict_memory(graph, _plan(graph, "kernel", (0.5, 0.5)))
+    by_images = predict_memory(graph, _plan(graph, "batch", (0.5, 0.5)))
+    assert by_kernels.max() < by_images.max() < alone
+
+
+def test_a_smaller_share_needs_less(graph: Graph) -> None:
+    large, small = predict_memory(graph, _plan(graph, "kernel", (0.8, 0.2)))
+    assert small < 0.6 * large
+    nothing = predict_memory(graph, _plan(graph, "kernel", {"conv1": (500, 0), "conv2": (1500, 0)}))
+    assert nothing[1] < MIB
+
+
+def test_ddp_needs_all_weights_everywhere(graph: Graph) -> None:
+    everywhere = predict_memory(graph, _plan(graph, "ddp"))
+    weights = 4 * sum(parameter.numel() for parameter in network("500:1500").parameters())
+    assert everywhere[0] == everywhere[1] > 4 * weights
+
+
+def test_the_master_of_the_paper_holds_most(graph: Graph) -> None:
+    master, worker = predict_memory(graph, _plan(graph, "paper", (0.5, 0.5)))
+    assert master > 1.5 * worker
