@@ -64,6 +64,7 @@ def cell(index: CellIndex, *, repetitions: int = 5, seed: int = 0) -> xr.Dataset
     result["device_throughput"] = ("device", index.batch_size * speeds / work)
     result["share"] = ("device", shares)
     result["peak_memory"] = ("device", shares * 1e9 + 2e8)
+    result["predicted_memory"] = ("device", shares * 9e8)
     convolution = step * (0.62 + 0.08 * np.log10(k1 * k2 / 25000 + 1)) if index.strategy == "single" else step * np.nan
     result["convolution_time"] = ("repetition", convolution)
     result["loss"] = ("repetition", np.linspace(2.3, 2.2, repetitions))
@@ -95,6 +96,8 @@ def _with_timeline(result: xr.Dataset, compute: np.ndarray, exchange: np.ndarray
     result["instruction_bytes"] = ("instruction", [4e6 if part[1] == "exchange" else 0.0 for part in parts])
     result["instruction_start"] = (("instruction", "device"), start * scale)
     result["instruction_end"] = (("instruction", "device"), end * scale)
+    result["predicted_start"] = (("instruction", "device"), 0.97 * start * scale)
+    result["predicted_end"] = (("instruction", "device"), 0.97 * end * scale)
     return result
 
 

@@ -12,6 +12,7 @@ whatever does not exist: a rank that took no part in an instruction, a repetitio
     device_label, device_throughput, share, peak_memory(device)
     instruction_name, instruction_kind, instruction_phase, instruction_bytes(instruction)
     instruction_start, instruction_end(instruction, device): timeline of the last repetition, from the step's start
+    predicted_start, predicted_end(instruction, device): the planner's (NaN under `ddp`)  predicted_memory(device)
 
 **Timing grid** (`timing.zarr`; `simulation.zarr` has the same names): the cells over the dense product of `network`,
 `batch_size`, `device_set`, `link`, `strategy`, and these dimensions in front of those above. `device_label` is
@@ -95,6 +96,11 @@ CELL: Mapping[str, Variable] = {
     "instruction_bytes": Variable(("instruction",), "bytes", "bytes moved between ranks", measured=True),
     "instruction_start": Variable(("instruction", "device"), "s", "start since the step's start", measured=True),
     "instruction_end": Variable(("instruction", "device"), "s", "end since the step's start", measured=True),
+    "predicted_start": Variable(("instruction", "device"), "s", "predicted start since the step's", measured=True),
+    "predicted_end": Variable(("instruction", "device"), "s", "predicted end since the step's start", measured=True),
+    "predicted_memory": Variable(
+        ("device",), "bytes", "predicted peak memory beyond the process and the images", measured=True
+    ),
 }
 
 _SEGMENT_TIME = ("device", "segment", "share", "images", "repetition")

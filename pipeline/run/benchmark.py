@@ -19,9 +19,11 @@ from pipeline.graph.trace import Graph, trace
 from pipeline.links import parse_link
 from pipeline.plan.costs import Costs
 from pipeline.plan.labels import instruction_labels
+from pipeline.plan.memory import predict_memory
 from pipeline.plan.plan import Plan, Strategy
 from pipeline.plan.planner import plan_graph, predicted_step_time
-from pipeline.plan.prediction import Links
+from pipeline.plan.prediction import Links, predict_timeline
+from pipeline.plan.program import compile_program
 from pipeline.results.contracts import FAILED, OK, OUT_OF_MEMORY, CellIndex, describe, unmeasured_cell, validate_cell
 from pipeline.results.timeline import busy_times, label_variables
 from pipeline.run.batches import batch_indices
@@ -78,9 +80,7 @@ def measure_cell(
         )  # fmt: skip
     except (RunError, torch.OutOfMemoryError, MemoryError) as error:
         return unmeasured_cell(index, [labels[device] for device in plan.devices], _status(error))
-    costs = Costs.of(calibration)
-    predicted = predicted_step_time(graph, plan, costs, links=links)
-    return _cell(index, graph, plan, costs, accounts, repetitions, predicted)
+    return _cell(index, graph, plan, Costs.of(calibration), links, accounts, repetitions)
 
 
 def _full_batches(images: int, batch_size: int, steps: int, seed: int) -> list[list[list[int]]]:
@@ -105,22 +105,26 @@ def _cell(
     graph: Graph,
     plan: Plan,
     costs: Costs,
+    links: Links | None,
     accounts: Sequence[Account],
     repetitions: int,
-    predicted: float,
 ) -> xr.Dataset:
     labels = instruction_labels(graph, plan, plan.batch_size)
     steps, times = stacked(accounts)
     convolution = np.full(repetitions, np.nan)
     convolution[-1] = accounts[0].convolution_s
     relative = times[-1] - steps[-1, 0]
+    predicted = np.full(relative.shape, np.nan)
+    if plan.strategy != "ddp":
+        program, over = compile_program(graph, plan, plan.batch_size), links and links.of(plan.devices)
+        predicted = predict_timeline(graph, plan, program, costs.only(plan.devices), links=over)[0]
     throughput = costs.throughputs(plan.batch_size)[list(plan.devices)]
     cell = xr.Dataset(
         {
             "step_time": ("repetition", steps[:, 1] - steps[:, 0]),
             "loss": ("repetition", merged_losses(accounts)[-repetitions:]),
             "convolution_time": ("repetition", convolution),
-            "predicted_step_time": predicted,
+            "predicted_step_time": predicted_step_time(graph, plan, costs, links=links),
             "status": OK,
             "device_label": ("device", np.array(plan.labels, dtype=object)),
             "device_throughput": ("device", throughput),
@@ -129,6 +133,9 @@ def _cell(
             **label_variables(labels, itemsize=4),
             "instruction_start": (("instruction", "device"), relative[..., 0]),
             "instruction_end": (("instruction", "device"), relative[..., 1]),
+            "predicted_start": (("instruction", "device"), predicted[..., 0]),
+            "predicted_end": (("instruction", "device"), predicted[..., 1]),
+            "predicted_memory": ("device", predict_memory(graph, plan)),
         },
         coords={
             **index._asdict(),
