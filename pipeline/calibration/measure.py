@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from distributed import Client
 from numpy.typing import NDArray
 from torch import nn
 
+from pipeline.calibration.cache import cached
 from pipeline.calibration.links import LINK_BYTES, link_of
 from pipeline.calibration.segments import Chain, chains_of, geometry
 from pipeline.calibration.worker import Measurement, Task, measure_rank, split_plan
@@ -44,6 +46,8 @@ def calibrate(
     batch_size: int | None = None,
     fractions: Sequence[float] = FRACTIONS,
     repetitions: int = 2,
+    cache: Path | None = None,
+    force: bool = False,
     on_progress: Callable[[int, dict[str, float]], None] | None = None,
 ) -> xr.Dataset:
     """Measure every segment of ``model`` on every device at several shares, and every link.
@@ -51,15 +55,18 @@ def calibrate(
     ``example_input`` is a batch ``x_BCHW``; it gives the shape of the images and, unless ``batch_size`` is given, the
     largest number for which the times are wanted. Everything is measured with two numbers of images, fewer than that
     for a network with much work per image, since time is a line over the images. Segments that do the same work are
-    measured once; ``repetitions`` hold for all, and what is uncertain by enough to matter gets more. Returns the
-    calibration data set of ``pipeline.results.contracts``.
+    measured once; ``repetitions`` hold for all, and what is uncertain by enough to matter gets more. ``cache`` is a
+    folder in which calibrations are kept and looked for; ``force`` measures in any case. Returns the calibration data
+    set of ``pipeline.results.contracts``.
 
     Raises ``InputError`` if the model does not take such images and ``RunError`` when a device is lost.
     """
     chosen = tuple(members or discover(client))
     graph = trace(model, example_input)
     chains = chains_of(graph)
-    alike = _alike(graph, model, chains)
+    plan = split_plan(graph, 0.5)
+    works = [geometry(graph, model, plan, chain) for chain in chains]
+    alike = [works.index(work) for work in works]
     first = list(dict.fromkeys(alike))
     task = Task(
         model=copy.deepcopy(model).to("meta"),
@@ -71,14 +78,22 @@ def calibrate(
         repetitions=repetitions,
         passes=_PASSES,
     )
-    label = f"calibrate {network or type(model).__name__}"
-    measured: list[Measurement] = run_gang(
-        client, chosen, measure_rank, [(task,)] * len(chosen), label=label, on_progress=on_progress
-    )
-    everywhere = [first.index(index) for index in alike]
-    dataset = _dataset(task, chains, everywhere, chosen, measured, network or type(model).__name__)
-    validate_calibration(dataset)
-    return dataset
+    name = network or type(model).__name__
+
+    def measure() -> xr.Dataset:
+        measured: list[Measurement] = run_gang(
+            client, chosen, measure_rank, [(task,)] * len(chosen), label=f"calibrate {name}", on_progress=on_progress
+        )
+        everywhere = [first.index(index) for index in alike]
+        dataset = _dataset(task, chains, everywhere, chosen, measured, name)
+        validate_calibration(dataset)
+        return dataset
+
+    if cache is None:
+        return measure()
+    named = [f"{chain.name}: {work}" for chain, work in zip(chains, works, strict=True)]
+    found = cached(cache, named, chosen, task.images, task.fractions, measure, force=force)
+    return found.assign_coords(network=name)
 
 
 def calibration_images(graph: Graph, batch_size: int) -> tuple[int, ...]:
@@ -86,13 +101,6 @@ def calibration_images(graph: Graph, batch_size: int) -> tuple[int, ...]:
     work = 3 * sum(operation.flops_per_image for operation in graph.operations)
     most = max(1, min(batch_size, max(_LEAST_IMAGES, int(_FLOPS_PER_STEP / max(work, 1)))))
     return tuple(sorted({max(1, most // 4), most}))
-
-
-def _alike(graph: Graph, model: nn.Module, chains: Sequence[Chain]) -> list[int]:
-    """For each segment the index of the first that does the same work."""
-    plan = split_plan(graph, 0.5)
-    works = [geometry(graph, model, plan, chain) for chain in chains]
-    return [works.index(work) for work in works]
 
 
 def _dataset(

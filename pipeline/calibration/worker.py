@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -26,7 +26,8 @@ from pipeline.graph.trace import Graph
 from pipeline.plan.instructions import Compute, Placed, Step
 from pipeline.plan.plan import Plan
 from pipeline.plan.program import activation_spec
-from pipeline.plan.strategies import plan_network
+from pipeline.plan.strategies import Kind, Mixed, layers_of, plan_network
+from pipeline.plan.ties import Tie
 from pipeline.run.emulation import Throttle
 from pipeline.run.execution import Execution
 
@@ -58,11 +59,22 @@ class Task:
     passes: int
     """How many passes at most follow, each with one more repetition of what still is uncertain."""
 
-    def shares_of(self, segment: int) -> Iterator[tuple[int, float]]:
-        """Index and fraction of what of a segment is measured: of one that cannot be split, the whole only."""
-        for index, fraction in enumerate(self.fractions):
-            if fraction == 1 or self.chains[segment].splittable:
-                yield index, fraction
+    def kernels(self) -> NDArray[np.float64]:
+        """How many channels are measured, (segment, share); of input features for a dense layer.
+
+        NaN where nothing is: of a segment that cannot be split all but the whole, and of a narrow one the fractions
+        that come to the same number as a larger one.
+        """
+        found = np.full((len(self.chains), len(self.fractions)), np.nan)
+        for share, fraction in enumerate(self.fractions):
+            plan = split_plan(self.graph, fraction)
+            for segment, chain in enumerate(self.chains):
+                if chain.splittable:
+                    found[segment, share] = _channels(self.graph, plan, chain)
+                elif fraction == 1:
+                    found[segment, share] = self.graph[chain.operations[0]].channels or 1
+        found[:, :-1][found[:, :-1] == found[:, 1:]] = np.nan
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,15 +123,15 @@ class _Segments:
         self._done = 0
         shape = (len(task.chains), len(task.fractions))
         self.times = np.full((*shape, len(task.images), task.repetitions + task.passes, 2), np.nan)
-        self.kernels = np.full(shape, np.nan)
+        self.kernels = task.kernels()
         self._undivided = _execution_of(context, model, task.graph, None)
 
     def uncertain(self) -> list[tuple[int, int]]:
         """The (share, segment) pairs that any rank has to measure (again), the same on all ranks."""
         task = self._task
-        every = [(share, segment) for segment in range(len(task.chains)) for share, _ in task.shares_of(segment)]
-        if not np.isfinite(self.times).any():
-            return sorted(every)
+        every = [(int(share), int(segment)) for share, segment in np.argwhere(np.isfinite(self.kernels.T))]
+        if not self._done:
+            return every
         least = np.sort(self.times[:, :, -1].sum(axis=-1), axis=-1)  # (segment, share, repetition), NaN last
         step = float(np.nansum(least[:, -1, 0] * np.array(task.weights)))
         # Noise only adds to a time: where the two least agree, they are likely to be right.
@@ -130,7 +142,7 @@ class _Segments:
         if self._context.group is not None:
             agreed = torch.from_numpy(relative)
             dist.all_reduce(agreed, dist.ReduceOp.MAX, self._context.group)
-        return sorted((share, segment) for share, segment in every if relative[segment, share] > _CERTAIN)
+        return [(share, segment) for share, segment in every if relative[segment, share] > _CERTAIN]
 
     def measure(self, todo: list[tuple[int, int]]) -> None:
         """One pass over what is to be measured, one share after the other."""
@@ -142,7 +154,6 @@ class _Segments:
             if chain.splittable and share != at:
                 split, at = _execution_of(self._context, self._model, task.graph, task.fractions[share]), share
             execution = split if chain.splittable and split is not None else self._undivided
-            self.kernels[segment, share] = _kernels(task.graph, execution.plan, chain)
             steps = [_step_of(self._context, execution, chain, task.graph, images) for images in task.images]
             made = slice(self._done, self._done + repetitions)
             self.times[segment, share, :, made] = _measured(self._context, steps, repetitions)
@@ -169,12 +180,25 @@ def _execution_of(context: RankContext, model: nn.Module, graph: Graph, fraction
 
 
 def split_plan(graph: Graph, fraction: float, label: str = "here") -> Plan:
-    """The plan in which the first of two ranks has ``fraction`` of every layer."""
-    labels = (label, "elsewhere")
-    return plan_network(graph, "kernel", batch_size=1, labels=labels, shares=(fraction, 1 - fraction))
+    """The plan in which the first of two ranks has ``fraction`` of every layer, one kernel at least."""
+
+    def split(tie: Tie) -> tuple[int, int]:
+        units = tie.channels // tie.unit
+        here = max(1, round(fraction * units))
+        return here * tie.unit, (units - here) * tie.unit
+
+    kinds: dict[str, Kind] = dict.fromkeys((one.name for one in layers_of(graph)), "K")
+    return Plan(
+        strategy="kernel",
+        batch_size=1,
+        devices=(0, 1),
+        labels=(label, "elsewhere"),
+        operations=Mixed(graph, 2, kinds, split, None).plans(),
+    )
 
 
-def _kernels(graph: Graph, plan: Plan, chain: Chain) -> int:
+def _channels(graph: Graph, plan: Plan, chain: Chain) -> int:
+    """The first rank's channels of a segment."""
     first = plan[chain.operations[0]]
     layout = first.input if first.input.kind == "K" else first.output
     return layout.shares[0] if layout.kind == "K" else graph[chain.operations[0]].channels or 1

@@ -17,7 +17,7 @@ from pipeline.cli.options import (
     SchedulerOption,
 )
 from pipeline.cli.progress import Progress
-from pipeline.cli.ranks import cluster, device_set_of
+from pipeline.cli.ranks import cluster, device_set_of, say_if_cached
 
 
 def calibrate(
@@ -34,8 +34,10 @@ def calibrate(
     repetitions: Annotated[
         int, typer.Option("--repetitions", min=1, help="Measurements of each share, more where they differ.")
     ] = 2,
+    force: Annotated[bool, typer.Option("--force", help="Measure even if the same was measured before.")] = False,
 ) -> None:
     """Measure how long each device takes for each segment of a network, and each link for a message."""
+    from pipeline.calibration.cache import cache_folder
     from pipeline.calibration.measure import FRACTIONS
     from pipeline.calibration.measure import calibrate as measure
     from pipeline.networks import network as build
@@ -56,9 +58,12 @@ def calibrate(
                 batch_size=batch_size,
                 fractions=fraction or FRACTIONS,
                 repetitions=repetitions,
+                cache=cache_folder(),
+                force=force,
                 on_progress=progress,
             )
         calibration = calibration.assign_coords(device_set=device_set_of(members))
+    say_if_cached(calibration)
     validate_calibration(calibration)
     write_zip(calibration, output)
     costs = Costs.of(calibration)

@@ -72,6 +72,7 @@ def costs_of(
     batch_size: int,
 ) -> xr.Dataset:
     """The calibration of the members, read or made."""
+    from pipeline.calibration.cache import cache_folder
     from pipeline.calibration.measure import calibrate
     from pipeline.calibration.subset import of_devices
     from pipeline.results.contracts import validate_calibration
@@ -82,9 +83,18 @@ def costs_of(
         return of_devices(open_zip(path, validate_calibration), [member.device.label for member in members])
     example = example_batch(images)
     with Progress(f"calibrate {network}", None) as progress:
-        return calibrate(
-            model, example, client, members=members, network=network, batch_size=batch_size, on_progress=progress
-        )
+        found = calibrate(
+            model, example, client, members=members, network=network, batch_size=batch_size, cache=cache_folder(),
+            on_progress=progress,
+        )  # fmt: skip
+    say_if_cached(found)
+    return found
+
+
+def say_if_cached(calibration: xr.Dataset) -> None:
+    """Tell the reader that the devices were not measured just now."""
+    if "cached" in calibration.attrs:
+        print(f"Calibration of {calibration.attrs['created']} taken from the cache; `calibrate --force` measures anew.")
 
 
 def optimizer_of(learning_rate: float, momentum: float) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_a_calibration_keeps_every_repetition_of_every_segment_and_link(calibrat
     apart = calibration.link_time.isel(source=0, destination=1)
     assert (apart > 0).all()
     assert np.isfinite(calibration.link_bandwidth.values[0, 1])
-    assert calibration.kernels.sel(segment="conv2").values.tolist() == [2, 6, 13, 25, 38, 50]
+    assert calibration.kernels.sel(segment="conv2").values.tolist() == [2, 6, 12, 25, 38, 50]
     assert calibration.attrs["emulated"]
 
 
@@ -137,3 +138,21 @@ def test_a_batch_larger_than_the_data_is_refused(client: Client, calibration: xr
             model=network("20:50"), dataset=few, client=client, members=discover(client), network="20:50", batch_size=8,
             device_set="cpu + cpu@0.25", strategy="single", calibration=calibration,
         )  # fmt: skip
+
+
+def test_the_same_work_on_the_same_devices_is_measured_once(client: Client, tmp_path: Path) -> None:
+    def measured(width: int, *, force: bool = False) -> xr.Dataset:
+        model = nn.Sequential(nn.Conv2d(3, width, 3), nn.Flatten(), nn.Linear(900 * width, 10))
+        example = torch.zeros(2, 3, 32, 32)
+        return calibrate(model, example, client, network=f"{width}", repetitions=1, cache=tmp_path, force=force)
+
+    first = measured(4)
+    again = measured(4)
+    assert "cached" not in first.attrs
+    assert "cached" in again.attrs
+    xr.testing.assert_equal(again, first)
+    assert "cached" not in measured(5).attrs, "another width is other work"
+    assert "cached" not in measured(4, force=True).attrs
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"broken")
+    assert "cached" not in measured(4).attrs

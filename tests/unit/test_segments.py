@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 
-from pipeline.calibration.measure import calibration_images
+from pipeline.calibration.measure import FRACTIONS, calibration_images
 from pipeline.calibration.segments import chains_of, geometry
-from pipeline.calibration.worker import split_plan
+from pipeline.calibration.worker import Task, split_plan
 from pipeline.graph.trace import trace
 from pipeline.networks import network
 
@@ -47,6 +48,17 @@ def test_the_blocks_of_a_resnet_are_alike() -> None:
     assert len({work for _, work in works}) < 0.75 * len(works)
     named = dict(works)
     assert named["layer1_0_conv1"] == named["layer1_1_conv2"] != named["layer2_0_conv1"]
+
+
+def test_a_narrow_layer_is_measured_at_no_number_of_kernels_twice_nor_at_none() -> None:
+    graph = trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 16, 3)), torch.zeros(2, 3, 9, 9))
+    task = Task(
+        model=nn.Identity(), graph=graph, chains=tuple(chains_of(graph)), weights=(1, 1, 1), images=(1, 4),
+        fractions=FRACTIONS, repetitions=1, passes=0,
+    )  # fmt: skip
+    narrow, _, wide = task.kernels()
+    assert narrow[np.isfinite(narrow)].tolist() == [1, 2, 3, 4]
+    assert wide[np.isfinite(wide)].tolist() == [1, 2, 4, 8, 12, 16]
 
 
 def test_more_work_per_image_is_measured_with_fewer_images() -> None:

@@ -21,7 +21,7 @@ rule calibrate:
     conda:
         ENVIRONMENT
     shell:
-        "exec python -m pipeline calibrate --network {params.network:q} --devices {params.devices:q} {params.options}"
+        "exec python -m pipeline calibrate --force --network {params.network:q} --devices {params.devices:q} {params.options}"
         " --data {input.images:q} --output {output.calibration:q} 2> >(tee -i {log:q} >&2)"
 
 
