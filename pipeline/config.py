@@ -13,14 +13,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.cluster.devices import format_device_set, parse_device_set
 from pipeline.errors import InputError
-from pipeline.links import parse_link
+from pipeline.links import canonical_link
+from pipeline.simulation.mixes import parse_mix
 
 Strategy = Literal["single", "ddp", "equal", "paper", "kernel", "batch", "auto"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
@@ -47,13 +48,14 @@ def _device_set(text: str) -> str:
 Network = Annotated[str, BeforeValidator(_network_name)]
 
 
-def _link_text(text: str) -> str:
-    parse_link(text)
+def _mix(text: str) -> str:
+    parse_mix(text)
     return text
 
 
+Mix = Annotated[str, AfterValidator(_mix)]
 DeviceSet = Annotated[str, AfterValidator(_device_set)]
-Link = Annotated[str, AfterValidator(_link_text)]
+Link = Annotated[str, AfterValidator(canonical_link)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
@@ -142,7 +144,7 @@ class Simulation(Section):
     """Networks, each of which some experiment calibrates; null takes all of these."""
     batch_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] = (64, 256, 1024)
     """Images per step over all devices."""
-    device_sets: tuple[str, ...] | None = None
+    device_sets: tuple[Mix, ...] | None = None
     """Devices that train together, up to 1,024, as in 'gpu + 8 x cpu'; null takes 1 to 1,024 of each calibrated one."""
     links: Annotated[tuple[Link, ...], Field(min_length=1)] = (
         "loopback", "100Mbit/s+1ms", "1Gbit/s+0.1ms", "10Gbit/s+0.05ms", "100Gbit/s+0.01ms",
@@ -221,6 +223,16 @@ class Config(Section):
     """Training one network on one device and split, to compare the test accuracy."""
     simulation: Simulation = Simulation()
     """A grid that is simulated from the calibrations."""
+
+    @model_validator(mode="after")
+    def _simulates_what_is_calibrated(self) -> Self:
+        known = dict.fromkeys(network for network, _ in calibrations(self))
+        for network in self.simulation.networks or ():
+            if network not in known:
+                raise InputError(
+                    f"simulation.networks has {network}, which no experiment measures; there are {', '.join(known)}"
+                )
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,3 +45,17 @@ def parse_link(text: str) -> Link | None:
             "100Mbit/s+5ms"
         )
     return Link(latency=delay, bandwidth=rate / 8)
+
+
+def canonical_link(text: str) -> str:
+    """The one way to write the link that `text` describes; raises as `parse_link` does."""
+    link = parse_link(text)
+    if link is None:
+        return LOOPBACK
+    bits = link.bandwidth * 8
+    prefix = next((name for name in "TGMK" if bits >= _BITS[name]), "")
+    rate = f"{bits / _BITS[prefix]:.10g}{prefix if prefix != 'K' else 'k'}bit/s"
+    if not link.latency:
+        return rate
+    unit = next((name for name in ("s", "ms") if link.latency >= _SECONDS[name]), "us")
+    return f"{rate}+{link.latency / _SECONDS[unit]:.10g}{unit}"

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from pipeline.cluster.gang import RankContext
+from pipeline.links import Link
 from pipeline.plan.instructions import Exchange, Placed, TensorSpec
 from pipeline.plan.layouts import Layout, kernels
 from pipeline.run.transport import Transport
 
 LINK_BYTES = (1_024, 1_048_576, 8_388_608)
 """Sizes of the messages that measure a link, ascending."""
-
-
-@dataclass(frozen=True)
-class Link:
-    """Latency in s and bandwidth in bytes/s of one link."""
-
-    latency: float
-    bandwidth: float
 
 
 def link_of(time_MR: NDArray[np.float64], sizes: Sequence[int]) -> Link:

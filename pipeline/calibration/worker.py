@@ -73,7 +73,7 @@ class Task:
                     found[segment, share] = _channels(self.graph, plan, chain)
                 elif fraction == 1:
                     found[segment, share] = self.graph[chain.operations[0]].channels or 1
-        found[:, :-1][found[:, :-1] == found[:, 1:]] = np.nan
+        found[:, :-1][found[:, :-1] == found[:, 1:]] = np.nan  # the fractions ascend
         return found
 
 
@@ -184,7 +184,7 @@ def split_plan(graph: Graph, fraction: float, label: str = "here") -> Plan:
 
     def split(tie: Tie) -> tuple[int, int]:
         units = tie.channels // tie.unit
-        here = max(1, round(fraction * units))
+        here = min(units, max(1, round(fraction * units)))
         return here * tie.unit, (units - here) * tie.unit
 
     kinds: dict[str, Kind] = dict.fromkeys((one.name for one in layers_of(graph)), "K")

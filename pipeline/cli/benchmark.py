@@ -60,13 +60,13 @@ def benchmark(
     ] = None,
 ) -> None:
     """Time the training step of a network, one or several strategies on the same devices."""
-    from pipeline.links import parse_link
+    from pipeline.links import LOOPBACK, canonical_link
     from pipeline.networks import network as build
     from pipeline.run.benchmark import measure_cell
     from pipeline.run.reference import plain_step_times
 
     strategies = [checked_strategy(name) for name in strategy or _ALL]
-    parse_link(link)
+    link = canonical_link(link)
     optimizer = optimizer_of(learning_rate, momentum)
     cells: dict[str, xr.Dataset] = {}
     with prepared_images(data, image_size) as (images, _):
@@ -106,19 +106,20 @@ def benchmark(
             plain = plain_step_times(
                 model, x_BCHW, y_B, optimizer, threads=threads, warmup=warmup, repetitions=repetitions
             )
-    over = "" if link == "loopback" else f" over {link} (emulated)"
+    over = "" if link == LOOPBACK else f" over {link} (emulated)"
     print(f"{network}, batch {batch_size}, {device_set_of(members)}{over}, {images.source_name}")
     _print_table(cells, plain)
 
 
 def _write(cell: xr.Dataset, output: Path, choice: dict[str, Any], data: str, members: tuple[Member, ...]) -> None:
     """Write the cell with its provenance, and say in a line what was measured."""
+    from pipeline.links import parse_link
     from pipeline.results.provenance import provenance
     from pipeline.results.stores import write_cell
 
     cell.attrs |= provenance(
         choice,
-        emulated=any(member.device.emulated for member in members),
+        emulated=any(member.device.emulated for member in members) or parse_link(cell.link.item()) is not None,
         data=data,
         threads={member.name: member.device.threads for member in members},
         hardware=[member.hardware for member in members],

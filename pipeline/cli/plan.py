@@ -21,6 +21,7 @@ from pipeline.cli.options import (
     SchedulerOption,
 )
 from pipeline.cli.ranks import checked_strategy, cluster, costs_of
+from pipeline.errors import InputError
 
 if TYPE_CHECKING:
     from pipeline.plan.plan import Plan
@@ -59,6 +60,8 @@ def plan(
 
     chosen = checked_strategy(strategy)
     check_name(network)
+    if output is not None and (output.is_dir() or not output.resolve().parent.is_dir()):
+        raise InputError(f"the plan cannot be written to {output}: name a file in a folder that exists")
     with prepared_images(data, image_size) as (images, _):
         model = build(network, classes=len(images.classes), image_shape=images.image_shape)
         if calibration is not None and devices is None and scheduler is None:
@@ -71,7 +74,6 @@ def plan(
     made = plan_graph(graph, measured, batch_size=batch_size, strategy=chosen, labels=labels)
     show(made, summarise(graph, made, Costs.of(measured), all_labels=labels))
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(plan_to_json(made), encoding="utf-8")
         print(f"Plan written to {output}.")
 

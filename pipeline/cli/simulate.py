@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -15,6 +16,7 @@ from pipeline.errors import InputError
 if TYPE_CHECKING:
     import xarray as xr
 
+_T = TypeVar("_T")
 _SHOWN = 10
 _COUNTS = (1, 2, 4, 16, 64, 256, 1024)
 
@@ -59,11 +61,11 @@ def simulate(
     described = _described(describe) if describe is not None else dict(study.described)
     calibrations = _by_network([open_zip(path, validate_calibration) for path in calibration])
     grid = Grid(
-        networks=tuple(network or study.networks or calibrations),
-        batch_sizes=tuple(batch_size or study.batch_sizes),
-        device_sets=tuple(devices or study.device_sets or _usual_sets(calibrations, described)),
-        links=tuple(link or study.links),
-        strategies=tuple(checked_strategy(one) for one in strategy or study.strategies),
+        networks=_each_once(network or study.networks or calibrations),
+        batch_sizes=_each_once(batch_size or study.batch_sizes),
+        device_sets=_each_once(devices or study.device_sets or _usual_sets(calibrations, described)),
+        links=_each_once(link or study.links),
+        strategies=_each_once(checked_strategy(one) for one in strategy or study.strategies),
         described=described,
     )
     with (
@@ -74,6 +76,10 @@ def simulate(
     write_store(found, output)
     _show(found)
     print(f"{grid.cells} cells simulated, written to {output}.")
+
+
+def _each_once(values: Iterable[_T]) -> tuple[_T, ...]:
+    return tuple(dict.fromkeys(values))
 
 
 def _by_network(calibrations: list[xr.Dataset]) -> dict[str, list[xr.Dataset]]:
@@ -113,5 +119,7 @@ def _show(simulated: xr.Dataset) -> None:
     print(f"Fastest strategy of {place} (simulated):")
     for index, name in enumerate(simulated.device_set.values[:_SHOWN]):
         times = one.isel(device_set=index)
+        if not times.notnull().any():
+            continue  # not planned: its devices were not calibrated for this network
         best = times.isel(strategy=int(np.argmin(times.values)))
         print(f"  {name}: {best.strategy.item()}, {float(best):.4g} s per step")

@@ -106,6 +106,10 @@ class Graph:
         """Shape for one image of an operation's output or of the batch."""
         return self.input_shape if value == self.input else self[value].shape
 
+    def channels_of(self, value: str) -> int:
+        """Channels of an operation's output or of the batch."""
+        return self.input_shape[0] if value == self.input else self[value].channels
+
     def channel_axis_of(self, value: str) -> int:
         """Axis of the channels of an operation's output or of the batch."""
         return 1 if value == self.input else self[value].channel_axis

@@ -12,6 +12,7 @@ import xarray as xr
 
 from pipeline.errors import InputError
 from pipeline.graph.trace import Graph
+from pipeline.plan.layouts import Layout, master
 from pipeline.plan.plan import Plan
 
 _TORCH = re.compile(r"torch (\d+\.\d+)")
@@ -79,19 +80,34 @@ def _check_numbers(calibration: xr.Dataset) -> None:
 def check_plan(plan: Plan, graph: Graph, labels: Sequence[str]) -> None:
     """Raise ``InputError`` unless ``plan`` is of this network and its devices are among those called ``labels``."""
     if plan.strategy != "ddp":
-        planned, wanted = [one.name for one in plan.operations], [one.name for one in graph.operations]
-        if planned != wanted:
-            some = ", ".join(sorted(set(wanted) ^ set(planned))[:3]) or "their order"
+        found, wanted = [one.name for one in plan.operations], [one.name for one in graph.operations]
+        if found != wanted:
+            some = ", ".join(sorted(set(wanted) ^ set(found))[:3]) or "their order"
             raise InputError(f"the plan is for another model: the two differ in {some}")
         for operation in graph.operations:
-            output = plan[operation.name].output
-            if output.kind == "K" and sum(output.shares) != operation.channels:
-                raise InputError(
-                    f"the plan is for another model: it splits {sum(output.shares)} channels of {operation.name}, "
-                    f"which has {operation.channels}"
-                )
+            planned = plan[operation.name]
+            taken = {graph.channels_of(value) for value in operation.inputs}
+            _check_layout(planned.output, {operation.channels}, plan, operation.name)
+            _check_layout(planned.input, taken, plan, operation.name)
     for device, label in zip(plan.devices, plan.labels, strict=True):
         if device >= len(labels):
             raise InputError(f"the plan needs device {device} ({label}), but there are only {len(labels)}: plan again")
         if labels[device] != label:
             raise InputError(f"device {device} is {label} in the plan, but {labels[device]} here: plan again")
+
+
+def _check_layout(layout: Layout, channels: set[int], plan: Plan, name: str) -> None:
+    """Whether a layout can be one of a tensor with one of so many ``channels``, for the operation called ``name``."""
+    total = sum(layout.shares)
+    if layout.kind == "K" and total not in channels:
+        raise InputError(
+            f"the plan is for another model: it splits {total} channels of {name}, which has {min(channels, default=0)}"
+        )
+    if layout.kind == "B" and total != plan.batch_size:
+        raise InputError(f"the plan splits {total} images for {name}, but its batch size is {plan.batch_size}")
+    if layout.kind == "M" and layout != master(plan.ranks):
+        raise InputError(
+            f"the plan has {name} in layout M with shares {list(layout.shares)}: M is all on the first rank"
+        )
+    if layout.kind in "RP" and not set(layout.shares) <= {0, 1}:
+        raise InputError(f"the plan has shares {list(layout.shares)} for {name} in layout {layout.kind}: write 1 or 0")

@@ -82,7 +82,7 @@ class Costs:
 
         Raises ``InputError`` if they were measured at different shares.
         """
-        if any(one.fractions.shape != parts[0].fractions.shape for one in parts):
+        if any(not np.array_equal(one.fractions, parts[0].fractions, equal_nan=True) for one in parts):
             raise InputError("calibrations that were measured at different shares cannot be joined: calibrate alike")
         return replace(
             parts[0],
@@ -115,20 +115,10 @@ class Costs:
         measured = np.isfinite(self.fractions[segment]) & np.isfinite(both[0])
         return self.fractions[segment][measured] * total, both[:, measured]
 
-    def seconds(self, operation: str, device: int, fraction: float, direction: Direction, images: int) -> float:
-        """Time of ``fraction`` of the segment that ``operation`` begins, for so many images; else 0."""
-        segment = self._places.get(operation)
-        if segment is None or fraction <= 0 or images <= 0:
-            return 0.0
-        way = 0 if direction == "forward" else 1
-        times = self.fixed[device, segment, :, way] + images * self.per_image[device, segment, :, way]
-        measured = np.isfinite(self.fractions[segment]) & np.isfinite(times)
-        return float(np.interp(fraction, self.fractions[segment][measured], times[measured]))
-
-    def seconds_of_all(
+    def seconds(
         self, operation: str, fraction: NDArray[np.float64], direction: Direction, images: NDArray[np.float64]
     ) -> NDArray[np.float64]:
-        """As ``seconds`` for all devices at once, each with its own ``fraction`` and ``images``, all (device)."""
+        """Time of ``fraction`` of the segment that ``operation`` begins, for so many ``images``; else 0. All (device)."""
         segment = self._places.get(operation)
         if segment is None:
             return np.zeros(self.devices)
@@ -156,10 +146,6 @@ class Costs:
     def fastest(self, batch_size: int) -> int:
         """The device with the highest throughput."""
         return int(np.argmax(self.throughputs(batch_size)))
-
-    def message(self, source: int, destination: int, size: float) -> float:
-        """Time of one message of ``size`` bytes in s."""
-        return float(self.latency[source, destination] + size * self.seconds_per_byte[source, destination])
 
 
 def on_grid(curves: Curves, grid: NDArray[np.float64]) -> NDArray[np.float64]:

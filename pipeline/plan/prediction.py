@@ -110,7 +110,7 @@ def compute_seconds(graph: Graph, plan: Plan, program: Program, instruction: Ins
 def step_seconds(graph: Graph, plan: Plan, step: Step, direction: Direction, batch_size: int, costs: Costs) -> Times:
     """Time of each rank's part of one operation in s, (rank)."""
     fraction, images = _work(graph, plan, step, batch_size)
-    return costs.seconds_of_all(step.operation, fraction, direction, images)
+    return costs.seconds(step.operation, fraction, direction, images)
 
 
 class _Simulation:
@@ -176,11 +176,10 @@ class _Simulation:
         self._egress = np.where(sends, leaves[:, :, -1], self._egress)
         arrives = np.where(travels, leaves + latency, -np.inf)
         # The port is busy for as long as each message takes: t = max(arrival, t before + duration), unrolled.
-        begun = np.maximum(self._free, self._ingress)
         busy = np.cumsum(duration, axis=1)
-        ended = np.maximum((arrives - busy).max(axis=1) + busy[:, -1], begun)
+        ended = np.maximum((arrives - busy).max(axis=1), self._ingress) + busy[:, -1]
         self._ingress = np.where(receives, ended, self._ingress)
-        end = np.where(sends, leaves[:, :, -1], self._free)
+        end = np.where(sends, np.maximum(leaves[:, :, -1], self._free), self._free)
         return np.where(receives, np.maximum(end, ended), end)
 
     def _in_sum(self, moved: Traffic, unit: int) -> Times:
@@ -199,8 +198,7 @@ class _Simulation:
             first = begin[:, sends].max(axis=1, keepdims=True)
         else:
             last, first = _latest(moved, leaves), _latest(moved, begin)
-        begun = np.maximum(self._free, self._ingress)
-        ended = np.maximum(np.maximum(last, np.maximum(first, begun) + arriving) + latency, begun)
+        ended = np.maximum(np.maximum(last, first + arriving) + latency, self._ingress + arriving)
         self._ingress = np.where(receives, ended, self._ingress)
         end = np.where(sends, leaves, self._free)
         return np.where(receives, np.maximum(end, ended), end)

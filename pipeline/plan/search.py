@@ -30,7 +30,7 @@ from pipeline.plan.strategies import (
 )
 from pipeline.plan.ties import Tie
 
-UNIFORM: tuple[Strategy, ...] = ("single", "paper", "kernel", "batch")
+UNIFORM: tuple[Strategy, ...] = ("single", "equal", "paper", "kernel", "batch")
 """The exact strategies, all of which are tried on all devices."""
 _KINDS: tuple[Kind, ...] = ("K", "B", "M")
 _EXHAUSTIVE = 100

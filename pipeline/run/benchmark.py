@@ -66,6 +66,12 @@ def measure_cell(
     graph = trace(model, example_batch(dataset))
     labels = [member.device.label for member in members]
     emulated = parse_link(link)
+    if emulated is not None and (
+        len({one.host for one in members}) > 1 or any(one.device.kind != "cpu" for one in members)
+    ):
+        raise InputError(
+            f"link {link} can only be emulated between CPU devices of one host: use loopback, or only these"
+        )
     links = None if emulated is None else Links.uniform(np.array([emulated.latency]), np.array([emulated.bandwidth]))
     plan = plan_graph(graph, calibration, batch_size=batch_size, strategy=strategy, labels=labels, links=links)
     index = CellIndex(network, batch_size, device_set, link, strategy)

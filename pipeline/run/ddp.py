@@ -31,7 +31,7 @@ class DataParallel:
         ids = [self.device.index] if self.device.type == "cuda" else None
         self._parallel = DistributedDataParallel(self.model, device_ids=ids) if context.size > 1 else self.model
         if link is not None and isinstance(self._parallel, DistributedDataParallel):
-            self._parallel.register_comm_hook(_Ring(context, link), _over_link)
+            self._parallel.register_comm_hook(_Ring(context, link, self.throttle), _over_link)
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
         self._optimizer = recipe.optimizer(list(recipe.groups(self.model)) if recipe.groups else self._trained)
         self._scheduler = recipe.scheduler(self._optimizer) if recipe.scheduler else None
@@ -86,16 +86,25 @@ class DataParallel:
 class _Ring:
     """What a ring all-reduce over an emulated link takes: twice all but one part through each port, hop by hop."""
 
-    def __init__(self, context: RankContext, link: Link) -> None:
-        self.group, self._link, self._ranks = context.group, link, context.size
+    def __init__(self, context: RankContext, link: Link, throttle: Throttle) -> None:
+        self.group, self._link, self._ranks, self._throttle = context.group, link, context.size, throttle
         self._busy_until = 0.0
 
     def end(self, size: int) -> float:
-        """When the all-reduce of ``size`` bytes that begins now ends, behind those before it."""
+        """When the all-reduce of ``size`` bytes that begins now ends, behind those before it.
+
+        It begins when a slower device would have computed what is to be summed.
+        """
+        self._throttle.catch_up()
         hops = 2 * (self._ranks - 1)
         takes = hops * (size / self._ranks / self._link.bandwidth + self._link.latency)
         self._busy_until = max(self._busy_until, time.perf_counter()) + takes
         return self._busy_until
+
+    def sleep_until(self, moment: float) -> None:
+        """Wait for the link, which is no work and must not count as a slower device's."""
+        with self._throttle.pause():
+            sleep_until(moment)
 
 
 def _over_link(ring: _Ring, bucket: Any) -> torch.futures.Future[torch.Tensor]:
@@ -106,7 +115,7 @@ def _over_link(ring: _Ring, bucket: Any) -> torch.futures.Future[torch.Tensor]:
     summed = dist.all_reduce(buffer, group=ring.group, async_op=True).get_future()
 
     def wait(done: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
-        sleep_until(end)
+        ring.sleep_until(end)
         return done.value()[0]
 
     found: torch.futures.Future[torch.Tensor] = summed.then(wait)

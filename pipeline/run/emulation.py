@@ -24,6 +24,8 @@ class Throttle:
         self._slowdown = 1 / device.speed
         self._threads = device.threads
         self._debt = 0.0
+        self._since: tuple[float, float] | None = None
+        """Wall and processor time when the work that is not yet paid for began; None outside of work."""
 
     @contextmanager
     def work(self) -> Iterator[None]:
@@ -31,8 +33,16 @@ class Throttle:
         if self._slowdown <= 1:
             yield
             return
-        wall, busy = time.perf_counter(), self._processor_time()
+        self._since = time.perf_counter(), self._processor_time()
         yield
+        self.catch_up()
+        self._since = None
+
+    def catch_up(self) -> None:
+        """Within the work, sleep for what a device of the emulated speed would need for all that was done so far."""
+        if self._since is None:
+            return
+        wall, busy = self._since
         spent = time.perf_counter() - wall
         self._debt += (self._processor_time() - busy) * self._slowdown - spent
         if self._debt > 0:
@@ -40,6 +50,18 @@ class Throttle:
             time.sleep(self._debt)
             self._debt -= time.perf_counter() - before
         self._debt = max(-self._BOUND_S, min(self._debt, self._BOUND_S))
+        self._since = time.perf_counter(), self._processor_time()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Within the work, a time that does not count: the body waits for something else than this device."""
+        if self._since is None:
+            yield
+            return
+        before = time.perf_counter()
+        yield
+        wall, busy = self._since
+        self._since = wall + time.perf_counter() - before, busy
 
     def _processor_time(self) -> float:
         # With one thread the operators run in the caller; with more, their share of the whole process is the best

@@ -33,7 +33,7 @@ def simulate(
 
     ``latency`` in s and ``bandwidth`` in bytes/s, given together, replace the measured links. A plan that was read from
     a file needs its ``model``. ``itemsize`` is the bytes per number. Returns ``step_time(step)`` of one step and its
-    timeline, with the attribute ``simulated``.
+    timeline, with the attribute ``simulated``; of ``ddp`` only the step is predicted, its timeline is NaN.
 
     Raises ``InputError`` for a calibration of another network or of other devices, for a plan without its model, and
     for a negative latency or a bandwidth that is not positive.
@@ -53,14 +53,13 @@ def simulate(
     words = instruction_labels(graph, plan, plan.batch_size)
     if plan.strategy == "ddp":
         end = predict_step(graph, plan, chosen, batch_size=plan.batch_size, itemsize=itemsize, links=links)
-        times = np.full((1, len(DDP_LABELS), plan.ranks, 2), np.nan)
-        times[0, :, :, :] = 0.0
-        times[0, :, :, 1] = end[0]
-        times[0, 1:, :, 0] = end[0]
+        # Its all-reduce runs within the backward pass, and only the whole is predicted.
+        times, last = np.full((1, len(DDP_LABELS), plan.ranks, 2), np.nan), float(end[0])
     else:
         program = compile_program(graph, plan, plan.batch_size)
         times = predict_timeline(graph, plan, program, chosen, itemsize=itemsize, links=links)
-    dataset = timeline_dataset(words, plan.labels, np.array([[0.0, np.nanmax(times)]]), times, itemsize)
+        last = float(np.nanmax(times))
+    dataset = timeline_dataset(words, plan.labels, np.array([[0.0, last]]), times, itemsize)
     return dataset.assign_attrs(simulated=True)
 
 

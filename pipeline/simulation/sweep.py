@@ -7,7 +7,6 @@ differs in the link alone is simulated at once; the rest is spread over processe
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputError
 from pipeline.graph.trace import Graph, trace
-from pipeline.links import parse_link
+from pipeline.links import Link, parse_link
 from pipeline.networks import network as build
 from pipeline.plan.checks import check_calibration
 from pipeline.plan.costs import Costs
@@ -31,9 +30,7 @@ from pipeline.plan.strategies import plan_network
 from pipeline.results.contracts import NOT_PLANNED, OK, describe, validate_timing
 from pipeline.results.provenance import provenance
 from pipeline.results.stores import merged_attributes
-
-MOST_DEVICES = 1024
-_TERM = re.compile(r"(?:(?P<count>\d+)\s*x\s*)?(?P<name>\S+)")
+from pipeline.simulation.mixes import parse_mix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +91,7 @@ def sweep(
     _check_known(mixes, catalogues)
     groups, places = [], []
     for n, catalogue in enumerate(catalogues):
-        uniform = _uniform(calibrations[grid.networks[n]][0], list(links.values()))
+        uniform = _uniform(calibrations[grid.networks[n]], links)
         for (d, mix), (b, batch_size) in product(enumerate(mixes.values()), enumerate(grid.batch_sizes)):
             if set(mix) <= set(catalogue.labels):
                 places.append((n, b, d))
@@ -117,19 +114,6 @@ def sweep(
         if on_progress is not None:
             on_progress(done)
     return _dataset(grid, mixes, times, [one for name in grid.networks for one in calibrations[name]])
-
-
-def parse_mix(text: str) -> tuple[str, ...]:
-    """The devices of a set such as ``gpu + 8 x cpu``, by name."""
-    found: list[str] = []
-    for term in re.split(r"\s*\+\s*", text.strip()):
-        match = _TERM.fullmatch(term)
-        if match is None or int(match["count"] or 1) < 1:
-            raise InputError(f"device set '{text}' is wrong at '{term}': write devices such as gpu + 8 x cpu")
-        found += [match["name"]] * int(match["count"] or 1)
-    if len(found) > MOST_DEVICES:
-        raise InputError(f"device set '{text}' has {len(found)} devices: at most {MOST_DEVICES} can be simulated")
-    return tuple(found)
 
 
 def _check_known(mixes: Mapping[str, Sequence[str]], catalogues: Sequence[_Catalogue]) -> None:
@@ -161,6 +145,8 @@ class _Catalogue:
         for device, gflops in described.items():
             if not gflops > 0:
                 raise InputError(f"device {device} cannot reach {gflops} GFLOP/s: the speed must be positive")
+            if device in self.labels:
+                continue  # what was measured counts more than what was described
             self.labels.append(device)
             rows.append(fastest.slowed(reached / gflops))
         self.costs = Costs.joined(rows)
@@ -176,15 +162,18 @@ def _graph_of(name: str, calibration: xr.Dataset) -> Graph:
     return trace(build(name, classes=classes, image_shape=tuple(shape)), torch.zeros(2, *shape))
 
 
-def _uniform(calibration: xr.Dataset, links: Sequence[object]) -> Links:
-    """The links as cases; loopback is the median measured one."""
-    apart = ~np.eye(calibration.sizes["source"], dtype=bool)
-    if apart.any():
-        own = tuple(float(np.median(calibration[f"link_{what}"].values[apart])) for what in ("latency", "bandwidth"))
-    else:
-        own = 0.0, 1e10
-    pairs = np.array([own if link is None else link for link in links], dtype=float)
-    return Links.uniform(pairs[:, 0], pairs[:, 1])
+def _uniform(calibrations: Sequence[xr.Dataset], links: Mapping[str, Link | None]) -> Links:
+    """The links as cases; loopback is the median of those that were measured."""
+    measured: list[Link] = []
+    for one in calibrations:
+        apart = ~np.eye(one.sizes["source"], dtype=bool)
+        pairs = zip(one.link_latency.values[apart], one.link_bandwidth.values[apart], strict=True)
+        measured += [Link(float(latency), float(bandwidth)) for latency, bandwidth in pairs]
+    if not measured and None in links.values():
+        raise InputError("no link was measured, as each calibration is of one device: name links such as 1Gbit/s+0.1ms")
+    own = Link(*np.median(measured, axis=0)) if measured else None
+    chosen = [own if link is None else link for link in links.values()]
+    return Links.uniform(*(np.array([getattr(link, name) for link in chosen]) for name in ("latency", "bandwidth")))
 
 
 def _parts(groups: int) -> int:

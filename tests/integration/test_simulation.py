@@ -17,7 +17,8 @@ from pipeline.graph.trace import trace
 from pipeline.networks import network
 from pipeline.results.contracts import validate_timing
 from pipeline.results.stores import open_store, write_zip
-from pipeline.simulation.sweep import Grid, parse_mix, sweep
+from pipeline.simulation.mixes import parse_mix
+from pipeline.simulation.sweep import Grid, sweep
 from pipeline.simulation.workers import simulators
 from tests import synthetic
 

@@ -10,6 +10,11 @@ from pipeline.plan.costs import Costs
 from tests import synthetic
 
 
+def _seconds(costs: Costs, operation: str, share: float, images: float) -> float:
+    """Forward time of the first device in s."""
+    return float(costs.seconds(operation, np.full(2, share), "forward", np.full(2, images))[0])
+
+
 @pytest.fixture
 def calibration() -> xr.Dataset:
     return synthetic.calibration()
@@ -20,9 +25,9 @@ def test_time_is_a_line_over_the_images(calibration: xr.Dataset) -> None:
     lifted = calibration.assign(forward_time=calibration.forward_time + fixed)
     costs = Costs.of(lifted)
     for images in (8, 32, 640):
-        expected = fixed + Costs.of(calibration).seconds("conv2", 0, 0.5, "forward", images)
-        assert costs.seconds("conv2", 0, 0.5, "forward", images) == pytest.approx(expected)
-    assert costs.seconds("conv2", 0, 0.5, "forward", 0) == 0
+        expected = fixed + _seconds(Costs.of(calibration), "conv2", 0.5, images)
+        assert _seconds(costs, "conv2", 0.5, images) == pytest.approx(expected)
+    assert _seconds(costs, "conv2", 0.5, 0) == 0
 
 
 def test_the_least_of_the_repetitions_counts(calibration: xr.Dataset) -> None:
@@ -38,18 +43,18 @@ def test_a_curve_never_falls_over_the_share(calibration: xr.Dataset) -> None:
     assert points.tolist() == [125, 250, 500]
     assert (np.diff(times, axis=1) >= 0).all()
     # What was above the next point and that point meet in the middle: neither alone is believed.
-    forward = [Costs.of(noisy).seconds("conv2", 0, share, "forward", 32) for share in (0.5, 1.0)]
+    forward = [_seconds(Costs.of(noisy), "conv2", share, 32) for share in (0.5, 1.0)]
     assert forward == pytest.approx([1.5, 1.5])
 
 
 def test_one_number_of_images_is_taken_in_proportion(calibration: xr.Dataset) -> None:
     costs = Costs.of(calibration.isel(images=[-1]))
-    assert costs.seconds("conv2", 0, 1.0, "forward", 64) == pytest.approx(2.0)
+    assert _seconds(costs, "conv2", 1.0, 64) == pytest.approx(2.0)
 
 
 def test_more_images_never_take_less_time(calibration: xr.Dataset) -> None:
     falling = calibration.copy(deep=True)
     falling.forward_time.loc[{"segment": "relu1", "images": 8}] *= 100
     costs = Costs.of(falling)
-    few, many = (costs.seconds("relu1", 0, 1.0, "forward", images) for images in (1, 1000))
+    few, many = (_seconds(costs, "relu1", 1.0, images) for images in (1, 1000))
     assert 0 < few <= many

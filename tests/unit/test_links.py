@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.links import Link, parse_link
+from pipeline.links import Link, canonical_link, parse_link
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,19 @@ def test_a_link_is_a_rate_and_a_delay(text: str, expected: Link | None) -> None:
 def test_anything_else_is_refused(text: str) -> None:
     with pytest.raises(InputError, match=r"link '.*' is unknown: write loopback, or a rate"):
         parse_link(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("LOOPBACK", "loopback"),
+        ("1 Gbit/s", "1Gbit/s"),
+        ("1000Mbit/s + 0.1ms", "1Gbit/s+100us"),
+        ("2500kbit/s+1500us", "2.5Mbit/s+1.5ms"),
+        ("3bit/s", "3bit/s"),
+    ],
+)
+def test_a_link_has_one_way_to_be_written(text: str, canonical: str) -> None:
+    assert canonical_link(text) == canonical
+    assert canonical_link(canonical) == canonical
+    assert parse_link(canonical) == pytest.approx(parse_link(text))

@@ -51,7 +51,28 @@ def test_a_broken_plan_is_refused(plan: Plan, change: dict[str, object], says: s
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("layout", "says"),
+    [
+        ({"kind": "M", "shares": [0, 1]}, "M is all on the first rank"),
+        ({"kind": "B", "shares": [3, 3]}, "splits 6 images for conv2, but its batch size is 8"),
+        ({"kind": "K", "shares": [3, 3]}, "splits 6 channels of conv2, which has 10"),
+        ({"kind": "R", "shares": [2, 1]}, "in layout R: write 1 or 0"),
+    ],
+    ids=lambda value: value["kind"] if isinstance(value, dict) else "",
+)
+def test_a_layout_that_cannot_be_is_refused(plan: Plan, layout: dict[str, object], says: str) -> None:
+    content = json.loads(plan_to_json(plan))
+    next(one for one in content["operations"] if one["name"] == "conv2")["output"] = layout
+    changed = plan_from_json(json.dumps(content))
+    with pytest.raises(InputError, match=says):
+        check_plan(changed, trace(network("6:10"), torch.zeros(2, 3, 32, 32)), LABELS)
+
+
 def test_what_is_no_plan_at_all_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="is no text"):
+        read_plan(tmp_path / "binary.json")
     with pytest.raises(InputError, match="is not a plan"):
         plan_from_json("no json", "p.json")
     with pytest.raises(InputError, match="cannot be read"):

@@ -10,9 +10,11 @@ from pipeline.graph.trace import Graph, trace
 from pipeline.networks import network
 from pipeline.plan import prediction
 from pipeline.plan.instructions import Exchange
+from pipeline.plan.layouts import kernels, master
 from pipeline.plan.prediction import Links, predict_step, predict_timeline
 from pipeline.plan.program import compile_program
 from pipeline.plan.strategies import plan_network
+from pipeline.plan.traffic import traffic
 from tests.unit.test_search import costs_of
 
 BATCH = 32
@@ -99,3 +101,29 @@ def test_faster_links_and_devices_never_make_a_step_longer(graph: Graph) -> None
     timeline, _ = _timeline(graph, "kernel", 4, links)
     steps = np.nanmax(timeline, axis=(1, 2, 3))
     assert (np.diff(steps) < 0).all()
+
+
+def _gathers(links: Links, ranks: int, late: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Ends of two gathers in a row, the master coming ``late`` to the first, message by message and in sums, (rank)."""
+    moved = traffic(kernels((0,) + (10,) * (ranks - 1)), master(ranks), 1, 10 * (ranks - 1))
+    found = []
+    for follow in (True, False):
+        simulation = object.__new__(prediction._Simulation)
+        simulation._links = links
+        simulation._free = np.zeros((1, ranks))
+        simulation._free[0, 0] = late
+        simulation._egress, simulation._ingress = np.zeros((1, ranks)), np.zeros((1, ranks))
+        for _ in range(2):
+            step = simulation._message_by_message if follow else simulation._in_sum
+            simulation._free = np.maximum(simulation._free, step(moved, 1))
+        found.append(simulation._free[0])
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("late", [0.0, 10.0])
+def test_a_receiving_port_takes_one_exchange_after_the_other(late: float) -> None:
+    """Three messages of 1 s each, twice, to one port: 6 s, or no wait at all for who comes when all is there."""
+    links = Links.uniform(np.array([0.0]), np.array([10.0]))
+    followed, summed = _gathers(links, 4, late)
+    assert followed[0] == pytest.approx(max(6.0, late))
+    assert summed[0] == pytest.approx(followed[0])

@@ -1,0 +1,27 @@
+"""Sets of devices to simulate, which need not be there: `gpu + 8 x cpu`, of calibrated or described ones."""
+
+from __future__ import annotations
+
+import re
+
+from pipeline.errors import InputError
+
+MOST_DEVICES = 1024
+_TERM = re.compile(r"(?:(?P<count>\d+)\s*x\s*)?(?P<name>\S+)")
+
+
+def parse_mix(text: str) -> tuple[str, ...]:
+    """The devices of a set such as `gpu + 8 x cpu`, by name.
+
+    Raises:
+        InputError: A term is no device with a count of at least 1 before it, or there are more than 1,024.
+    """
+    found: list[str] = []
+    for term in re.split(r"\s*\+\s*", text.strip()):
+        match = _TERM.fullmatch(term)
+        if match is None or int(match["count"] or 1) < 1:
+            raise InputError(f"device set '{text}' is wrong at '{term}': write devices such as gpu + 8 x cpu")
+        found += [match["name"]] * int(match["count"] or 1)
+    if len(found) > MOST_DEVICES:
+        raise InputError(f"device set '{text}' has {len(found)} devices: at most {MOST_DEVICES} can be simulated")
+    return tuple(found)
