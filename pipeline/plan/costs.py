@@ -118,7 +118,10 @@ class Costs:
     def seconds(
         self, operation: str, fraction: NDArray[np.float64], direction: Direction, images: NDArray[np.float64]
     ) -> NDArray[np.float64]:
-        """Time of ``fraction`` of the segment that ``operation`` begins, for so many ``images``; else 0. All (device)."""
+        """Time of ``fraction`` of the segment that ``operation`` begins, for so many ``images``; else 0.
+
+        All are of the shape (device), the time in s.
+        """
         segment = self._places.get(operation)
         if segment is None:
             return np.zeros(self.devices)
