@@ -49,11 +49,11 @@ def predicted_against_measured(timing: xr.Dataset, *, store: str = "timing.zarr"
             by_strategy.hlines(float(np.median(found[there])), place - 0.3, place + 0.3, color=look.color, linewidth=2)
         for axis in (over_time, by_strategy):
             axis.axhline(0, color=MUTED, linewidth=1)
-            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         over_time.set(
-            title="over the step", xlabel=f"measured step / {unit}", ylabel="predicted - measured", xscale="log"
+            title="over the step", xlabel=f"measured step / {unit}", ylabel="predicted / measured - 1", xscale="log"
         )
-        by_strategy.set(title="by strategy", xlabel="strategy", ylabel="predicted - measured")
+        by_strategy.set(title="by strategy", xlabel="strategy", ylabel="predicted / measured - 1")
         by_strategy.set_xticks(range(len(shown)), shown)
         legend(figure, [
             Line2D([], [], color=strategy_look(name).color, marker=strategy_look(name).marker, linestyle="",
