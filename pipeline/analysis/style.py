@@ -89,6 +89,8 @@ _SETTINGS: Any = {
     "svg.fonttype": "path",
 }
 _HEADER_IN, _LEGEND_IN, _FOOTER_IN = 0.72, 0.3, 0.32
+_LEGEND_SIZES = ((1.5, 8.5), (1.0, 8.5), (0.9, 7.8), (0.7, 7.2), (0.5, 6.5))
+"""Space between the entries, in letters, and size of the letters, in points, as they are tried."""
 
 
 @contextmanager
@@ -136,13 +138,20 @@ def canvas(
 
 
 def legend(figure: Figure, handles: Iterable[Artist]) -> None:
-    """One legend for the whole figure, in a line below the subtitle."""
+    """One legend for the whole figure, in a line below the subtitle: as wide as it may be, as small as it must be."""
     handles = list(handles)
     width, height = figure.get_size_inches()
     place = (0.02 / width, 1 - (_HEADER_IN - 0.1) / height)
-    figure.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=place, ncols=len(handles), borderpad=0.3, fontsize=8.5
-    )
+    for spacing, size in _LEGEND_SIZES:
+        drawn = figure.legend(
+            handles=handles, loc="upper left", bbox_to_anchor=place, ncols=len(handles), borderpad=0.3, fontsize=size,
+            columnspacing=spacing,
+        )  # fmt: skip
+        figure.draw_without_rendering()
+        if drawn.get_window_extent().width <= 0.99 * figure.bbox.width:
+            return
+        if (spacing, size) != _LEGEND_SIZES[-1]:
+            drawn.remove()
 
 
 def patch(look: Look, label: str) -> Patch:

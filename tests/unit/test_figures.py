@@ -154,3 +154,15 @@ def test_findings_say_the_numbers_of_the_stores():
     for name, part in (("compute", 0.5), ("exchange", 0.3), ("idle", 0.2)):
         grid[f"{name}_time"][:] = part * grid["step_time"]
     assert "compute 50% of the step, exchange 30% and idle 20%" in FIGURES["activity"].say(grid)
+
+
+def test_the_legend_fits_however_many_strategies_there_are():
+    wanted = synthetic.indices(("50:500", "500:1500"), (32,), ("cpu@0.45", "2 x cpu@0.45"))
+    like = [index for index in wanted if index.strategy == "kernel"]
+    cells = [synthetic.cell(index) for index in wanted]
+    cells += [synthetic.cell(index).assign_coords(strategy="auto") for index in like]
+    figure = FIGURES["speedup"].draw(combine(cells, [*wanted, *(index._replace(strategy="auto") for index in like)]))
+    (legend,) = figure.legends
+    assert "auto" in [text.get_text() for text in legend.get_texts()]
+    figure.draw_without_rendering()
+    assert legend.get_window_extent().x1 <= figure.bbox.x1
