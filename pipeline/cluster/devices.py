@@ -30,6 +30,7 @@ DEVICE_VARIABLE = "PIPELINE_DEVICE"
 _DEVICE_PATTERN = re.compile(r"(?P<kind>cpu|gpu)(?P<index>\d+)?(?:\*(?P<threads>\d+)t)?(?:@(?P<speed>[0-9.e-]+))?")
 _TERM_PATTERN = re.compile(r"(?:(?P<count>\d+)\s*x\s*)?(?P<device>\S+)")
 _POLL_S = 0.1
+_ASK_AGAIN_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -264,12 +265,29 @@ def scheduler_workers(client: Client, timeout_s: float) -> dict[str, dict[str, A
 
 def _ask_workers(client: Client, addresses: list[str], timeout_s: float) -> dict[str, Mapping[str, str]]:
     async def ask() -> dict[str, Any]:
-        # Inside the loop `client.run` is a coroutine, so a stopped worker can be waited for in bounded time.
-        run = client.run(describe_worker, workers=addresses, on_error="return")
-        return cast("dict[str, Any]", await asyncio.wait_for(run, timeout_s))
+        left = addresses
+        while left:
+            # Inside the loop `client.run` is a coroutine, so a stopped worker can be waited for in bounded time.
+            answer = asyncio.ensure_future(client.run(describe_worker, workers=left, on_error="return"))
+            try:
+                while not (await asyncio.wait({answer}, timeout=_ASK_AGAIN_S))[0]:
+                    # Nobody answers for a worker that was killed as it was asked: go on without it.
+                    assert client.scheduler is not None
+                    there = (await client.scheduler.identity(n_workers=-1))["workers"]
+                    if set(left) - set(there):
+                        break
+                else:
+                    return cast("dict[str, Any]", answer.result())
+            finally:
+                answer.cancel()
+            left = [address for address in left if address in there]
+        return {}
+
+    async def ask_in_time() -> dict[str, Any]:
+        return await asyncio.wait_for(ask(), timeout_s)
 
     try:
-        answers = client.sync(ask)
+        answers = client.sync(ask_in_time)
     except TimeoutError:
         raise RunError(f"a worker of the cluster did not answer within {timeout_s:g} s; is it stopped?") from None
     for address, answer in answers.items():

@@ -9,6 +9,7 @@ where the mean is large beside the spread.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,8 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 def moments(x_BCE: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
     """``m_RC``: mean and variance of this rank's images in rows ``2 * rank`` and the next, zeros elsewhere."""
-    axes = [axis for axis in range(x_BCE.dim()) if axis != 1]
-    variance_C, mean_C = torch.var_mean(x_BCE, axes, correction=0)
+    mean_C, variance_C = _Moments.apply(x_BCE)  # type: ignore[no-untyped-call]
     zero = torch.zeros_like(mean_C)
     return torch.stack([zero] * (2 * rank) + [mean_C, variance_C] + [zero] * (2 * (ranks - rank - 1)))
 
@@ -27,14 +27,70 @@ def normalise(module: nn.Module, x_BCE: torch.Tensor, moments_RC: torch.Tensor, 
     """The output for this rank's images; ``moments_RC`` are those of all ranks, which have so many ``images``."""
     assert isinstance(module, _BatchNorm)
     mean_C, variance_C = _combined(moments_RC, images)
-    scale_C = (variance_C + module.eps).rsqrt()
-    if module.affine:
-        scale_C = scale_C * module.weight
-    offset_C = -mean_C * scale_C
-    if module.affine:
-        offset_C = offset_C + module.bias
-    shape = [1, -1] + [1] * (x_BCE.dim() - 2)
-    return torch.addcmul(offset_C.view(shape), x_BCE, scale_C.view(shape))
+    normalised: torch.Tensor = _Normalised.apply(  # type: ignore[no-untyped-call]
+        x_BCE, mean_C, variance_C, module.weight, module.bias, module.eps
+    )
+    return normalised
+
+
+class _Moments(torch.autograd.Function):
+    """Mean and (biased) variance over all axes but the channels', each in as few passes over the images as can be."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BCE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean_C, variance_C = torch.batch_norm_update_stats(x_BCE, None, None, 0.0)
+        ctx.save_for_backward(x_BCE, mean_C)
+        return mean_C, variance_C
+
+    @staticmethod
+    def backward(ctx: Any, mean_gradient_C: torch.Tensor, variance_gradient_C: torch.Tensor) -> torch.Tensor:
+        x_BCE, mean_C = ctx.saved_tensors
+        count = x_BCE.numel() // len(mean_C)
+        slope_C = 2 * variance_gradient_C / count
+        offset_C = mean_gradient_C / count - slope_C * mean_C
+        shape = [1, -1] + [1] * (x_BCE.dim() - 2)
+        return torch.addcmul(offset_C.view(shape), x_BCE, slope_C.view(shape))
+
+
+class _Normalised(torch.autograd.Function):
+    """What BatchNorm makes of given moments, by torch's own kernels, with the gradient of the moments as well."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BCE: torch.Tensor,
+        mean_C: torch.Tensor,
+        variance_C: torch.Tensor,
+        weight_C: torch.Tensor | None,
+        bias_C: torch.Tensor | None,
+        eps: float,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x_BCE, mean_C, variance_C, weight_C)
+        ctx.eps = eps
+        return nn.functional.batch_norm(x_BCE, mean_C, variance_C, weight_C, bias_C, training=False, eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_BCE: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_BCE, mean_C, variance_C, weight_C = ctx.saved_tensors
+        scale_C = torch.ones_like(mean_C) if weight_C is None else weight_C
+        # With y = weight * (x - mean) / sqrt(variance + eps) + bias, all but the first follow from the last two.
+        x_gradient_BCE, weight_gradient_C, bias_gradient_C = torch.ops.aten.native_batch_norm_backward(
+            gradient_BCE.contiguous(),
+            x_BCE,
+            scale_C,
+            mean_C,
+            variance_C,
+            None,
+            None,
+            False,
+            ctx.eps,
+            [True, True, True],
+        )
+        inverse_C = (variance_C + ctx.eps).rsqrt()
+        mean_gradient_C = -bias_gradient_C * scale_C * inverse_C
+        variance_gradient_C = -0.5 * weight_gradient_C * scale_C * inverse_C.square()
+        affine = (None, None) if weight_C is None else (weight_gradient_C, bias_gradient_C)
+        return x_gradient_BCE, mean_gradient_C, variance_gradient_C, *affine, None
 
 
 @torch.no_grad()
