@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph
+from pipeline.links import Link
 from pipeline.plan.costs import Costs
 from pipeline.plan.instructions import Compute, Direction, Exchange, Instruction, Step, may_go_on
 from pipeline.plan.layouts import Layout
@@ -47,6 +48,11 @@ class Links:
     def uniform(cls, latency: Times, bandwidth: Times) -> Links:
         """Links of the same latency in s and bandwidth in bytes/s between all ranks, one case per entry, (case)."""
         return cls(np.asarray(latency)[:, None, None], 1 / np.asarray(bandwidth)[:, None, None])
+
+    @classmethod
+    def one(cls, link: Link) -> Links:
+        """The one case of a link that is the same between all ranks."""
+        return cls.uniform(np.array([link.latency]), np.array([link.bandwidth]))
 
     def of(self, devices: Sequence[int]) -> Links:
         """The links between ``devices`` alone."""

@@ -72,7 +72,7 @@ def measure_cell(
         raise InputError(
             f"link {link} can only be emulated between CPU devices of one host: use loopback, or only these"
         )
-    links = None if emulated is None else Links.uniform(np.array([emulated.latency]), np.array([emulated.bandwidth]))
+    links = None if emulated is None else Links.one(emulated)
     plan = plan_graph(graph, calibration, batch_size=batch_size, strategy=strategy, labels=labels, links=links)
     index = CellIndex(network, batch_size, device_set, link, strategy)
     try:

@@ -11,6 +11,7 @@ from torch import nn
 
 from pipeline.errors import InputError
 from pipeline.graph.trace import trace
+from pipeline.links import Link
 from pipeline.plan.checks import check_calibration, check_plan
 from pipeline.plan.costs import Costs
 from pipeline.plan.labels import DDP_LABELS, instruction_labels
@@ -71,4 +72,4 @@ def uniform_links(latency: float | None, bandwidth: float | None) -> Links:
         raise InputError(f"latency {latency} s must not be negative")
     if not bandwidth > 0:
         raise InputError(f"bandwidth {bandwidth} bytes/s must be positive")
-    return Links.uniform(np.array([latency]), np.array([bandwidth]))
+    return Links.one(Link(latency=latency, bandwidth=bandwidth))
