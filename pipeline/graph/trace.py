@@ -17,7 +17,7 @@ from pipeline.errors import InputError, first_line
 from pipeline.graph.effects import RANDOM_FUNCTIONS, Effect, random_kind
 from pipeline.graph.rules import WHOLE, Call, Judgement, Noise, aligned_axis, judge
 from pipeline.graph.tracing import EVALUATION, TRAINING, traced
-from pipeline.graph.writes import NO_GRADIENT
+from pipeline.graph.writes import IN_PLACE, NO_GRADIENT
 
 _TRIALS = (3, 5)
 """Two numbers of images: what has as many entries along axis 0 for both is a tensor of images."""
@@ -63,6 +63,8 @@ class Operation:
     """What a random operation multiplies its input by."""
     keeps_indices: bool
     """Whether it keeps, for the backward pass, where each of its outputs came from, as max pooling does."""
+    in_place: bool
+    """Whether the model's own code lets this activation or sum write to its first input."""
     parameters: tuple[Parameter, ...]
     differentiable: bool
     """Whether a gradient flows through its output to something that is trained."""
@@ -197,6 +199,7 @@ class _Analysis:
             input_unit=judgement.input_unit,
             noise=judgement.noise,
             keeps_indices=_keeps_indices(node, module),
+            in_place=bool(node.meta.get(IN_PLACE)) and judgement.effect is Effect.CHANNELWISE,
             parameters=parameters or self._read(reads, result, axis, judgement),
             differentiable=node in self._differentiable,
             flops_per_image=_flops(module, call, self._images),

@@ -30,6 +30,8 @@ _MEMORY_ATTRIBUTES = ("T", "mT", "H", "mH", "data", "real")
 _LOOKS = ("size", "dim", "ndimension", "numel", "stride", "item")
 
 
+IN_PLACE = "in place"
+"""Key in a node's ``meta``: whether the model's own code has it write to its first input."""
 NO_GRADIENT = "no gradient"
 """Key in a node's ``meta``: whether it runs under ``torch.no_grad()``."""
 
@@ -135,13 +137,16 @@ def _name(node: fx.Node) -> str:
 def _made_ordinary(node: fx.Node, graph_module: fx.GraphModule) -> fx.Node | None:
     """Replace an in-place call by its ordinary form; what it used to write to."""
     if node.op == "call_module":
-        return _written(node) if getattr(graph_module.get_submodule(str(node.target)), "inplace", False) else None
+        module = graph_module.get_submodule(str(node.target))
+        node.meta[IN_PLACE] = bool(getattr(module, "inplace", False)) and random_kind(module) is None
+        return _written(node) if getattr(module, "inplace", False) else None
     if node.op not in ("call_function", "call_method"):
         return None
     if node.kwargs.get("out") is not None:
         raise Untraceable(_common_module([node]))
     if node.op == "call_function":
         if node.target in ORDINARY_OPERATORS:
+            node.meta[IN_PLACE] = node.target is operator.iadd
             node.target = ORDINARY_OPERATORS[node.target]
             return _written(node)
         if node.target is operator.setitem:

@@ -15,6 +15,10 @@ from pipeline.plan.instructions import Direction
 
 Curves = tuple[NDArray[np.float64], NDArray[np.float64]]
 
+_ALIKE = 1.05
+"""Devices of one label whose times lie within this factor are taken to be equal: two cores of one processor differ by
+less, but measurements of them by some per cent, which would make one of them wait for the other in every step."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
@@ -22,7 +26,8 @@ class Costs:
 
     The time of a *fraction* of a segment (of its kernels, or of a dense layer's input features) is a line over the
     images, ``fixed + images * per_image``: each of the two never falls over the fraction, and is interpolated between
-    the measured ones. The least of the repetitions counts: what disturbs a measurement only adds to it.
+    the measured ones. The least of the repetitions counts: what disturbs a measurement only adds to it. Devices of one
+    label that hardly differ share the mean of their curves.
     """
 
     segments: tuple[str, ...]
@@ -51,6 +56,9 @@ class Costs:
         least = calibration[["forward_time", "backward_time", "update_time"]].min("repetition")
         both = (least.forward_time, least.backward_time)
         times = np.stack([way.transpose("device", "segment", "share", "images").values for way in both], axis=-1)
+        update = least.update_time.values
+        for alike in _alike([str(label) for label in calibration.device_label.values], times):
+            times[alike], update[alike] = times[alike].mean(axis=0), update[alike].mean()
         fixed, per_image = _lines(times, calibration.images.values)
         kernels = calibration.kernels.transpose("segment", "share")
         return cls(
@@ -60,7 +68,7 @@ class Costs:
             per_image=_rising(per_image),
             latency=calibration.link_latency.values,
             seconds_per_byte=1 / calibration.link_bandwidth.values,
-            update=least.update_time.values,
+            update=update,
         )
 
     def only(self, devices: Sequence[int]) -> Costs:
@@ -160,6 +168,22 @@ def on_grid(curves: Curves, grid: NDArray[np.float64]) -> NDArray[np.float64]:
     along = np.clip((grid - points[after - 1]) / (points[after] - points[after - 1]), 0, 1)
     found: NDArray[np.float64] = (1 - along) * times[:, after - 1] + along * times[:, after]
     return found
+
+
+def _alike(labels: Sequence[str], times: NDArray[np.float64]) -> list[list[int]]:
+    """Groups of devices of one label that take the same time, as far as can be told, for all that was measured.
+
+    ``times`` are (device, segment, share, images, direction).
+    """
+    totals = np.nansum(times, axis=tuple(range(1, times.ndim)))
+    groups: list[list[int]] = []
+    for device in sorted(range(len(labels)), key=lambda one: (labels[one], totals[one])):
+        first = groups[-1][0] if groups else device
+        if groups and labels[first] == labels[device] and totals[device] <= _ALIKE * totals[first]:
+            groups[-1].append(device)
+        else:
+            groups.append([device])
+    return groups
 
 
 def _lines(times: NDArray[np.float64], images: NDArray[np.int_]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

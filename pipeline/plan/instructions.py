@@ -85,6 +85,8 @@ class Step:
     """None where it only keeps statistics."""
     images: tuple[int, ...] = ()
     """Of a part of BatchNorm, the images on each rank."""
+    in_place: bool = False
+    """Whether it may write to its first input, which nothing else reads."""
 
 
 @dataclass(frozen=True, kw_only=True)

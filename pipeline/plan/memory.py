@@ -107,6 +107,8 @@ class _Account:
             if step.output is None or operation.shape is None or operation.effect is Effect.FLATTEN:
                 continue  # nothing, or a view of what is there
             size = self._size(step.output)
+            if step.in_place:
+                inside -= size  # in the memory of its input, which no longer counts
             if operation.keeps_indices:
                 inside += size / self._itemsize * _INDEX_BYTES
             if operation.noise is not None:

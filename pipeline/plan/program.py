@@ -229,12 +229,28 @@ class _Compiler:
         wanted = set(outputs)
         for instruction in self.instructions:
             wanted.update(instruction.inputs if isinstance(instruction, Compute) else (instruction.source,))
-        return [
-            replace(one, outputs=tuple(output for output in one.outputs if output in wanted))
-            if isinstance(one, Compute)
-            else one
-            for one in self.instructions
-        ]
+        return [self._finished(one, wanted) if isinstance(one, Compute) else one for one in self.instructions]
+
+    def _finished(self, segment: Compute, wanted: set[Placed]) -> Compute:
+        outputs = tuple(output for output in segment.outputs if output in wanted)
+        made = {step.output: self._is_fresh(step) for step in segment.steps}
+        last = {placed: place for place, step in enumerate(segment.steps) for placed in step.inputs}
+
+        def may_write(place: int, step: Step) -> bool:
+            if not self.graph[step.operation].in_place:
+                return False
+            written = step.inputs[0]
+            return made.get(written, False) and last[written] == place and written not in outputs
+
+        steps = (replace(step, in_place=may_write(place, step)) for place, step in enumerate(segment.steps))
+        return replace(segment, outputs=outputs, steps=tuple(steps))
+
+    def _is_fresh(self, step: Step) -> bool:
+        """Whether the result of a step is in memory of its own, and the backward pass has no use for it."""
+        operation = self.graph[step.operation]
+        if operation.effect in (Effect.KERNEL, Effect.GROUPED, Effect.BATCHNORM):
+            return step.part in ("whole", "normalise")
+        return operation.in_place and operation.module is None  # a sum
 
     def _gradients(self, forward: list[Compute | Exchange]) -> frozenset[Placed]:
         """The activations that depend on something that is trained."""

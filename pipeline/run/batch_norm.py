@@ -9,18 +9,22 @@ where the mean is large beside the spread.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-def moments(x_BCE: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
-    """``m_RC``: mean and variance of this rank's images in rows ``2 * rank`` and the next, zeros elsewhere."""
-    mean_C, variance_C = _Moments.apply(x_BCE)  # type: ignore[no-untyped-call]
+def moments(x_BCE: torch.Tensor, rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x_BCE`` itself, and ``m_RC``: mean and variance of this rank's images in rows ``2 * rank`` and the next.
+
+    The other rows are zeros. What goes on with the images must take those given back: the gradient of the moments is
+    added to theirs at once, which saves the sum of two gradients of all images.
+    """
+    same_BCE, mean_C, variance_C = _Moments.apply(x_BCE)  # type: ignore[no-untyped-call]
     zero = torch.zeros_like(mean_C)
-    return torch.stack([zero] * (2 * rank) + [mean_C, variance_C] + [zero] * (2 * (ranks - rank - 1)))
+    return same_BCE, torch.stack([zero] * (2 * rank) + [mean_C, variance_C] + [zero] * (2 * (ranks - rank - 1)))
 
 
 def normalise(module: nn.Module, x_BCE: torch.Tensor, moments_RC: torch.Tensor, images: Sequence[int]) -> torch.Tensor:
@@ -34,22 +38,36 @@ def normalise(module: nn.Module, x_BCE: torch.Tensor, moments_RC: torch.Tensor, 
 
 
 class _Moments(torch.autograd.Function):
-    """Mean and (biased) variance over all axes but the channels', each in as few passes over the images as can be."""
+    """The images, with their mean and (biased) variance over all axes but the channels'.
+
+    The sum of the centred squares is as safe as torch's own way and, over strided axes, several times as fast.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_BCE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean_C, variance_C = torch.batch_norm_update_stats(x_BCE, None, None, 0.0)
+    def forward(ctx: Any, x_BCE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        mean_C = x_BCE.mean([0, *range(2, x_BCE.dim())])
+        centred_BCP = (x_BCE - _over_channels(mean_C, x_BCE)).reshape(*x_BCE.shape[:2], -1)
+        variance_C = torch.linalg.vecdot(centred_BCP, centred_BCP).sum(0) / _per_channel(x_BCE)
         ctx.save_for_backward(x_BCE, mean_C)
-        return mean_C, variance_C
+        ctx.set_materialize_grads(False)
+        return x_BCE, mean_C, variance_C
 
     @staticmethod
-    def backward(ctx: Any, mean_gradient_C: torch.Tensor, variance_gradient_C: torch.Tensor) -> torch.Tensor:
-        x_BCE, mean_C = ctx.saved_tensors
-        count = x_BCE.numel() // len(mean_C)
-        slope_C = 2 * variance_gradient_C / count
-        offset_C = mean_gradient_C / count - slope_C * mean_C
-        shape = [1, -1] + [1] * (x_BCE.dim() - 2)
-        return torch.addcmul(offset_C.view(shape), x_BCE, slope_C.view(shape))
+    def backward(
+        ctx: Any,
+        gradient_BCE: torch.Tensor | None,
+        mean_gradient_C: torch.Tensor | None,
+        variance_gradient_C: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        if mean_gradient_C is None or variance_gradient_C is None:
+            return gradient_BCE
+        x_BCE, mean_C = cast(tuple[torch.Tensor, ...], ctx.saved_tensors)
+        slope_C = 2 * variance_gradient_C / _per_channel(x_BCE)
+        offset_C = mean_gradient_C / _per_channel(x_BCE) - slope_C * mean_C
+        slope_1C1, offset_1C1 = _over_channels(slope_C, x_BCE), _over_channels(offset_C, x_BCE)
+        # Not in place, as others may hold the same gradient.
+        scaled_BCE = x_BCE * slope_1C1 if gradient_BCE is None else torch.addcmul(gradient_BCE, x_BCE, slope_1C1)
+        return scaled_BCE.add_(offset_1C1)
 
 
 class _Normalised(torch.autograd.Function):
@@ -120,3 +138,12 @@ def _combined(moments_RC: torch.Tensor, images: Sequence[int]) -> tuple[torch.Te
     means_RC, variances_RC = moments_RC[0::2], moments_RC[1::2]
     mean_C = (part_R1 * means_RC).sum(0)
     return mean_C, (part_R1 * (variances_RC + (means_RC - mean_C).square())).sum(0)
+
+
+def _over_channels(value_C: torch.Tensor, x_BCE: torch.Tensor) -> torch.Tensor:
+    """One value per channel, to be broadcast over images and positions."""
+    return value_C.view([1, -1] + [1] * (x_BCE.dim() - 2))
+
+
+def _per_channel(x_BCE: torch.Tensor) -> int:
+    return x_BCE.numel() // x_BCE.shape[1]

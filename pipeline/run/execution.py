@@ -219,6 +219,8 @@ class Execution:
         local = {placed: self.values[placed] for placed in instruction.inputs}
         for step in instruction.steps:
             result = self._call(step, local)
+            if step.part == "moments":
+                local[step.inputs[0]], result = result
             if step.output is not None:
                 local[step.output] = result
         self._attached[instruction.segment] = [local[placed] for placed in instruction.outputs]
@@ -261,6 +263,8 @@ class Execution:
         args, kwargs = fx.map_arg(args, value_of), fx.map_arg(kwargs, value_of)
         target: Any = node.target
         with torch.set_grad_enabled(torch.is_grad_enabled() and not node.meta.get(NO_GRADIENT)):
+            if step.in_place:
+                return _in_place(module, args)
             if module is not None:
                 result = module(*args, **kwargs)
                 if isinstance(module, nn.modules.instancenorm._InstanceNorm) and result.requires_grad:
@@ -349,6 +353,19 @@ def _modes_by_name(model: nn.Module, graph_module: fx.GraphModule, *, training: 
     """The mode of every module that is called, by its names in the traced model."""
     found = modes(model, training=training)
     return {name: found[one] for name, one in graph_module.named_modules(remove_duplicate=False) if one in found}
+
+
+def _in_place(module: nn.Module | None, args: tuple[Any, ...]) -> Any:
+    """An activation or a sum, written to the first of ``args``."""
+    if module is None:
+        total, summand = args
+        total += summand
+        return total
+    setattr(module, "inplace", True)  # noqa: B010 - for torch's types a module has only tensors
+    try:
+        return module(*args)
+    finally:
+        setattr(module, "inplace", False)  # noqa: B010
 
 
 def _only_last(instruction: Instruction) -> bool:

@@ -58,3 +58,17 @@ def test_more_images_never_take_less_time(calibration: xr.Dataset) -> None:
     costs = Costs.of(falling)
     few, many = (_seconds(costs, "relu1", 1.0, images) for images in (1, 1000))
     assert 0 < few <= many
+
+
+def test_devices_of_one_label_that_hardly_differ_are_taken_to_be_equal(calibration: xr.Dataset) -> None:
+    def steps(label: str, factor: float) -> list[float]:
+        other = calibration.copy(deep=True)
+        other["device_label"] = ("device", np.array(["cpu", label], dtype=object))
+        for name in ("forward_time", "backward_time", "update_time"):
+            other[name][1] = factor * other[name][0]
+        return [float(one) for one in Costs.of(other).whole_steps(16)]
+
+    alone = steps("cpu", 1)[0]
+    assert steps("cpu", 1.04) == pytest.approx([1.02 * alone] * 2)
+    assert steps("cpu", 1.2) == pytest.approx([alone, 1.2 * alone])
+    assert steps("gpu", 1.04) == pytest.approx([alone, 1.04 * alone])

@@ -185,3 +185,35 @@ def test_only_the_gradient_that_hides_behind_weights_is_deferred() -> None:
         assert isinstance(after, Compute)
         assert (before.gradients, after.gradients) == ("inputs", "parameters")
         assert before.segment == after.segment
+
+
+class _Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.relu = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.ReLU(inplace=True)
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        y_BCHW = self.relu(self.conv1(x_BCHW))
+        z_BCHW = self.conv2(y_BCHW)
+        z_BCHW += y_BCHW
+        return self.relu(z_BCHW).mean((2, 3))
+
+
+@pytest.mark.parametrize(("in_place", "kernel"), [(True, False), (True, True), (False, False)])
+def test_what_the_model_does_in_place_is_done_so_within_a_segment(in_place: bool, kernel: bool) -> None:
+    model = _Residual()
+    model.relu.inplace = in_place
+    graph = trace(model, torch.empty(2, 3, 8, 8))
+    shares = (0.4, 0.6)
+    plan = plan_network(graph, "kernel" if kernel else "batch", batch_size=BATCH, labels=["cpu", "cpu"], shares=shares)
+    steps = [
+        one
+        for segment in compile_program(graph, plan, BATCH).forward
+        if isinstance(segment, Compute)
+        for one in segment.steps
+    ]
+    found = {one.operation: one.in_place for one in steps}
+    # Split by kernels, what `iadd` writes to is a segment's input: another segment made it.
+    assert found == {
+        "conv1": False, "relu": in_place, "conv2": False, "iadd": not kernel, "relu_1": in_place, "mean": False
+    }  # fmt: skip
