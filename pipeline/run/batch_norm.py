@@ -1,8 +1,8 @@
 """BatchNorm over images that are split between ranks: the same mean and variance as over the whole batch.
 
 Every rank takes mean and variance of its own images, an exchange brings those of all ranks together, and each rank
-combines them (Chan, Golub and LeVeque, 1979) and normalises with the result. All parts are differentiable, so the
-backward pass through the exchange gives the exact gradient. Sums of squares would travel as easily, but lose all digits
+combines them (Chan, Golub and LeVeque, 1979) and normalises with the result. Both parts have gradients, so the backward
+pass through the exchange gives the exact one. Sums of squares would travel as easily, but lose all digits
 where the mean is large beside the spread.
 """
 
@@ -30,9 +30,8 @@ def moments(x_BCE: torch.Tensor, rank: int, ranks: int) -> tuple[torch.Tensor, t
 def normalise(module: nn.Module, x_BCE: torch.Tensor, moments_RC: torch.Tensor, images: Sequence[int]) -> torch.Tensor:
     """The output for this rank's images; ``moments_RC`` are those of all ranks, which have so many ``images``."""
     assert isinstance(module, _BatchNorm)
-    mean_C, variance_C = _combined(moments_RC, images)
     normalised: torch.Tensor = _Normalised.apply(  # type: ignore[no-untyped-call]
-        x_BCE, mean_C, variance_C, module.weight, module.bias, module.eps
+        x_BCE, moments_RC, images, module.weight, module.bias, module.eps
     )
     return normalised
 
@@ -71,25 +70,26 @@ class _Moments(torch.autograd.Function):
 
 
 class _Normalised(torch.autograd.Function):
-    """What BatchNorm makes of given moments, by torch's own kernels, with the gradient of the moments as well."""
+    """What BatchNorm makes of the moments of all ranks, by torch's own kernels, with the gradient of those moments."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x_BCE: torch.Tensor,
-        mean_C: torch.Tensor,
-        variance_C: torch.Tensor,
+        moments_RC: torch.Tensor,
+        images: Sequence[int],
         weight_C: torch.Tensor | None,
         bias_C: torch.Tensor | None,
         eps: float,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x_BCE, mean_C, variance_C, weight_C)
-        ctx.eps = eps
+        mean_C, variance_C = _combined(moments_RC, images)
+        ctx.save_for_backward(x_BCE, moments_RC, mean_C, variance_C, weight_C)
+        ctx.images, ctx.eps = images, eps
         return nn.functional.batch_norm(x_BCE, mean_C, variance_C, weight_C, bias_C, training=False, eps=eps)
 
     @staticmethod
     def backward(ctx: Any, gradient_BCE: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_BCE, mean_C, variance_C, weight_C = ctx.saved_tensors
+        x_BCE, moments_RC, mean_C, variance_C, weight_C = ctx.saved_tensors
         scale_C = torch.ones_like(mean_C) if weight_C is None else weight_C
         # With y = weight * (x - mean) / sqrt(variance + eps) + bias, all but the first follow from the last two.
         x_gradient_BCE, weight_gradient_C, bias_gradient_C = torch.ops.aten.native_batch_norm_backward(
@@ -105,10 +105,16 @@ class _Normalised(torch.autograd.Function):
             [True, True, True],
         )
         inverse_C = (variance_C + ctx.eps).rsqrt()
-        mean_gradient_C = -bias_gradient_C * scale_C * inverse_C
-        variance_gradient_C = -0.5 * weight_gradient_C * scale_C * inverse_C.square()
+        slope_C = scale_C * inverse_C
+        mean_gradient_C = -bias_gradient_C * slope_C
+        variance_gradient_C = weight_gradient_C * slope_C * inverse_C * -0.5
+        # As in `_combined`; the mean of all adds nothing to the gradient of the variance: there, that is at its least.
+        part_R1 = _parts(moments_RC, ctx.images)
+        variances_gradient_RC = part_R1 * variance_gradient_C
+        means_gradient_RC = part_R1 * mean_gradient_C + 2 * variances_gradient_RC * (moments_RC[0::2] - mean_C)
+        moments_gradient_RC = torch.stack([means_gradient_RC, variances_gradient_RC], dim=1).view_as(moments_RC)
         affine = (None, None) if weight_C is None else (weight_gradient_C, bias_gradient_C)
-        return x_gradient_BCE, mean_gradient_C, variance_gradient_C, *affine, None
+        return x_gradient_BCE, moments_gradient_RC, None, *affine, None
 
 
 @torch.no_grad()
@@ -134,7 +140,7 @@ def track(module: nn.Module, moments_RC: torch.Tensor, images: Sequence[int], po
 
 def _combined(moments_RC: torch.Tensor, images: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and (biased) variance over all ranks' images."""
-    part_R1 = torch.tensor(images, dtype=moments_RC.dtype, device=moments_RC.device).unsqueeze(1) / sum(images)
+    part_R1 = _parts(moments_RC, images)
     means_RC, variances_RC = moments_RC[0::2], moments_RC[1::2]
     mean_C = (part_R1 * means_RC).sum(0)
     return mean_C, (part_R1 * (variances_RC + (means_RC - mean_C).square())).sum(0)
@@ -147,3 +153,8 @@ def _over_channels(value_C: torch.Tensor, x_BCE: torch.Tensor) -> torch.Tensor:
 
 def _per_channel(x_BCE: torch.Tensor) -> int:
     return x_BCE.numel() // x_BCE.shape[1]
+
+
+def _parts(moments_RC: torch.Tensor, images: Sequence[int]) -> torch.Tensor:
+    """Each rank's part of all images."""
+    return torch.tensor(images, dtype=moments_RC.dtype, device=moments_RC.device).unsqueeze(1) / sum(images)
