@@ -158,6 +158,7 @@ def _dataset(
         ),
     )
     dataset.attrs["image_shape"] = json.dumps(task.graph.input_shape)
+    dataset.attrs["channels_last"] = int(measured[0].channels_last)
     dataset.attrs["classes"] = task.graph[task.graph.outputs[0]].channels
     return describe(dataset)
 

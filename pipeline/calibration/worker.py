@@ -30,11 +30,14 @@ from pipeline.plan.strategies import Kind, Mixed, layers_of, plan_network
 from pipeline.plan.ties import Tie
 from pipeline.run.emulation import Throttle
 from pipeline.run.execution import Execution
+from pipeline.run.memory_format import arranged, may_have_channels_last
 
 _UPDATED_PARAMETERS = 1_000_000
 _LINK_REPETITIONS = 5
 _CERTAIN = 0.02
 """What is uncertain by less than this part of a whole step is not measured again."""
+_CLEARLY = 0.95
+"""Another order in memory has to save more than measurements err."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,8 @@ class Measurement:
     """(segment, share): channels at that share; of input features for a dense layer."""
     update: NDArray[np.float64]
     """(repetition) of the optimiser per parameter."""
+    channels_last: bool
+    """Whether all ranks measured with the channels last in memory, because that was faster."""
     links: dict[int, NDArray[np.float64]]
     """By other rank, (message, repetition) one way; each pair is measured by its lower rank."""
 
@@ -101,7 +106,8 @@ def measure_rank(context: RankContext, task: Task) -> Measurement:
                 tensor.normal_(0, 0.01).abs_()  # running variances must not be negative
             else:
                 tensor.zero_()
-    segments = _Segments(context, model, task)
+    channels_last = _is_faster_with_channels_last(context, model, task)
+    segments = _Segments(context, model, task, channels_last=channels_last)
     for _ in range(1 + task.passes):
         todo = segments.uncertain()
         if not todo:
@@ -111,6 +117,7 @@ def measure_rank(context: RankContext, task: Task) -> Measurement:
         times=segments.times,
         kernels=segments.kernels,
         update=_measure_update(context, task.repetitions),
+        channels_last=channels_last,
         links=measure_links(context, max(task.repetitions, _LINK_REPETITIONS)),
     )
 
@@ -118,13 +125,13 @@ def measure_rank(context: RankContext, task: Task) -> Measurement:
 class _Segments:
     """The times of one rank so far."""
 
-    def __init__(self, context: RankContext, model: nn.Module, task: Task) -> None:
-        self._context, self._model, self._task = context, model, task
+    def __init__(self, context: RankContext, model: nn.Module, task: Task, *, channels_last: bool) -> None:
+        self._context, self._model, self._task, self._channels_last = context, model, task, channels_last
         self._done = 0
         shape = (len(task.chains), len(task.fractions))
         self.times = np.full((*shape, len(task.images), task.repetitions + task.passes, 2), np.nan)
         self.kernels = task.kernels()
-        self._undivided = _execution_of(context, model, task.graph, None)
+        self._undivided = _execution_of(context, model, task.graph, None, channels_last=channels_last)
 
     def uncertain(self) -> list[tuple[int, int]]:
         """The (share, segment) pairs that any rank has to measure (again), the same on all ranks."""
@@ -152,7 +159,7 @@ class _Segments:
         for place, (share, segment) in enumerate(todo):
             chain = task.chains[segment]
             if chain.splittable and share != at:
-                split, at = _execution_of(self._context, self._model, task.graph, task.fractions[share]), share
+                split, at = self._split(task.fractions[share]), share
             execution = split if chain.splittable and split is not None else self._undivided
             steps = [_step_of(self._context, execution, chain, task.graph, images) for images in task.images]
             made = slice(self._done, self._done + repetitions)
@@ -160,8 +167,44 @@ class _Segments:
             self._context.report(place + 1, total=len(todo))
         self._done += repetitions
 
+    def _split(self, fraction: float) -> Execution:
+        return _execution_of(self._context, self._model, self._task.graph, fraction, channels_last=self._channels_last)
 
-def _execution_of(context: RankContext, model: nn.Module, graph: Graph, fraction: float | None) -> Execution:
+
+def _is_faster_with_channels_last(context: RankContext, model: nn.Module, task: Task) -> bool:
+    """Whether the whole network takes clearly less time with the channels last in memory, over all ranks."""
+    if not may_have_channels_last(model):
+        return False
+    seconds = []
+    for channels_last in (False, True):
+        execution = _execution_of(context, model, task.graph, None, channels_last=channels_last)
+        try:
+            seconds.append(_whole_seconds(context, execution, task))
+        except RuntimeError:
+            if not channels_last:
+                raise
+            seconds.append(float("inf"))  # a model's own code may need its images as torch has them
+    total = torch.tensor(seconds, dtype=torch.float64)
+    if context.group is not None:
+        dist.all_reduce(total, group=context.group)
+    return bool(total[1] < _CLEARLY * total[0])
+
+
+def _whole_seconds(context: RankContext, execution: Execution, task: Task) -> float:
+    """Time of all segments, each as often as the network has its like, in s."""
+    total = 0.0
+    for chain, times in zip(task.chains, task.weights, strict=True):
+        few, many = (
+            _step_of(context, execution, chain, task.graph, images) for images in (task.images[0], task.images[-1])
+        )
+        few()
+        total += times * sum(many())
+    return total
+
+
+def _execution_of(
+    context: RankContext, model: nn.Module, graph: Graph, fraction: float | None, *, channels_last: bool
+) -> Execution:
     """An execution in which this device plays the first of two ranks and has ``fraction`` of every layer.
 
     Without a fraction it is the only rank and has everything, undivided.
@@ -171,6 +214,7 @@ def _execution_of(context: RankContext, model: nn.Module, graph: Graph, fraction
         plan = plan_network(graph, "single", batch_size=1, labels=(label,))
     else:
         plan = split_plan(graph, fraction, label)
+    plan = replace(plan, channels_last=channels_last)
     execution = Execution(replace(context, rank=0, size=plan.ranks, group=None), model, graph, plan)
     with torch.no_grad():
         for tensor in execution.parameters.work.values():
@@ -274,7 +318,8 @@ def _keep_busy(context: RankContext, work: Callable[[], object]) -> None:
 def _made_up(execution: Execution, placed: Placed, graph: Graph, images: int) -> torch.Tensor:
     spec = activation_spec(graph, placed.name, images)
     shape = spec.local_shape(spec.boxes(placed.layout)[0])
-    return torch.rand(shape, dtype=execution.dtype, device=execution.transport.device)
+    made_up = torch.rand(shape, dtype=execution.dtype, device=execution.transport.device)
+    return arranged(made_up, channels_last=execution.plan.channels_last)
 
 
 def _timed(context: RankContext, work: Callable[[], None]) -> float:

@@ -44,6 +44,8 @@ class Costs:
     """(source, destination) in s per byte."""
     update: NDArray[np.float64]
     """(device) in s per trained parameter."""
+    channels_last: bool = False
+    """Whether it all was measured with the channels last in memory, which was faster then."""
     _places: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -69,6 +71,7 @@ class Costs:
             latency=calibration.link_latency.values,
             seconds_per_byte=1 / calibration.link_bandwidth.values,
             update=update,
+            channels_last=bool(calibration.attrs.get("channels_last", 0)),
         )
 
     def only(self, devices: Sequence[int]) -> Costs:

@@ -33,7 +33,11 @@ class _Plan(_Section):
     batch_size: int
     devices: tuple[int, ...]
     labels: tuple[str, ...]
+    channels_last: bool = False
     operations: tuple[_Operation, ...]
+
+
+_FIELDS = ("strategy", "batch_size", "devices", "labels", "channels_last")
 
 
 def plan_to_json(plan: Plan) -> str:
@@ -42,7 +46,7 @@ def plan_to_json(plan: Plan) -> str:
         _Operation(name=one.name, input=_written(one.input), output=_written(one.output), home=one.home)
         for one in plan.operations
     )
-    fields = {name: getattr(plan, name) for name in ("strategy", "batch_size", "devices", "labels")}
+    fields = {name: getattr(plan, name) for name in _FIELDS}
     return _Plan(**fields, operations=operations).model_dump_json(indent=1) + "\n"
 
 
@@ -75,6 +79,7 @@ def plan_from_json(text: str, source: str = "the plan") -> Plan:
         batch_size=read.batch_size,
         devices=read.devices,
         labels=read.labels,
+        channels_last=read.channels_last,
         operations=tuple(
             OperationPlan(name=one.name, input=_read(one.input), output=_read(one.output), home=one.home)
             for one in read.operations

@@ -64,6 +64,8 @@ class Plan:
     labels: tuple[str, ...]
     """For each rank, its device in words, e.g. ``cpu@0.5``."""
     operations: tuple[OperationPlan, ...]
+    channels_last: bool = False
+    """Whether all ranks keep images and weights with the channels last in memory, as the calibration found faster."""
     graph: Graph | None = field(default=None, repr=False, compare=False)
     """The network it is for; a plan that was read from a file does not know it."""
 

@@ -60,7 +60,8 @@ def plan_graph(
         if strategy == "auto":
             strategy = "single" if len(labels) == 1 else "kernel"
         plan = plan_network(graph, strategy, batch_size=batch_size, labels=labels, costs=costs, shares=shares)
-    return replace(plan, graph=graph)
+    channels_last = costs is not None and costs.channels_last and plan.strategy != "ddp"
+    return replace(plan, graph=graph, channels_last=channels_last)
 
 
 def predicted_step_time(

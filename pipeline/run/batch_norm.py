@@ -93,7 +93,7 @@ class _Normalised(torch.autograd.Function):
         scale_C = torch.ones_like(mean_C) if weight_C is None else weight_C
         # With y = weight * (x - mean) / sqrt(variance + eps) + bias, all but the first follow from the last two.
         x_gradient_BCE, weight_gradient_C, bias_gradient_C = torch.ops.aten.native_batch_norm_backward(
-            gradient_BCE.contiguous(),
+            _dense_as(x_BCE, gradient_BCE),
             x_BCE,
             scale_C,
             mean_C,
@@ -158,3 +158,9 @@ def _per_channel(x_BCE: torch.Tensor) -> int:
 def _parts(moments_RC: torch.Tensor, images: Sequence[int]) -> torch.Tensor:
     """Each rank's part of all images."""
     return torch.tensor(images, dtype=moments_RC.dtype, device=moments_RC.device).unsqueeze(1) / sum(images)
+
+
+def _dense_as(x_BCE: torch.Tensor, gradient_BCE: torch.Tensor) -> torch.Tensor:
+    """The gradient in the memory order of the images, which torch's kernel takes for granted."""
+    last = x_BCE.dim() == 4 and not x_BCE.is_contiguous() and x_BCE.is_contiguous(memory_format=torch.channels_last)
+    return gradient_BCE.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)

@@ -25,6 +25,7 @@ from pipeline.plan.program import Program, activation_spec, compile_inference, c
 from pipeline.run import batch_norm
 from pipeline.run.clock import Clock
 from pipeline.run.emulation import Throttle
+from pipeline.run.memory_format import arranged, empty
 from pipeline.run.noise import Masks
 from pipeline.run.parameters import Parameters
 from pipeline.run.recipe import Recipe, Turn, Updater
@@ -50,7 +51,7 @@ class Execution:
         self, context: RankContext, model: nn.Module, graph: Graph, plan: Plan, link: Link | None = None
     ) -> None:
         self.context, self.graph, self.plan, self.model = context, graph, plan, model
-        self.transport = Transport(context, link=link)
+        self.transport = Transport(context, link=link, channels_last=plan.channels_last)
         self.throttle = Throttle(context.device)
         graph_module = traced(model)
         self._modes = {training: _modes_by_name(model, graph_module, training=training) for training in (True, False)}
@@ -151,7 +152,10 @@ class Execution:
         self.parameters.gather()
         if self.context.rank != 0:
             return None
-        return {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+        return {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in self.model.state_dict().items()
+        }
 
     def compute(self, instruction: Compute, gradients: frozenset[Placed]) -> None:
         """Run a segment, forward or backward, on what is in ``values``; ``gradients`` need a gradient."""
@@ -167,7 +171,8 @@ class Execution:
         self.values.clear()
         if x_BCHW is not None:
             source = master(self.plan.ranks)
-            self.values[Placed(self.graph.input, source)] = x_BCHW.to(self.transport.device, self.dtype)
+            here = x_BCHW.to(self.transport.device, self.dtype)
+            self.values[Placed(self.graph.input, source)] = arranged(here, channels_last=self.plan.channels_last)
         if training:
             self._masks.draw(batch_size, self.dtype)
 
@@ -233,7 +238,7 @@ class Execution:
         return fx.map_arg(self._returned, lambda node: self.values[Placed(node.name, layout)])
 
     def _call(self, step: Step, local: dict[Placed, Any]) -> Any:
-        operation, node = self.graph[step.operation], self._nodes[step.operation]
+        operation = self.graph[step.operation]
         given = [local[placed] for placed in step.inputs]
         _, module = self.parameters.modules.get(operation.name, ("", None))
         if step.part == "moments":
@@ -252,6 +257,12 @@ class Execution:
             spec = activation_spec(self.graph, operation.name, self._batch_size)
             box = spec.boxes(step.output.layout)[self.context.rank]
             return self._masks.apply(operation.name, operation.noise, given[0], spec, box)
+        return self._call_as_written(step, given)
+
+    def _call_as_written(self, step: Step, given: list[Any]) -> Any:
+        """Call what the model calls, with this rank's parts of its tensors."""
+        operation, node = self.graph[step.operation], self._nodes[step.operation]
+        _, module = self.parameters.modules.get(operation.name, ("", None))
         args, kwargs = node.args, node.kwargs
         if not self._is_training:
             args, kwargs = node.meta.get(EVALUATION, (args, kwargs))
@@ -262,6 +273,8 @@ class Execution:
 
         args, kwargs = fx.map_arg(args, value_of), fx.map_arg(kwargs, value_of)
         target: Any = node.target
+        if target == "view" and self.plan.channels_last:
+            target = "reshape"  # what is one piece of memory by channel is none with the channels last
         with torch.set_grad_enabled(torch.is_grad_enabled() and not node.meta.get(NO_GRADIENT)):
             if step.in_place:
                 return _in_place(module, args)
@@ -346,7 +359,8 @@ class Execution:
         box = instruction.spec.boxes(placed.layout)[self.context.rank]
         if not box:
             return None
-        return torch.empty(instruction.spec.local_shape(box), dtype=self.dtype, device=self.transport.device)
+        shape, last = instruction.spec.local_shape(box), self.plan.channels_last
+        return empty(shape, channels_last=last, dtype=self.dtype, device=self.transport.device)
 
 
 def _modes_by_name(model: nn.Module, graph_module: fx.GraphModule, *, training: bool) -> dict[str, bool]:

@@ -13,9 +13,10 @@ from pipeline.errors import InputError
 from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph, Operation, Parameter, model_dtype
 from pipeline.plan.instructions import Exchange, Placed
-from pipeline.plan.layouts import Layout, master
+from pipeline.plan.layouts import Layout, master, replicated
 from pipeline.plan.plan import ParameterPlan, Plan, parameters_of
 from pipeline.plan.program import parameter_spec
+from pipeline.run.memory_format import arrange_module, empty, flat, shaped_as
 from pipeline.run.transport import Transport
 
 ParameterGroups = Callable[[nn.Module], Iterable[dict[str, Any]]]
@@ -43,9 +44,10 @@ class Parameters:
         self._originals: set[str] = set()
         """The names of those that the master's own modules use as they are."""
         self._gradients: dict[str, torch.Tensor] = {}
-        self._sums: dict[str, torch.Tensor] = {}
-        """By bucket, the part of the summed gradients that this rank has added up."""
+        self._sums: dict[str, torch.Tensor | None] = {}
+        """By bucket, this rank's gradients, of which its part has been summed over ranks."""
         self._dtype = model_dtype(model)
+        arrange_module(model, channels_last=plan.channels_last)
         for operation in graph.operations:
             self._make_local(operation)
         self.home = {name: tensor for name, one in self._plans.items() if (tensor := self._home(one)) is not None}
@@ -133,37 +135,49 @@ class Parameters:
         return self._transport.start(exchange, gradient, None if home is None else home.grad)
 
     def sum_gradients(self, exchange: Exchange, names: Sequence[str]) -> Callable[[], None]:
-        """Begin one of the exchanges that sum the gradients of ``names`` over ranks; call the result to end it."""
+        """Begin one of the exchanges that sum the gradients of ``names`` over ranks; call the result to end it.
+
+        Where each rank sums a part for all, it does so in place. Where every rank sums all, it must not begin with its
+        own, or they would not round alike.
+        """
         bucket = exchange.source.name
-        layout = exchange.target.layout
-        source = self._sums.pop(bucket, None) if exchange.source.layout.kind == "K" else self._joined(names)
-        box = exchange.spec.boxes(layout)[self._rank]
-        target = torch.empty(exchange.spec.local_shape(box), dtype=self._dtype, device=self._device) if box else None
-        wait = self._transport.start(exchange, source, target)
+        first, last = exchange.source.layout.kind == "P", exchange.target.layout.kind == "R"
+        whole = self._joined(names) if first else self._sums.pop(bucket)
+        if not last:
+            self._sums[bucket] = whole
+        source = self._part(exchange, exchange.source, whole)
+        total = torch.empty_like(whole) if first and last and whole is not None else whole
+        wait = self._transport.start(exchange, source, self._part(exchange, exchange.target, total))
 
         def finish() -> None:
             wait()
-            if target is None:
-                return
-            if layout.kind == "K":
-                self._sums[bucket] = target
+            if not last or total is None:
                 return
             start = 0
             for name in names:
                 tensor = self.work[name]
-                tensor.grad = target[start : start + tensor.numel()].view_as(tensor).to(tensor.dtype)
+                numbers = total[start : start + tensor.numel()]
+                tensor.grad = shaped_as(numbers, tensor, channels_last=self._plan.channels_last).to(tensor.dtype)
                 start += tensor.numel()
 
         return finish
+
+    def _part(self, exchange: Exchange, placed: Placed, whole: torch.Tensor | None) -> torch.Tensor | None:
+        """This rank's part of a bucket in a layout, as a view; None where it has none."""
+        box = exchange.spec.boxes(placed.layout)[self._rank]
+        if whole is None or not box:
+            return None
+        everything = exchange.spec.boxes(replicated((1,) * self._plan.ranks))[self._rank]
+        return whole[exchange.spec.slices(everything, box)]
 
     def _joined(self, names: Sequence[str]) -> torch.Tensor | None:
         """This rank's gradients of ``names`` one after the other, zeros where it has none; None if it has no copy."""
         if names[0] not in self.work:
             return None
         tensors = [self.work[name] for name in names]
-        return torch.cat(
-            [(torch.zeros_like(one) if one.grad is None else one.grad).reshape(-1).to(self._dtype) for one in tensors]
-        )
+        gradients = (torch.zeros_like(one) if one.grad is None else one.grad for one in tensors)
+        last = self._plan.channels_last
+        return torch.cat([flat(one, channels_last=last).to(self._dtype) for one in gradients])
 
     def gather_gradients(self) -> dict[str, torch.Tensor]:
         """The gradients of the last step by parameter, zeros where there is none; on the master, else nothing."""
@@ -176,7 +190,7 @@ class Parameters:
             whole = torch.empty_like(self._original(name), device=self._device) if self._rank == 0 else None
             self._move(Placed(name, one.home), mine, Placed(name, master(self._plan.ranks)), whole, one)
             if whole is not None:
-                found[name] = whole.detach().cpu()
+                found[name] = whole.detach().cpu().contiguous()
         return found
 
     def _carry(self, name: str, one: ParameterPlan, *, outward: bool) -> None:
@@ -259,7 +273,7 @@ class Parameters:
         """An empty tensor for this rank's part."""
         spec = parameter_spec(one)
         shape = spec.local_shape(spec.boxes(one.work)[self._rank])
-        tensor = torch.empty(shape, dtype=like.dtype, device=self._device)
+        tensor = empty(shape, channels_last=self._plan.channels_last, dtype=like.dtype, device=self._device)
         return tensor if one.parameter.buffer else nn.Parameter(tensor, requires_grad=one.parameter.trained)
 
     def _replace(self, local: nn.Module, operation: Operation, one: ParameterPlan) -> None:

@@ -19,23 +19,33 @@ from pipeline.links import Link
 from pipeline.plan.instructions import Exchange
 from pipeline.plan.layouts import Box, Message
 from pipeline.run.link_emulation import Ports
+from pipeline.run.memory_format import in_memory_order
 from pipeline.run.shared_memory import Neighbour, Outbox, neighbours
 
 
 class Transport:
     """The exchanges of one rank."""
 
-    def __init__(self, context: RankContext, *, shared_memory: bool = True, link: Link | None = None) -> None:
+    def __init__(
+        self,
+        context: RankContext,
+        *,
+        shared_memory: bool = True,
+        link: Link | None = None,
+        channels_last: bool = False,
+    ) -> None:
         """Every rank of the gang must call this at the same point.
 
         ``shared_memory=False`` sends all through gloo; ``link`` is emulated, which takes CPU devices on one host.
-        Raises ``InputError`` where that is not so.
+        With ``channels_last`` boxes are packed in that order, which the tensors should have. Raises ``InputError``
+        where a link cannot be emulated.
         """
         self.rank = context.rank
         self.group = context.group
         self.device = context.torch_device
         self._neighbours = neighbours(context) if shared_memory else {}
         self._ports = Ports(link)
+        self._channels_last = channels_last
         if link is not None and len(self._neighbours) < context.size - 1:
             raise InputError("a link can only be emulated between CPU devices of one host: use loopback, or only these")
         self._buffers: dict[tuple[object, ...], torch.Tensor] = {}
@@ -54,12 +64,16 @@ class Transport:
         ``source`` is the local part this rank holds in the layout it comes from (in the direction of the instruction)
         and ``target`` the local part to be overwritten, each None where the rank holds nothing. A target element that
         several messages carry becomes their sum, always in the same order, so that runs repeat bit by bit. In between
-        neither tensor may be changed, nor the target read.
+        neither tensor may be changed, nor the target read. The target may lie within the source, or the other way
+        round, where this rank's own part is.
 
         Raises gloo's ``RuntimeError`` or ``RankLost``, here or at the end, if another rank is gone.
         """
         spec = instruction.spec
         forward = instruction.direction == "forward"
+        source, target = (
+            None if one is None else in_memory_order(one, channels_last=self._channels_last) for one in (source, target)
+        )
         held, wanted = (
             spec.boxes(placed.layout)[self.rank]
             for placed in (
@@ -78,9 +92,10 @@ class Transport:
                 self._arrival(instruction, one, tag, source, target, held, wanted, sums) for one, tag in incoming
             ]
         requests, kept = self._begin_messages(instruction, arrivals, outgoing, source, held)
+        in_place = any(one.is_there for one in arrivals)
         if not sums:
             for one in arrivals:  # local copies, made while the messages are under way
-                if one.source == self.rank:
+                if one.source == self.rank and not one.is_there:
                     self._take_out(one, add=False)
 
         @torch.no_grad()
@@ -88,13 +103,14 @@ class Transport:
             for request in requests:
                 request.wait()
             kept.clear()
-            if sums and target is not None and arrivals[0].part.shape != target.shape:
+            if sums and target is not None and arrivals[0].part.shape != target.shape and not in_place:
                 target.zero_()
             for index, one in enumerate(arrivals):
-                if sums:
-                    # In the order of the messages, own ones among them: all ranks round alike.
+                if sums and not one.is_there:
+                    # In the order of the messages, own ones among them: all ranks round alike. Where a rank adds to
+                    # what it has, no other sums the same.
                     whole = target is not None and one.part.shape == target.shape
-                    self._take_out(one, add=index > 0 or not whole)
+                    self._take_out(one, add=index > 0 or in_place or not whole)
                 elif one.source != self.rank:
                     self._take_out(one, add=False)
             self._ports.drain()
@@ -118,7 +134,7 @@ class Transport:
         ]
         for message, tag in outgoing:
             assert source is not None
-            part = source[instruction.spec.slices(held, message.box)]
+            part = source[self._index(instruction, held, message.box)]
             if message.target in self._neighbours:
                 left = 0.0 if instruction.once else self._ports.leave(part.numel() * part.element_size())
                 self._outbox(tag, self._neighbours[message.target], part, once=instruction.once).post(part, left)
@@ -153,11 +169,11 @@ class Transport:
         sums: bool,
     ) -> _Arrival:
         """Where a message arrives, and the part of the target it is for."""
-        spec = instruction.spec
-        part = target[spec.slices(wanted, message.box)]
+        part = target[self._index(instruction, wanted, message.box)]
         if message.source == self.rank:
             assert source is not None
-            return _Arrival(message.source, tag, source[spec.slices(held, message.box)], part, through_gloo=False)
+            own = source[self._index(instruction, held, message.box)]
+            return _Arrival(message.source, tag, own, part, through_gloo=False)
         if message.source in self._neighbours:
             return _Arrival(message.source, tag, None, part, through_gloo=False)
         direct = not sums and part.is_contiguous() and part.device.type == "cpu"
@@ -166,6 +182,11 @@ class Transport:
         else:
             box = part if direct else self._buffer((tag, message.source, "in"), part)
         return _Arrival(message.source, tag, box, part, through_gloo=True)
+
+    def _index(self, instruction: Exchange, outer: Box, inner: Box) -> tuple[slice, ...]:
+        """The index of ``inner`` in a local tensor that holds ``outer``, with the axes in the order of memory."""
+        index = instruction.spec.slices(outer, inner)
+        return (index[0], index[2], index[3], index[1]) if self._channels_last and len(index) == 4 else index
 
     def _outbox(self, tag: int, neighbour: Neighbour, part: torch.Tensor, *, once: bool) -> Outbox:
         if once:
@@ -200,6 +221,11 @@ class _Arrival(NamedTuple):
     part: torch.Tensor
     """Where it belongs; ``box`` itself if gloo can receive into that."""
     through_gloo: bool
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it is where it belongs from the beginning."""
+        return self.box is not None and not self.through_gloo and self.box.data_ptr() == self.part.data_ptr()
 
 
 def _overlapping(incoming: Sequence[Message]) -> bool:

@@ -156,3 +156,33 @@ def test_the_same_work_on_the_same_devices_is_measured_once(client: Client, tmp_
     for file in tmp_path.iterdir():
         file.write_bytes(b"broken")
     assert "cached" not in measured(4).attrs
+
+
+class _Narrow(nn.Module):
+    """Depthwise convolutions, for which torch has fast code only with the channels last."""
+
+    def __init__(self, *, normalised: nn.Module) -> None:
+        super().__init__()
+        self.wide, self.normalised = nn.Conv2d(3, 96, 1), normalised
+        self.depthwise = nn.Sequential(*(nn.Conv2d(96, 96, 5, padding=2, groups=96) for _ in range(3)))
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.depthwise(self.normalised(self.wide(x_BCHW))).mean((2, 3))
+        return features[:, :10] * 1.0
+
+
+def test_the_order_in_memory_is_measured_and_kept_from_what_torch_cannot_do(client: Client) -> None:
+    x_BCHW = torch.zeros(BATCH, 3, 24, 24)
+    model = _Narrow(normalised=nn.BatchNorm2d(96))
+    found = calibrate(model, x_BCHW, client)
+    assert found.attrs["channels_last"] in (0, 1)
+    grouped = calibrate(_Narrow(normalised=nn.GroupNorm(4, 96)), x_BCHW, client)
+    assert grouped.attrs["channels_last"] == 0
+    for last in (0, 1):
+        dataset = TensorDataset(torch.randn(BATCH, 3, 24, 24), torch.randint(0, 10, (BATCH,)))
+        result = pipeline.fit(
+            model, dataset, client, batch_size=BATCH, calibration=found.assign_attrs(channels_last=last)
+        )
+        assert result.plan.channels_last == bool(last)
+        assert all(one.is_contiguous() for one in result.model.state_dict().values())
+    assert not pipeline.fit(model, dataset, client, batch_size=BATCH, strategy="ddp").plan.channels_last

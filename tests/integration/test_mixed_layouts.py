@@ -106,6 +106,7 @@ def _random_plan(graph: Graph, seed: int) -> Plan:
         devices=(0, 1, 2),
         labels=("cpu",) * RANKS,
         operations=tuple(plans.values()),
+        channels_last=draw.random() < 0.5,
     )
 
 

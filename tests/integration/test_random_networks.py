@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -28,6 +28,7 @@ from pipeline.plan.strategies import plan_network
 from pipeline.run.clock import Clock
 from pipeline.run.execution import Execution
 from pipeline.run.launch import SGD
+from pipeline.run.memory_format import may_have_channels_last
 from pipeline.run.recipe import Recipe, Turn
 from tests.random_networks import CLASSES, random_network
 
@@ -136,6 +137,7 @@ def drawn_case(draw: random.Random, ranks: int) -> Case | None:
         graph, draw.choice(["kernel", "batch", "paper"]), batch_size=batch_size, labels=["cpu"] * ranks,
         shares=[one / sum(weights) for one in weights],
     )  # fmt: skip
+    plan = replace(plan, channels_last=draw.random() < 0.5 and may_have_channels_last(model))
     return Case(model, graph, plan, batches, others, expected)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,8 @@ def test_a_plan_survives_the_way_through_a_file(plan: Plan, tmp_path: Path) -> N
     path = tmp_path / "plan.json"
     path.write_text(plan_to_json(plan), encoding="utf-8")
     assert read_plan(path) == plan
+    last = replace(plan, channels_last=True)
+    assert plan_from_json(plan_to_json(last)) == last != plan
 
 
 @pytest.mark.parametrize(
