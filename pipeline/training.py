@@ -44,7 +44,7 @@ class FitResult:
     history: xr.Dataset
     """``loss(step)``, and ``accuracy(epoch)`` where there were validation images."""
     timing: xr.Dataset
-    """``step_time(step)`` in s, and the timeline of the last steps by instruction and device."""
+    """``step_time(step)`` in s, the timeline of the last steps by instruction and device, ``peak_memory(device)``."""
     plan: Plan
     callbacks: tuple[Callback, ...]
     """As they ended."""

@@ -155,6 +155,8 @@ def calibration() -> xr.Dataset:
             "update_time": (("device", "repetition"), np.full((2, 3), 1e-9)),
             "kernels": (("segment", "share"), np.outer([50, 50, 500, 10], shares).round()),
             "device_label": ("device", np.array(["cpu", "cpu@0.5"], object)),
+            "process_memory": ("device", np.full(2, 3e8)),
+            "memory_limit": ("device", np.full(2, 1e12)),
             "link_time": (
                 ("source", "destination", "message_bytes", "repetition"),
                 (1e-4 + sizes / 2e9)[None, None, :, None] * np.ones((2, 2, 1, 3)),
@@ -193,6 +195,8 @@ def calibration_of(graph: Graph, labels: Sequence[str]) -> xr.Dataset:
             "kernels": (("segment", "share"), kernels),
             "update_time": (("device", "repetition"), np.full((ranks, 1), 1e-9)),
             "device_label": ("device", np.array(labels, object)),
+            "process_memory": ("device", np.full(ranks, 3e8)),
+            "memory_limit": ("device", np.full(ranks, 1e12)),
             "link_time": (
                 ("source", "destination", "message_bytes", "repetition"),
                 np.full((ranks, ranks, 2, 1), 1e-3),

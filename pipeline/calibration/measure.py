@@ -135,6 +135,8 @@ def _dataset(
             "update_time": (("device", "repetition"), _padded(update, made, axis=1)),
             "device_label": ("device", np.array([member.device.label for member in members], dtype=object)),
             "link_time": (("source", "destination", "message_bytes", "repetition"), _padded(link_time, made, axis=3)),
+            "process_memory": ("device", [float(one.process_memory) for one in measured]),
+            "memory_limit": ("device", [float(member.memory) for member in members]),
             "link_latency": (("source", "destination"), latency),
             "link_bandwidth": (("source", "destination"), bandwidth),
         },

@@ -30,6 +30,7 @@ from pipeline.plan.strategies import Kind, Mixed, layers_of, plan_network
 from pipeline.plan.ties import Tie
 from pipeline.run.emulation import Throttle
 from pipeline.run.execution import Execution
+from pipeline.run.memory import current_memory
 from pipeline.run.memory_format import arranged, may_have_channels_last
 
 _UPDATED_PARAMETERS = 1_000_000
@@ -90,6 +91,8 @@ class Measurement:
     """(segment, share): channels at that share; of input features for a dense layer."""
     update: NDArray[np.float64]
     """(repetition) of the optimiser per parameter."""
+    process_memory: int
+    """Bytes that the process holds without any network, when it has done all kinds of work."""
     channels_last: bool
     """Whether all ranks measured with the channels last in memory, because that was faster."""
     links: dict[int, NDArray[np.float64]]
@@ -113,12 +116,18 @@ def measure_rank(context: RankContext, task: Task) -> Measurement:
         if not todo:
             break
         segments.measure(todo)
+    times, kernels = segments.times, segments.kernels
+    update = _measure_update(context, task.repetitions)
+    links = measure_links(context, max(task.repetitions, _LINK_REPETITIONS))
+    # What torch has set up for its operations by now stays in the process, as it will in training.
+    del segments, model
     return Measurement(
-        times=segments.times,
-        kernels=segments.kernels,
-        update=_measure_update(context, task.repetitions),
+        times=times,
+        kernels=kernels,
+        update=update,
+        process_memory=current_memory(context.torch_device),
         channels_last=channels_last,
-        links=measure_links(context, max(task.repetitions, _LINK_REPETITIONS)),
+        links=links,
     )
 
 

@@ -1,8 +1,9 @@
 """Devices: what one Dask worker owns, how a set of them is written, and which ones a cluster has.
 
 A device is written `cpu`, `cpu@0.45` (emulated at 0.45 of its speed), `cpu*2t` (two threads), `cpu*2t@0.5`, `gpu`
-(CUDA ordinal 0) or `gpu1`. A device set joins devices with ` + ` and repeats them with `N x `:
-`gpu + 4 x cpu@0.45`. `N x gpu` means N different GPUs, with successive ordinals.
+(CUDA ordinal 0) or `gpu1`, and with a cap on its memory `cpu[900MiB]` or `gpu@0.5[8GiB]`. A device set joins devices
+with ` + ` and repeats them with `N x `: `gpu + 4 x cpu@0.45`. `N x gpu` means N different GPUs, with successive
+ordinals.
 """
 
 from __future__ import annotations
@@ -21,13 +22,18 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from distributed import Client, Worker
+from distributed.system import MEMORY_LIMIT
 
 from pipeline.errors import InputError, RunError
 
 DEVICE_VARIABLE = "PIPELINE_DEVICE"
 """The environment variable by which a worker of `local_cluster` knows its device, as JSON."""
 
-_DEVICE_PATTERN = re.compile(r"(?P<kind>cpu|gpu)(?P<index>\d+)?(?:\*(?P<threads>\d+)t)?(?:@(?P<speed>[0-9.e-]+))?")
+_UNITS = {"MiB": 2**20, "GiB": 2**30}
+_DEVICE_PATTERN = re.compile(
+    r"(?P<kind>cpu|gpu)(?P<index>\d+)?(?:\*(?P<threads>\d+)t)?(?:@(?P<speed>[0-9.e-]+))?"
+    r"(?:\[(?P<memory>\d+(?:\.\d+)?)(?P<unit>MiB|GiB)\])?"
+)
 _TERM_PATTERN = re.compile(r"(?:(?P<count>\d+)\s*x\s*)?(?P<device>\S+)")
 _POLL_S = 0.1
 _ASK_AGAIN_S = 1.0
@@ -46,6 +52,8 @@ class Device:
     """Fraction of the real speed, in (0, 1]; below 1 the device is emulated by sleeping."""
     index: int = 0
     """CUDA ordinal among the GPUs visible to the driver; 0 for a CPU."""
+    memory: int | None = None
+    """The most bytes its process may hold (of a GPU, its tensors), whole MiB; None for all that is there."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("cpu", "gpu"):
@@ -54,6 +62,10 @@ class Device:
         _require_whole("index", self.index, least=0)
         if not _is_number(self.speed) or not 0 < self.speed <= 1:
             raise InputError(f"device speed must lie in (0, 1], not {self.speed!r}: a device can only be slowed down.")
+        if self.memory is not None:
+            _require_whole("memory", self.memory, least=_UNITS["MiB"])
+            if self.memory % _UNITS["MiB"]:
+                raise InputError(f"device memory {self.memory} must be a whole number of MiB, 1048576 bytes each.")
         if self.kind == "cpu" and self.index:
             raise InputError(f"device index {self.index} is only for GPUs; leave it out for a CPU.")
 
@@ -73,7 +85,8 @@ class Device:
         index = str(self.index) if self.index else ""
         threads = f"*{self.threads}t" if self.threads > 1 else ""
         speed = f"@{float(self.speed)!r}" if self.emulated else ""
-        return f"{self.kind}{index}{threads}{speed}"
+        memory = f"[{self.memory // _UNITS['MiB']}MiB]" if self.memory is not None else ""
+        return f"{self.kind}{index}{threads}{speed}{memory}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +103,8 @@ class Member:
     """What the worker owns."""
     hardware: str
     """Model of the processor or GPU, as its operating system names it."""
+    memory: int
+    """The most bytes its process may hold: what its device says, else all of the machine or the GPU."""
 
 
 def parse_device_set(text: str) -> tuple[Device, ...]:
@@ -201,7 +216,7 @@ def select(members: Sequence[Member], wanted: int | Sequence[Device]) -> tuple[M
                     f"the device set '{format_device_set(wanted)}' does not fit the cluster, "
                     f"which has {_describe(members)}."
                 )
-            chosen[position] = dataclasses.replace(real, device=device)
+            chosen[position] = dataclasses.replace(real, device=device, memory=device.memory or real.memory)
     return tuple(cast("list[Member]", chosen))
 
 
@@ -211,7 +226,7 @@ def _parse_term(term: str, text: str) -> Iterator[Device]:
     if matched is None or device is None:
         raise InputError(
             f"{term!r} in the device set {text!r} is not a device; write for example 'cpu', '4 x cpu@0.45', "
-            "'cpu*2t', 'gpu' or 'gpu + 4 x cpu'."
+            "'cpu*2t', 'cpu[900MiB]', 'gpu' or 'gpu + 4 x cpu'."
         )
     kind: Literal["cpu", "gpu"] = "gpu" if device["kind"] == "gpu" else "cpu"
     count = int(matched["count"] or 1)
@@ -221,7 +236,10 @@ def _parse_term(term: str, text: str) -> Iterator[Device]:
         speed = float(device["speed"] or 1)
     except ValueError:
         raise InputError(f"{device['speed']!r} in the device set {text!r} is not a speed, such as 0.45.") from None
-    first = Device(kind, threads=int(device["threads"] or 1), speed=speed, index=int(device["index"] or 0))
+    memory = round(float(device["memory"]) * _UNITS[device["unit"]] / 2**20) * 2**20 if device["memory"] else None
+    first = Device(
+        kind, threads=int(device["threads"] or 1), speed=speed, index=int(device["index"] or 0), memory=memory
+    )
     for position in range(count):
         yield dataclasses.replace(first, index=first.index + position) if kind == "gpu" else first
 
@@ -303,7 +321,8 @@ def describe_worker(dask_worker: Worker) -> dict[str, str]:
     """Runs on a worker: its device as `local_cluster` described it (empty elsewhere), and its hardware."""
     owns_gpu = dask_worker.state.total_resources.get("GPU", 0) >= 1
     hardware = _gpu_model() if owns_gpu else _processor_model()
-    return {"device": os.environ.get(DEVICE_VARIABLE, ""), "hardware": hardware}
+    memory = _gpu_memory() if owns_gpu else MEMORY_LIMIT
+    return {"device": os.environ.get(DEVICE_VARIABLE, ""), "hardware": hardware, "memory": str(memory)}
 
 
 def device_to_json(device: Device) -> str:
@@ -315,6 +334,12 @@ def _gpu_model() -> str:
     import torch
 
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no usable GPU"
+
+
+def _gpu_memory() -> int:
+    import torch
+
+    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0
 
 
 def _processor_model() -> str:
@@ -333,12 +358,14 @@ def _member(address: str, worker: Mapping[str, Any], answer: Mapping[str, str]) 
         is_gpu = worker["resources"].get("GPU", 0) >= 1
         device = Device("gpu" if is_gpu else "cpu", threads=worker["nthreads"])
     name, host = str(worker["name"]), str(worker["host"])
-    return Member(name=name, address=address, host=host, device=device, hardware=answer["hardware"])
+    memory = device.memory or int(answer["memory"])
+    return Member(name=name, address=address, host=host, device=device, hardware=answer["hardware"], memory=memory)
 
 
 def _can_play(real: Device, wanted: Device) -> bool:
     same = (real.kind, real.index) == (wanted.kind, wanted.index)
-    return same and not real.emulated and real.threads >= wanted.threads
+    holds = real.memory is None or (wanted.memory is not None and wanted.memory <= real.memory)
+    return same and holds and not real.emulated and real.threads >= wanted.threads
 
 
 def _take(free: list[Member], candidates: Sequence[Member]) -> Member | None:

@@ -44,6 +44,8 @@ class Costs:
     """(source, destination) in s per byte."""
     update: NDArray[np.float64]
     """(device) in s per trained parameter."""
+    memory: NDArray[np.float64] | None = None
+    """(device) bytes that each may hold beyond its process; None where nothing is known of that."""
     channels_last: bool = False
     """Whether it all was measured with the channels last in memory, which was faster then."""
     _places: dict[str, int] = field(init=False, repr=False, compare=False)
@@ -59,7 +61,8 @@ class Costs:
         both = (least.forward_time, least.backward_time)
         times = np.stack([way.transpose("device", "segment", "share", "images").values for way in both], axis=-1)
         update = least.update_time.values
-        for alike in _alike([str(label) for label in calibration.device_label.values], times):
+        kinds = [str(label).partition("[")[0] for label in calibration.device_label.values]  # whatever the memory
+        for alike in _alike(kinds, times):
             times[alike], update[alike] = times[alike].mean(axis=0), update[alike].mean()
         fixed, per_image = _lines(times, calibration.images.values)
         kernels = calibration.kernels.transpose("segment", "share")
@@ -71,6 +74,7 @@ class Costs:
             latency=calibration.link_latency.values,
             seconds_per_byte=1 / calibration.link_bandwidth.values,
             update=update,
+            memory=calibration.memory_limit.values - calibration.process_memory.values,
             channels_last=bool(calibration.attrs.get("channels_last", 0)),
         )
 
@@ -85,6 +89,7 @@ class Costs:
             latency=self.latency[pairs],
             seconds_per_byte=self.seconds_per_byte[pairs],
             update=self.update[chosen],
+            memory=None if self.memory is None else self.memory[chosen],
         )
 
     @classmethod
@@ -100,6 +105,7 @@ class Costs:
             fixed=np.concatenate([one.fixed for one in parts]),
             per_image=np.concatenate([one.per_image for one in parts]),
             update=np.concatenate([one.update for one in parts]),
+            memory=np.concatenate([one.memory_left for one in parts]),
             latency=np.zeros((1, 1)),
             seconds_per_byte=np.zeros((1, 1)),
         )
@@ -107,6 +113,11 @@ class Costs:
     def slowed(self, factor: float) -> Costs:
         """The same devices if all took ``factor`` times as long to compute."""
         return replace(self, fixed=self.fixed * factor, per_image=self.per_image * factor, update=self.update * factor)
+
+    @property
+    def memory_left(self) -> NDArray[np.float64]:
+        """(device) bytes that each may hold beyond its process, without end where nothing is known."""
+        return np.full(self.devices, np.inf) if self.memory is None else self.memory
 
     @property
     def devices(self) -> int:

@@ -14,9 +14,11 @@ from pipeline.errors import InputError
 from pipeline.graph.trace import Graph, trace
 from pipeline.plan.checks import check_calibration
 from pipeline.plan.costs import Costs
+from pipeline.plan.fitting import check_memory, is_scarce, most_within_memory
 from pipeline.plan.plan import STRATEGIES, Plan, Strategy
 from pipeline.plan.prediction import Links, predict_step
 from pipeline.plan.search import fastest_plan
+from pipeline.plan.shares import Most
 from pipeline.plan.strategies import Shares, plan_network
 
 
@@ -59,9 +61,37 @@ def plan_graph(
     else:
         if strategy == "auto":
             strategy = "single" if len(labels) == 1 else "kernel"
-        plan = plan_network(graph, strategy, batch_size=batch_size, labels=labels, costs=costs, shares=shares)
+        plan = _uniform(graph, strategy, batch_size, labels, costs, shares, itemsize)
+        if costs is not None and is_scarce(graph, costs, batch_size, itemsize=itemsize):
+
+            def smaller(size: int) -> Plan:
+                return _uniform(graph, strategy, size, labels, costs, shares, itemsize)
+
+            check_memory(graph, plan, costs, smaller=smaller, itemsize=itemsize)
     channels_last = costs is not None and costs.channels_last and plan.strategy != "ddp"
     return replace(plan, graph=graph, channels_last=channels_last)
+
+
+def _uniform(
+    graph: Graph,
+    strategy: Strategy,
+    batch_size: int,
+    labels: Sequence[str],
+    costs: Costs | None,
+    shares: Shares | None,
+    itemsize: int,
+) -> Plan:
+    """The plan of any strategy but ``auto``, with shares that the devices can hold where the strategy chooses them."""
+
+    def make(most: Most | None) -> Plan:
+        return plan_network(
+            graph, strategy, batch_size=batch_size, labels=labels, costs=costs, shares=shares, most=most
+        )
+
+    chosen = costs is not None and shares is None and strategy in ("kernel", "batch")
+    if costs is None or not chosen or not is_scarce(graph, costs, batch_size, itemsize=itemsize):
+        return make(None)
+    return make(most_within_memory(graph, make, costs, itemsize=itemsize))
 
 
 def predicted_step_time(

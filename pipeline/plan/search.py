@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 
 from pipeline.graph.trace import Graph
 from pipeline.plan.costs import Costs
+from pipeline.plan.fitting import check_memory, fits, is_scarce, most_within_memory
 from pipeline.plan.plan import Plan, Strategy
 from pipeline.plan.prediction import Links, predict_step
+from pipeline.plan.shares import Most
 from pipeline.plan.strategies import (
     Kind,
     Mixed,
@@ -71,13 +73,17 @@ class _Search:
         self._itemsize, self._links = itemsize, links
         self._layers = [one.name for one in layers_of(graph)]
         self._structure = structure_of(graph)
+        self._scarce = is_scarce(graph, costs, batch_size, itemsize=itemsize)
         self._splits: dict[tuple[int, ...], tuple[Split, tuple[int, ...]]] = {}
+        self._limits: dict[tuple[Strategy, tuple[int, ...]], Most | None] = {}
         self._best: tuple[float, Plan] | None = None
         self.times = np.full(1 if links is None else links.cases, np.inf)
         """The least predicted step time so far in each case of the links, (case) in s."""
 
     def best(self) -> Plan:
         everyone = tuple(range(self._costs.devices))
+        for device in everyone if self._scarce else ():
+            self._try(self._uniform("single", (device,)))
         self._try(self._uniform("single", everyone))
         found = []
         for devices in _device_sets(self._costs, self._batch_size):
@@ -85,11 +91,16 @@ class _Search:
             found.append((min(self._try(self._uniform(one, devices)) for one in strategies), devices))
         for _, devices in sorted(found)[: _SETS_SEARCHED if len(everyone) <= _SMALL_SET else 1]:
             self._search_layers(devices)
+        if self._best is None:
+            plan = self._uniform("kernel", everyone)
+            check_memory(self._graph, plan, self._costs, itemsize=self._itemsize)
         assert self._best is not None
         return self._best[1]
 
     def _try(self, plan: Plan) -> float:
         """Predicted step time of a plan in s, the mean over the cases; the best so far is kept."""
+        if self._scarce and not fits(self._graph, plan, self._costs, itemsize=self._itemsize):
+            return np.inf
         links = self._links and self._links.of(plan.devices)
         costs = self._costs.only(plan.devices)
         times = predict_step(
@@ -102,11 +113,32 @@ class _Search:
         return mean
 
     def _uniform(self, strategy: Strategy, devices: tuple[int, ...]) -> Plan:
-        labels = [self._labels[device] for device in devices]
+        labels, costs = [self._labels[device] for device in devices], self._costs.only(devices)
         plan = plan_network(
-            self._graph, strategy, batch_size=self._batch_size, labels=labels, costs=self._costs.only(devices)
+            self._graph,
+            strategy,
+            batch_size=self._batch_size,
+            labels=labels,
+            costs=costs,
+            most=self._most(strategy, devices) if strategy in ("kernel", "batch") else None,
         )
         return replace(plan, devices=tuple(devices[rank] for rank in plan.devices))
+
+    def _most(self, strategy: Strategy, devices: tuple[int, ...]) -> Most | None:
+        """The largest fraction each device can hold; worked out once."""
+        if not self._scarce:
+            return None
+        if (strategy, devices) not in self._limits:
+            labels, costs = [self._labels[device] for device in devices], self._costs.only(devices)
+
+            def make(most: Most | None) -> Plan:
+                return plan_network(
+                    self._graph, strategy, batch_size=self._batch_size, labels=labels, costs=costs, most=most
+                )
+
+            limits = most_within_memory(self._graph, make, costs, itemsize=self._itemsize)
+            self._limits[strategy, devices] = limits
+        return self._limits[strategy, devices]
 
     def _mixed(self, kinds: Mapping[str, Kind], devices: tuple[int, ...]) -> Plan:
         ranks = len(devices)
@@ -123,7 +155,7 @@ class _Search:
         """How kernels and images are shared out over a set of devices; worked out once."""
         if devices not in self._splits:
             costs, ranks = self._costs.only(devices), len(devices)
-            by_kernels = kernel_split("kernel", ranks, self._batch_size, costs, None)
+            by_kernels = kernel_split("kernel", ranks, self._batch_size, costs, None, self._most("kernel", devices))
             known: dict[str, tuple[int, ...]] = {}
 
             def split(tie: Tie) -> tuple[int, ...]:
@@ -132,7 +164,8 @@ class _Search:
                     known[name] = by_kernels(tie)
                 return known[name]
 
-            self._splits[devices] = split, image_shares(self._batch_size, ranks, costs, None)
+            by_images = image_shares(self._batch_size, ranks, costs, None, self._most("batch", devices))
+            self._splits[devices] = split, by_images
         return self._splits[devices]
 
     def _search_layers(self, devices: tuple[int, ...]) -> None:

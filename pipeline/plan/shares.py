@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputError
 
+Most = NDArray[np.float64]
+"""(rank) the largest fraction of any layer, or of the images, that a rank may have."""
+
 
 def proportional(total: int, weights: Sequence[float]) -> tuple[int, ...]:
     """Split ``total`` in proportion to ``weights``, by largest remainder (ties go to the lower rank).

@@ -15,7 +15,7 @@ from pipeline.graph.trace import Graph, Operation
 from pipeline.plan.costs import Costs, on_grid
 from pipeline.plan.layouts import Layout, images, kernels, master, partial, replicated
 from pipeline.plan.plan import STRATEGIES, OperationPlan, Plan, Strategy, parameter_plans
-from pipeline.plan.shares import balanced, equal, proportional
+from pipeline.plan.shares import Most, balanced, equal, proportional
 from pipeline.plan.ties import Tie, bound, on_master, ties
 
 Kind = Literal["M", "K", "B"]
@@ -36,10 +36,12 @@ def plan_network(
     labels: Sequence[str],
     costs: Costs | None = None,
     shares: Shares | None = None,
+    most: Most | None = None,
 ) -> Plan:
     """The plan of ``strategy`` (any but ``auto``) for the devices called ``labels``.
 
-    Shares come from ``shares`` if given, else from ``costs``; ``equal`` and ``ddp`` need neither.
+    Shares come from ``shares`` if given, else from ``costs``; ``equal`` and ``ddp`` need neither. ``most`` limits the
+    share of each rank under ``kernel`` and ``batch``.
     Raises ``InputError`` for an unknown strategy, a bad batch size, or weights that do not match the devices.
     """
     if strategy not in STRATEGIES:
@@ -61,10 +63,10 @@ def plan_network(
     if strategy == "ddp":
         operations = ()
     elif strategy == "batch":
-        of_images = image_shares(batch_size, ranks, costs, shares)
+        of_images = image_shares(batch_size, ranks, costs, shares, most)
         operations = Mixed(graph, ranks, {one.name: "B" for one in layers}, _nothing, of_images).plans()
     else:
-        split = kernel_split(strategy, ranks, batch_size, costs, shares)
+        split = kernel_split(strategy, ranks, batch_size, costs, shares, most)
         if strategy == "kernel":
             operations = Mixed(graph, ranks, {one.name: "K" for one in layers}, split, None).plans()
         else:
@@ -78,8 +80,15 @@ def plan_network(
     )
 
 
-def kernel_split(strategy: Strategy, ranks: int, batch_size: int, costs: Costs | None, shares: Shares | None) -> Split:
-    """How a strategy shares out the kernels of operations that are tied."""
+def kernel_split(
+    strategy: Strategy,
+    ranks: int,
+    batch_size: int,
+    costs: Costs | None,
+    shares: Shares | None,
+    most: Most | None = None,
+) -> Split:
+    """How a strategy shares out the kernels of operations that are tied; ``most`` limits each rank under ``kernel``."""
     if isinstance(shares, Mapping):
         return lambda tie: _given_for(tie, shares, ranks)
     if shares is not None:
@@ -93,7 +102,7 @@ def kernel_split(strategy: Strategy, ranks: int, batch_size: int, costs: Costs |
         speeds = functools.partial(_speeds, costs, batch_size=batch_size)
         return lambda tie: _in_units(tie, proportional(tie.channels // tie.unit, speeds(tie)))
     known: dict[tuple[int, bytes], tuple[int, ...]] = {}
-    return lambda tie: _in_units(tie, _balanced(costs, tie, batch_size, known))
+    return lambda tie: _in_units(tie, _balanced(costs, tie, batch_size, known, most))
 
 
 def _nothing(tie: Tie) -> tuple[int, ...]:
@@ -129,8 +138,13 @@ def _given(total: int, shares: Sequence[float], ranks: int, unit: int = 1) -> tu
     raise InputError(f"shares {equation} = {sum(shares):g} must add up to 1 (fractions) or to {total} (kernels)")
 
 
-def image_shares(batch_size: int, ranks: int, costs: Costs | None, shares: Shares | None) -> tuple[int, ...]:
-    """How many images each rank gets: all end at the same time, going by the network's time on each device."""
+def image_shares(
+    batch_size: int, ranks: int, costs: Costs | None, shares: Shares | None, most: Most | None = None
+) -> tuple[int, ...]:
+    """How many images each rank gets: all end at the same time, going by the network's time on each device.
+
+    None gets more than the fraction ``most`` of them.
+    """
     if isinstance(shares, Mapping):
         raise InputError("strategy 'batch' splits images: it takes one share per device, not one per layer")
     if shares is not None:
@@ -139,7 +153,11 @@ def image_shares(batch_size: int, ranks: int, costs: Costs | None, shares: Share
         raise InputError("strategy 'batch' needs a calibration, or shares, to split the images")
     points = np.unique([1.0, batch_size])
     times = np.stack([costs.whole_steps(int(one)) for one in points], axis=1)
-    return balanced(batch_size, [points] * ranks, list(times))
+    return balanced(batch_size, [points] * ranks, list(times), caps=_caps(batch_size, most))
+
+
+def _caps(total: int, most: Most | None) -> list[int] | None:
+    return None if most is None else [int(total * one + 1e-9) for one in most]
 
 
 def _speeds(costs: Costs, tie: Tie, batch_size: int) -> list[float]:
@@ -151,19 +169,23 @@ def _speeds(costs: Costs, tie: Tie, batch_size: int) -> list[float]:
 
 
 def _balanced(
-    costs: Costs, tie: Tie, batch_size: int, done: dict[tuple[int, bytes], tuple[int, ...]]
+    costs: Costs, tie: Tie, batch_size: int, done: dict[tuple[int, bytes], tuple[int, ...]], most: Most | None
 ) -> tuple[int, ...]:
     """Units for each device, by the sum of the cost curves of all that is tied; ``done`` are those of equal curves."""
     units = tie.channels // tie.unit
     found = [costs.curves(one.name, units, batch_size) for one in tie.weighted]
     known = [curves for curves in found if curves is not None]
     if not known:
-        return proportional(units, _speeds(costs, tie, batch_size))
+        speeds = _speeds(costs, tie, batch_size)
+        if most is None:
+            return proportional(units, speeds)
+        lines = [np.array([float(units)])] * costs.devices, [np.array([1 / one]) for one in speeds]
+        return balanced(units, *lines, caps=_caps(units, most))
     grid = np.unique(np.concatenate([points for points, _ in known]))
     times = np.sum([on_grid(curves, grid) for curves in known], axis=0)
     key = units, times.tobytes()
     if key not in done:
-        done[key] = balanced(units, [grid] * costs.devices, list(times))
+        done[key] = balanced(units, [grid] * costs.devices, list(times), caps=_caps(units, most))
     return done[key]
 
 

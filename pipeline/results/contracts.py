@@ -22,7 +22,7 @@ whatever does not exist: a rank that took no part in an instruction, a repetitio
 **Calibration** (`calibration.zarr`), per `network` (a scalar) or, of several, along `calibration`:
 
     forward_time, backward_time(device, segment, share, images, repetition)
-    kernels(segment, share)  device_label(device)
+    kernels(segment, share)  device_label, process_memory, memory_limit(device)
     update_time(device, repetition)
     link_time(source, destination, message_bytes, repetition)  link_latency, link_bandwidth(source, destination)
 
@@ -110,6 +110,8 @@ CALIBRATION: Mapping[str, Variable] = {
     "kernels": Variable(("segment", "share"), "1", "kernels of a segment at a share"),
     "update_time": Variable(("device", "repetition"), "s", "time of the optimiser per parameter"),
     "device_label": Variable(("device",), "1", "device of a rank", text=True),
+    "process_memory": Variable(("device",), "bytes", "memory of a rank's process without any network"),
+    "memory_limit": Variable(("device",), "bytes", "most memory that a rank may hold"),
     "link_time": Variable(("source", "destination", "message_bytes", "repetition"), "s", "time of one message"),
     "link_latency": Variable(("source", "destination"), "s", "latency of a link"),
     "link_bandwidth": Variable(("source", "destination"), "bytes/s", "bandwidth of a link"),

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pipeline.graph.trace import Graph
 from pipeline.plan.labels import instruction_labels
 from pipeline.plan.plan import Plan
+from pipeline.results.contracts import describe
 from pipeline.results.timeline import timeline_dataset
 from pipeline.run.worker import Account
 
@@ -34,10 +35,12 @@ def merged_losses(accounts: Sequence[Account]) -> NDArray[np.float64]:
 def timing_dataset(
     graph: Graph, plan: Plan, batch_size: int, accounts: Sequence[Account], itemsize: int = 4
 ) -> xr.Dataset:
-    """``step_time(step)`` of all steps, and the timeline of the last ones by instruction and device.
+    """``step_time(step)`` of all steps, the timeline of the last by instruction and device, ``peak_memory(device)``.
 
     Steps are the master's: a rank that has little to do in a training may be ahead by more than a step.
     """
     labels = instruction_labels(graph, plan, batch_size)
     _, times = stacked(accounts)
-    return timeline_dataset(labels, plan.labels, accounts[0].steps, times, itemsize)
+    dataset = timeline_dataset(labels, plan.labels, accounts[0].steps, times, itemsize)
+    peaks = ("device", np.array([float(account.peak_memory) for account in accounts]))
+    return describe(dataset.assign(peak_memory=peaks))

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import resource
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +29,7 @@ from pipeline.run.clock import Clock, clock_offset
 from pipeline.run.convolution_timer import ConvolutionTimer
 from pipeline.run.ddp import DataParallel
 from pipeline.run.execution import Execution
+from pipeline.run.memory import peak_memory, reset_peak_memory
 from pipeline.run.recipe import Recipe, Turn
 
 
@@ -106,7 +103,7 @@ def run_rank(context: RankContext, job: Job) -> Account:
     Raises ``RunError`` when the loss is no finite number.
     """
     torch.manual_seed(job.seed)
-    _reset_peak_memory(context)
+    reset_peak_memory(context.torch_device)
     offset = clock_offset(context)
     runner = _DataParallelRun(context, job, offset) if job.plan.strategy == "ddp" else _ProgramRun(context, job, offset)
     losses: list[float] = []
@@ -141,7 +138,7 @@ def run_rank(context: RankContext, job: Job) -> Account:
         accuracies=accuracies,
         steps=np.array(runner.clock.steps).reshape(-1, 2),
         times=runner.clock.times,
-        peak_memory=_peak_memory(context),
+        peak_memory=peak_memory(context.torch_device),
         convolution_s=convolution_s,
         callbacks=job.callbacks,
     )
@@ -290,23 +287,3 @@ def _convolution_time(context: RankContext, runner: _ProgramRun | _DataParallelR
         with timer, runner.clock.step(recorded=False):
             runner.step(batch_size, batch, Turn())
     return timer.seconds / context.device.speed  # the timer does not see the sleep of an emulated device
-
-
-def _reset_peak_memory(context: RankContext) -> None:
-    if context.torch_device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(context.torch_device)
-        return
-    # Elsewhere than on Linux, or where it is not allowed, the peak since the worker began is what can be told.
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def _peak_memory(context: RankContext) -> int:
-    if context.torch_device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(context.torch_device))
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024

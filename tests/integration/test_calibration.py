@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,12 @@ from torch.utils.data import TensorDataset
 import pipeline
 from pipeline.calibration.measure import calibrate
 from pipeline.cluster.devices import discover
+from pipeline.graph.trace import trace
 from pipeline.networks import network
+from pipeline.plan.fitting import needed_memory
 from pipeline.plan.plan import STRATEGIES, Strategy
+from pipeline.plan.planner import plan_graph
+from pipeline.plan.strategies import plan_network
 from pipeline.results.contracts import validate_calibration, validate_cell
 from pipeline.run.benchmark import measure_cell
 from pipeline.run.launch import SGD
@@ -186,3 +191,26 @@ def test_the_order_in_memory_is_measured_and_kept_from_what_torch_cannot_do(clie
         assert result.plan.channels_last == bool(last)
         assert all(one.is_contiguous() for one in result.model.state_dict().values())
     assert not pipeline.fit(model, dataset, client, batch_size=BATCH, strategy="ddp").plan.channels_last
+
+
+def test_a_device_with_too_little_memory_gets_a_tenth_of_its_share_and_keeps_to_it(client: Client) -> None:
+    model, batch_size = network("150:800"), 64
+    dataset = TensorDataset(torch.randn(batch_size, 3, 32, 32), torch.randint(0, 10, (batch_size,)))
+    graph = trace(model, torch.zeros(2, 3, 32, 32))
+    members = discover(client)
+    measured = calibrate(model, torch.zeros(2, 3, 32, 32), client, batch_size=batch_size)
+    labels = [member.device.label for member in members]
+    fair = plan_graph(graph, measured, batch_size=batch_size, strategy="kernel", labels=labels)
+    part = fair.convolution_shares(graph)[1] / 10
+    tenth = plan_network(graph, "kernel", batch_size=batch_size, labels=labels, shares=(1 - part, part))
+    limit = measured.process_memory.values[1] + needed_memory(graph, tenth)[1]
+    device = replace(members[1].device, memory=int(limit) // 2**20 * 2**20)
+    limited = (members[0], replace(members[1], device=device, memory=device.memory))
+    told = measured.copy(deep=True)
+    told.memory_limit[1], told.device_label[1] = device.memory, device.label
+    result = pipeline.fit(
+        model, dataset, client, members=limited, batch_size=batch_size, strategy="kernel", max_steps=3, calibration=told
+    )
+    assert result.plan.labels[1].endswith("MiB]")
+    assert 0 < result.plan.convolution_shares(graph)[1] < 1.3 * part
+    assert result.timing.peak_memory.values[1] <= device.memory

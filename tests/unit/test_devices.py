@@ -108,7 +108,7 @@ def test_worker_names_are_ordered_as_people_count() -> None:
 
 def members(text: str) -> list[Member]:
     return [
-        Member(name=f"w{rank}", address=f"tcp://host:{rank}", host="host", device=device, hardware="test")
+        Member(name=f"w{rank}", address=f"tcp://host:{rank}", host="host", device=device, hardware="test", memory=2**34)
         for rank, device in enumerate(parse_device_set(text))
     ]
 

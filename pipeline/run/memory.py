@@ -1,0 +1,56 @@
+"""How much memory a rank holds: of a CPU device its process, of a GPU its tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let the peak begin anew, as far as the system allows."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    _give_back()
+    # Elsewhere than on Linux, or where it is not allowed, the peak since the worker began is what can be told.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes held since ``reset_peak_memory``."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return _status("VmHWM")
+
+
+def current_memory(device: torch.device) -> int:
+    """The bytes held now."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    _give_back()
+    return _status("VmRSS")
+
+
+def _give_back() -> None:
+    """Return to the system what the process holds for later, where its C library can."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _status(field: str) -> int:
+    try:
+        lines = _STATUS.read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
