@@ -183,6 +183,21 @@ def _default_experiments() -> dict[str, Experiment]:
             device_sets=("2 x cpu", "cpu + cpu@0.5"),
             strategies=("ddp", "equal", "paper", "kernel", "batch", "auto"),
         ),
+        "unequal": Experiment(
+            question="What does the calibration gain where one device is much slower?",
+            networks=("50:500",),
+            batch_sizes=batch_sizes,
+            device_sets=("cpu + cpu@0.25",),
+            strategies=("equal", "paper", "kernel", "auto"),
+        ),
+        "links": Experiment(
+            question="What does a slower link cost?",
+            networks=("50:500",),
+            batch_sizes=batch_sizes,
+            device_sets=("2 x cpu",),
+            links=("1Gbit/s+100us",),
+            strategies=("paper", "kernel", "batch", "auto"),
+        ),
         "headline": Experiment(
             question="What do four devices gain for the paper's largest network?",
             networks=("500:1500",),

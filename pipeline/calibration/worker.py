@@ -8,6 +8,8 @@ uncertain by enough to matter for the step.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -33,7 +35,8 @@ from pipeline.run.execution import Execution
 from pipeline.run.memory import current_memory
 from pipeline.run.memory_format import arranged, may_have_channels_last
 
-_UPDATED_PARAMETERS = 1_000_000
+_LEAST_UPDATED, _MOST_UPDATED = 1_000_000, 16_000_000
+"""Trained parameters that the update is measured with, between these as many as the network has."""
 _LINK_REPETITIONS = 5
 _CERTAIN = 0.02
 """What is uncertain by less than this part of a whole step is not measured again."""
@@ -117,7 +120,7 @@ def measure_rank(context: RankContext, task: Task) -> Measurement:
             break
         segments.measure(todo)
     times, kernels = segments.times, segments.kernels
-    update = _measure_update(context, task.repetitions)
+    update = _measure_update(context, task)
     links = measure_links(context, max(task.repetitions, _LINK_REPETITIONS))
     # What torch has set up for its operations by now stays in the process, as it will in training.
     del segments, model
@@ -161,19 +164,26 @@ class _Segments:
         return [(share, segment) for share, segment in every if relative[segment, share] > _CERTAIN]
 
     def measure(self, todo: list[tuple[int, int]]) -> None:
-        """One pass over what is to be measured, one share after the other."""
+        """One pass over what is to be measured, one share after the other.
+
+        Within a share the segments run in turn, as they do in training: one that is repeated on its own finds its
+        weights in the cache.
+        """
         task = self._task
-        split, at = None, -1
         repetitions = 1 if self._done else task.repetitions
-        for place, (share, segment) in enumerate(todo):
-            chain = task.chains[segment]
-            if chain.splittable and share != at:
-                split, at = self._split(task.fractions[share]), share
-            execution = split if chain.splittable and split is not None else self._undivided
-            steps = [_step_of(self._context, execution, chain, task.graph, images) for images in task.images]
-            made = slice(self._done, self._done + repetitions)
-            self.times[segment, share, :, made] = _measured(self._context, steps, repetitions)
-            self._context.report(place + 1, total=len(todo))
+        for share in sorted({share for share, _ in todo}):
+            segments = [segment for at, segment in todo if at == share]
+            split = self._split(task.fractions[share]) if any(task.chains[one].splittable for one in segments) else None
+            runs = {}
+            for segment in segments:
+                chain = task.chains[segment]
+                execution = split if chain.splittable and split is not None else self._undivided
+                runs[segment] = [
+                    _step_of(self._context, execution, chain, task.graph, images) for images in task.images
+                ]
+            times = _in_turn(self._context, list(runs.values()), repetitions)
+            self.times[segments, share, :, self._done : self._done + repetitions] = times
+            self._context.report(sum(at <= share for at, _ in todo), total=len(todo))
         self._done += repetitions
 
     def _split(self, fraction: float) -> Execution:
@@ -257,15 +267,21 @@ def _channels(graph: Graph, plan: Plan, chain: Chain) -> int:
     return layout.shares[0] if layout.kind == "K" else graph[chain.operations[0]].channels or 1
 
 
-def _measured(
-    context: RankContext, steps: list[Callable[[], tuple[float, float]]], repetitions: int
+def _in_turn(
+    context: RankContext, runs: list[list[Callable[[], tuple[float, float]]]], repetitions: int
 ) -> NDArray[np.float64]:
-    """Forward and backward time of each of ``steps`` in s, (step, repetition, 2); the first warms up before them."""
+    """Forward and backward time of each of ``runs``, by its numbers of images, in s: (run, images, repetition, 2)."""
     context.barrier()
-    steps[0]()
-    times = [[once() for once in steps] for _ in range(repetitions)]
-    _keep_busy(context, steps[0])
-    return np.array(times).transpose(1, 0, 2)
+    for steps in runs:
+        steps[0]()
+    times = np.array([[[once() for once in steps] for steps in runs] for _ in range(repetitions)])
+    turns = itertools.cycle([steps[0] for steps in runs])
+
+    def go_on() -> None:
+        next(turns)()
+
+    _keep_busy(context, go_on)
+    return times.transpose(1, 2, 0, 3)
 
 
 def _step_of(
@@ -339,10 +355,12 @@ def _timed(context: RankContext, work: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def _measure_update(context: RankContext, repetitions: int) -> NDArray[np.float64]:
-    """Time of SGD with momentum per parameter in s."""
+def _measure_update(context: RankContext, task: Task) -> NDArray[np.float64]:
+    """Time of SGD with momentum per parameter in s, (repetition)."""
     throttle = Throttle(context.device)
-    parameter = nn.Parameter(torch.zeros(_UPDATED_PARAMETERS, device=context.torch_device))
+    trained = {one.name: one.shape for op in task.graph.operations for one in op.parameters if one.trained}
+    size = min(max(sum(map(math.prod, trained.values())), _LEAST_UPDATED), _MOST_UPDATED)
+    parameter = nn.Parameter(torch.zeros(size, device=context.torch_device))
     parameter.grad = torch.zeros_like(parameter)
     optimizer = torch.optim.SGD([parameter], lr=0.01, momentum=0.9)
 
@@ -351,4 +369,4 @@ def _measure_update(context: RankContext, repetitions: int) -> NDArray[np.float6
             optimizer.step()
 
     work()
-    return np.array([_timed(context, work) for _ in range(repetitions)]) / _UPDATED_PARAMETERS
+    return np.array([_timed(context, work) for _ in range(task.repetitions)]) / size
