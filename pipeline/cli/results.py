@@ -75,8 +75,18 @@ def report(
     snakefile: Annotated[Path, typer.Option("--snakefile", help="The workflow that made the study.")] = Path(
         "Snakefile"
     ),
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", help="Folder of another study, such as one in outputs/reference: compare with it."),
+    ] = None,
 ) -> None:
-    """Write the report on a finished study as one HTML file, which needs no network."""
+    """Write the report on a finished study as one HTML file, which needs no network.
+
+    With --against a page beside it, compared.html, that sets the study beside another one instead.
+    """
+    if against is not None:
+        _compare(outputs, against, (output or outputs / "report.html").with_name("compared.html"))
+        return
     from pipeline.analysis.figures import FIGURES
     from pipeline.analysis.report import write_report
     from pipeline.config import load_config
@@ -93,6 +103,25 @@ def report(
         targets=targets,
     )
     print(f"Report written to {written}.")
+
+
+def _compare(outputs: Path, against: Path, output: Path) -> None:
+    from pipeline.analysis.comparison import compare, summary_of, write_comparison
+    from pipeline.results.contracts import validate_timing
+    from pipeline.results.stores import open_store, open_zip
+
+    timing = open_store(outputs / "timing.zarr", validate_timing)
+    packed = against / "timing.zarr.zip"
+    reference = (
+        open_zip(packed, validate_timing) if packed.exists() else open_store(against / "timing.zarr", validate_timing)
+    )
+    table = compare(timing, reference)
+    here, there = (
+        f"{folder} ({one.attrs.get('hardware', 'unknown hardware')}, {one.attrs.get('created', 'no date')})"
+        for folder, one in ((outputs, timing), (against, reference))
+    )
+    written = write_comparison(table, output, here=here, there=there)
+    print(f"{summary_of(table)} Written to {written}.")
 
 
 def notebook(
