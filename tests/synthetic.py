@@ -9,6 +9,7 @@ import xarray as xr
 
 from pipeline.calibration.segments import chains_of
 from pipeline.graph.trace import Graph
+from pipeline.links import parse_link
 from pipeline.results.contracts import CellIndex, describe, unmeasured_cell
 from pipeline.results.stores import combine
 
@@ -214,3 +215,49 @@ def calibration_of(graph: Graph, labels: Sequence[str]) -> xr.Dataset:
         {**PROVENANCE, "image_shape": str(list(graph.input_shape)), "classes": 10},
     )
     return describe(dataset)
+
+
+SIMULATED_SETS = ("cpu@0.45", "2 x cpu@0.45", "4 x cpu@0.45", "16 x cpu@0.45", "64 x cpu@0.45")
+SIMULATED_LINKS = ("loopback", "10Mbit/s+1ms", "1Gbit/s+100us", "100Gbit/s+10us")
+
+
+def simulation(
+    networks: Sequence[str] = ("50:500", "500:1500"),
+    batch_sizes: Sequence[int] = (32, 256),
+    device_sets: Sequence[str] = SIMULATED_SETS,
+    links: Sequence[str] = SIMULATED_LINKS,
+    strategies: Sequence[str] = ("single", "ddp", "paper", "kernel", "batch", "auto"),
+) -> xr.Dataset:
+    """A synthetic simulation: work over the devices, and a message to each of them over the link."""
+    labels = [labels_of(device_set) for device_set in device_sets]
+    times = np.full(tuple(map(len, (networks, batch_sizes, device_sets, links, strategies))), np.nan)
+    for place in np.ndindex(times.shape):
+        network, batch_size, link = networks[place[0]], batch_sizes[place[1]], parse_link(links[place[3]])
+        k1, k2 = (int(k) for k in network.split(":"))
+        work, devices = batch_size * k1 * k2 * 1.3e-7, len(labels[place[2]])
+        latency, bandwidth = (1e-5, 2e10) if link is None else link
+        strategy = "kernel" if strategies[place[4]] == "auto" else strategies[place[4]]
+        sent = (devices - 1) * (latency + 50 * _SERIAL[strategy] * batch_size * k1 * 100 / bandwidth)
+        times[place] = work if strategy == "single" or devices == 1 else work / devices + sent
+    if "auto" in strategies:
+        times[..., strategies.index("auto")] = np.fmin.reduce(times, axis=-1)
+    grid = xr.Dataset(
+        {
+            "step_time": ((*CellIndex._fields, "repetition"), times[..., None]),
+            "predicted_step_time": (CellIndex._fields, times),
+            "status": (CellIndex._fields, np.full(times.shape, "ok", object)),
+            "device_label": (
+                ("device_set", "device"),
+                np.array([row + [""] * (max(map(len, labels)) - len(row)) for row in labels], object),
+            ),
+        },
+        {
+            "network": np.array(networks, object),
+            "batch_size": np.array(batch_sizes),
+            "device_set": np.array(device_sets, object),
+            "link": np.array(links, object),
+            "strategy": np.array(strategies, object),
+        },
+        {**PROVENANCE, "simulated": True, "configuration": '{"described": {"gpu": 5000.0}}'},
+    )
+    return describe(grid)

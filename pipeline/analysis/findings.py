@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import xarray as xr
 
 from pipeline.analysis import paper, selection
 from pipeline.analysis.calibration_figure import largest, with_most_images
-from pipeline.analysis.statistics import baseline, convolution_share, prediction_error, speedup, summary
-from pipeline.analysis.style import is_emulated
+from pipeline.analysis.simulation_figures import NOTHING, break_even, measured_best, measured_scaling
+from pipeline.analysis.statistics import (
+    PAYS,
+    baseline,
+    convolution_share,
+    device_count,
+    prediction_error,
+    saturation,
+    simulated_speedup,
+    speedup,
+    summary,
+)
+from pipeline.analysis.style import described, is_emulated
+from pipeline.analysis.waterfall_figure import change, waterfall
+from pipeline.links import LOOPBACK
 from pipeline.results.contracts import NOT_PLANNED, OK
 
 
@@ -185,9 +199,169 @@ def calibration_finding(calibration: xr.Dataset) -> str:
     return _listed(sentences, "")
 
 
+def waterfall_finding(timing: xr.Dataset) -> str:
+    """Time and megabytes of every strategy from one device to `auto`, each against the one before it."""
+    sentences = []
+    for device_set in selection.showcase_sets(timing):
+        cells = waterfall(timing, device_set)
+        if cells is None:
+            continue
+        steps = []
+        for place, strategy in enumerate(map(str, cells["strategy"].values)):
+            median, moved = cells["median"].values[place], cells["moved"].values[place] / 1e6
+            against = f" ({change(cells, place):+.1%})" if place else ""
+            sent = f", {moved:.3g} MB moved" if place and np.isfinite(moved) else ""
+            steps.append(f"``{strategy}`` {median:.3g} s{against}{sent}")
+        sentences.append(
+            f"{cells['network'].item()}, batch {cells['batch_size'].item()}, on {_named(device_set)}, each against the "
+            f"one before: {'; '.join(steps)}."
+        )
+    return _listed(sentences, "No strategy from ``paper`` to ``auto`` was measured on several devices.")
+
+
+def scaling_finding(simulation: xr.Dataset, timing: xr.Dataset) -> str:
+    """Where every strategy saturates over each shown link, and the largest measured set beside its simulation."""
+    place = selection.scaling(simulation, timing)
+    if place is None:
+        return f"{NOTHING}\n"
+    label, cell = str(place["label"]), {name: place[name] for name in ("network", "batch_size")}
+    sets, sentences = selection.families(simulation)[label], []
+    ratios = simulated_speedup(simulation).sel(cell).sel(device_set=sets)
+    counts = device_count(simulation).sel(device_set=sets).values
+    what = f"{cell['network']}, batch {cell['batch_size']}"
+    for link in selection.shown_links(simulation, timing):
+        told = []
+        for strategy in selection.strategies(simulation):
+            values = ratios.sel(link=link, strategy=strategy).values
+            known = np.isfinite(values)
+            if strategy != "single" and known.any():
+                told.append(f"``{strategy}`` {_saturates(counts[known], values[known])}")
+        if told:
+            devices = f"{counts.max():,} {_assumed(simulation, label, label)}"
+            sentences.append(f"Simulated, {what}, on up to {devices}, {link}: {', '.join(told)}.")
+    return _listed([*sentences, *_scaling_measured(ratios, timing, place)], NOTHING)
+
+
+def _saturates(counts: npt.NDArray[np.int_], ratios: npt.NDArray[np.float64]) -> str:
+    place = saturation(counts, ratios)
+    if place is None:
+        rises = "still gains at" if len(counts) > 1 else "on"
+        return f"{rises} {counts[-1]:,} devices (speedup {ratios[-1]:.3g})"
+    if ratios[place] < PAYS:
+        return "never gains"
+    return f"saturates at {counts[place]:,} devices (speedup {ratios[place]:.3g})"
+
+
+def _scaling_measured(ratios: xr.DataArray, timing: xr.Dataset, place: dict[str, str | int]) -> list[str]:
+    """Over each link a sentence on the largest set that was both measured and simulated, where there is one."""
+    measured = measured_scaling(timing, place)
+    if measured is None:
+        return []
+    sets = [str(s) for s in measured["device_set"].values if s in ratios["device_set"].values]
+    sentences = []
+    for link in map(str, measured["link"].values):
+        if not sets or link not in ratios["link"].values:
+            continue
+        cells = {"device_set": sets[-1], "link": link}
+        real, simulated = measured["speedup"].sel(cells), ratios.sel(cells)
+        both = [
+            f"``{name}`` {real.sel(strategy=name).item():.2f} ({simulated.sel(strategy=name).item():.2f})"
+            for name in selection.strategies(timing)
+            if name != "single" and name in simulated["strategy"].values and real.sel(strategy=name).notnull()
+        ]
+        if both:
+            sentences.append(f"Measured on {_named(sets[-1])}, {link}, and in brackets simulated: {', '.join(both)}.")
+    return sentences
+
+
+def links_finding(simulation: xr.Dataset, timing: xr.Dataset) -> str:
+    """From which simulated link on each strategy is faster than one device, by kind of device and network."""
+    links = [link for link in selection.links(simulation) if link != LOOPBACK]
+    sentences = []
+    if links and selection.simulated_families(simulation):
+        batch_size = selection.simulated_batch_size(simulation, timing)
+        ratios = simulated_speedup(simulation).sel(batch_size=batch_size, link=links)
+        for label, device_set in selection.small_sets(simulation, timing).items():
+            for network in selection.networks(simulation, [device_set]):
+                cells = ratios.sel(network=network, device_set=device_set)
+                told = [
+                    f"``{s}`` {_pays_from(cells.sel(strategy=s))}"
+                    for s in selection.strategies(simulation)
+                    if s != "single" and cells.sel(strategy=s).notnull().any()
+                ]
+                if told:
+                    sentences.append(
+                        f"Simulated, {network}, batch {batch_size}, on {_assumed(simulation, label, device_set)}: "
+                        f"faster than one device is {', '.join(told)}."
+                    )
+    return _listed(sentences, NOTHING)
+
+
+def _pays_from(ratios: xr.DataArray) -> str:
+    pays = ratios.values >= PAYS
+    if not pays.any():
+        return f"over no link (speedup at most {np.nanmax(ratios.values):.2f})"
+    first = int(np.argmax(pays))
+    if pays[first:].all():
+        return f"from {ratios['link'].values[first]} on (speedup {ratios.values[first]:.2f})"
+    # A link of higher rate may have a longer delay, or the work another share at each.
+    return f"over {' and '.join(map(str, ratios['link'].values[pays]))} only"
+
+
+def break_even_finding(simulation: xr.Dataset, timing: xr.Dataset) -> str:
+    """For each kind of device and link, from which batch size on the best exact split beats one device."""
+    sentences = []
+    for label, device_set in selection.small_sets(simulation, timing).items():
+        told = []
+        for link in selection.links(simulation):
+            cells = break_even(simulation, device_set, link)
+            known = cells.values[np.isfinite(cells.values)]
+            if known.size:
+                told.append(f"over {link} {_starts_to_pay(cells, known)}")
+        if told:
+            devices = _assumed(simulation, label, device_set)
+            sentences.append(f"Simulated, on {devices} the best exact split pays {'; '.join(told)}.")
+        sentences += _break_even_measured(simulation, timing, device_set)
+    return _listed(sentences, NOTHING)
+
+
+def _starts_to_pay(cells: xr.DataArray, known: npt.NDArray[np.float64]) -> str:
+    if (known >= PAYS).all():
+        return f"in all {known.size} cells (speedup {known.min():.2f} to {known.max():.2f})"
+    if not (known >= PAYS).any():
+        return f"in none of {known.size} cells (speedup at most {known.max():.2f})"
+    starts = []
+    for network in map(str, cells["network"].values):
+        line = cells.sel(network=network)
+        if line.notnull().any():
+            pays = line["batch_size"].values[line.values >= PAYS]
+            first = f"from batch {pays[0]} on ({line.sel(batch_size=pays[0]).item():.2f})" if pays.size else "never"
+            starts.append(f"{network} {first}")
+    return f"in {int((known >= PAYS).sum())} of {known.size} cells ({', '.join(starts)})"
+
+
+def _break_even_measured(simulation: xr.Dataset, timing: xr.Dataset, device_set: str) -> list[str]:
+    sentences = []
+    for link in selection.links(simulation):
+        found = measured_best(timing, break_even(simulation, device_set, link), device_set, link)
+        if found is None or not found.notnull().any():
+            continue
+        values = found.values[np.isfinite(found.values)]
+        sentences.append(
+            f"Measured on {_named(device_set)}, {link}: the best exact split pays in {int((values >= PAYS).sum())} of "
+            f"{values.size} such cells (speedup {values.min():.2f} to {values.max():.2f})."
+        )
+    return sentences
+
+
 def _named(device_set: str) -> str:
     # As a literal, or reStructuredText takes what surrounds an @ for an address.
     return f"``{device_set}``" + (" (emulated)" if is_emulated([device_set]) else "")
+
+
+def _assumed(simulation: xr.Dataset, label: str, device_set: str) -> str:
+    speed = described(simulation).get(label)
+    return _named(device_set) + ("" if speed is None else f" (described, {speed:,.0f} GFLOP/s assumed)")
 
 
 def _listed(sentences: list[str], otherwise: str) -> str:

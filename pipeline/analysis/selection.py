@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import xarray as xr
 
 from pipeline.analysis.statistics import device_count
 from pipeline.analysis.style import STRATEGIES
+from pipeline.links import parse_link
 from pipeline.results.contracts import OK
+
+_SMALL = 4
 
 
 def network_size(network: str) -> tuple[float, str]:
@@ -87,3 +92,76 @@ def showcase_sets(timing: xr.Dataset) -> list[str]:
         if len(labels) > 1 and networks(timing, [device_set]):
             chosen[len(set(labels)) > 1] = device_set
     return [chosen[unequal] for unequal in sorted(chosen)]
+
+
+def links(grid: xr.Dataset) -> list[str]:
+    """All links, slow to fast, of two of one rate the one of the longer delay first; the real one comes last."""
+
+    def speed(text: str) -> tuple[float, float]:
+        link = parse_link(text)
+        return (np.inf, 0.0) if link is None else (link.bandwidth, -link.latency)
+
+    return sorted(map(str, grid["link"].values), key=speed)
+
+
+def shown_links(simulation: xr.Dataset, timing: xr.Dataset, most: int = 3) -> list[str]:
+    """At most so many simulated links, slow to fast: the one most was measured over, and others from the middle."""
+    every = links(simulation)
+    kept = [main_link(timing)] if timing["link"].size and main_link(timing) in every else []
+    others = [link for link in every if link not in kept]
+    free = most - len(kept)
+    if len(others) > free:
+        # The slowest and the fastest say least: nothing gains there, or everything as over the real link.
+        middle = np.linspace(0, len(others) - 1, free + 2)[1:-1].round().astype(int)
+        others = [others[place] for place in middle]
+    return [link for link in every if link in kept or link in others]
+
+
+def simulated_families(simulation: xr.Dataset) -> dict[str, list[str]]:
+    """As `families`; none where no `single` step was simulated, as there is nothing to compare with."""
+    return families(simulation) if "single" in strategies(simulation) else {}
+
+
+def scaling(simulation: xr.Dataset, timing: xr.Dataset) -> dict[str, str | int] | None:
+    """`label`, `network` and `batch_size` of which the most sets of equal devices were measured and any simulated.
+
+    Of several the first kind of device, the largest network and the largest batch; None where nothing was simulated.
+    """
+    measured = families(timing)
+    found: list[tuple[Any, dict[str, str | int]]] = []
+    for place, (label, sets) in enumerate(simulated_families(simulation).items()):
+        for network in networks(simulation, sets):
+            for batch_size in map(int, simulation["batch_size"].values):
+                points = _split(timing, measured.get(label, []), network, batch_size)
+                rank = (points, -place, network_size(network), batch_size)
+                found.append((rank, {"label": label, "network": network, "batch_size": batch_size}))
+    return max(found, key=lambda one: one[0])[1] if found else None
+
+
+def _split(timing: xr.Dataset, sets: list[str], network: str, batch_size: int) -> int:
+    """How many of the sets the network was split on at this batch size."""
+    if network not in timing["network"].values or batch_size not in timing["batch_size"].values:
+        return 0
+    status = timing["status"].sel(network=network, batch_size=batch_size, device_set=sets)
+    ok = status.drop_sel(strategy="single", errors="ignore") == OK
+    return int(ok.any(["link", "strategy"]).sum())
+
+
+def small_sets(simulation: xr.Dataset, timing: xr.Dataset) -> dict[str, str]:
+    """By the label of its devices a small simulated set of equal ones: a measured one if any, of about four."""
+    chosen, measured, count = {}, device_sets(timing), device_count(simulation)
+    for label, sets in simulated_families(simulation).items():
+        several = [s for s in sets if count.sel(device_set=s) > 1]
+        apart = {s: abs(int(count.sel(device_set=s)) - _SMALL) for s in several}
+        chosen[label] = min(several, key=lambda s: (s not in measured, apart[s]))
+    return chosen
+
+
+def simulated_batch_size(simulation: xr.Dataset, timing: xr.Dataset) -> int:
+    """The simulated batch size with the most measured cells; the largest when several have as many."""
+    ok = timing["status"] == OK
+
+    def measured(size: int) -> int:
+        return int(ok.sel(batch_size=size).sum()) if size in timing["batch_size"].values else 0
+
+    return max(map(int, simulation["batch_size"].values), key=lambda size: (measured(size), size))

@@ -20,6 +20,12 @@ from pipeline.results.contracts import INDEX, OK
 NOISY = 0.1
 """A cell whose interquartile range exceeds this fraction of its median is flagged."""
 
+SATURATED = 1.05
+"""Devices beyond which the speedup rises by no more than this factor bring nothing."""
+
+PAYS = 1.005
+"""A speedup from here on shows as more than 1.00: less is a strategy that leaves all the work to one device."""
+
 Samples = npt.NDArray[np.float64]
 _QUARTILES = (0.25, 0.5, 0.75)
 _PLACE = ("network", "batch_size", "device_set")
@@ -154,6 +160,38 @@ def speedup(timing: xr.Dataset, *, level: float = 0.95, resamples: int = 2000, s
     result["noisy"] = noisy.transpose(*INDEX).where(result["speedup"].notnull(), False)
     result["noisy"].attrs = {"units": "1", "long_name": f"whether IQR / median exceeds {NOISY} in the cell or baseline"}
     return result
+
+
+def simulated_speedup(simulation: xr.Dataset) -> xr.DataArray:
+    """Speedup of every simulated cell over `single` on the same set, its fastest device alone, (dims of the grid).
+
+    NaN where the cell or its `single` was not simulated.
+    """
+    times = simulation["predicted_step_time"].where(simulation["status"] == OK).transpose(*INDEX)
+    alone = times.sel(strategy="single", drop=True) if "single" in simulation["strategy"].values else np.nan
+    ratio = (alone / times).transpose(*INDEX)
+    ratio.attrs = {"units": "1", "long_name": "simulated speedup over the fastest device"}
+    return ratio.rename("simulated_speedup")
+
+
+def saturation(counts: npt.NDArray[np.int_], ratios: Samples) -> int | None:
+    """Place of the first number of devices that no larger one passes by more than 5 %; None where the last does.
+
+    `counts` are numbers of devices in rising order, `ratios` the speedups there, without NaN.
+    """
+    for place in range(len(counts) - 1):
+        if ratios[place + 1 :].max() < SATURATED * ratios[place]:
+            return place
+    return None
+
+
+def best_split(ratios: xr.DataArray) -> xr.DataArray:
+    """Largest speedup of the exact strategies that split a step, `ratios` less the dimension `strategy`.
+
+    Neither `ddp`, which is not exact with BatchNorm, nor `auto`, which leaves the work to one device where that is
+    best, and so never loses.
+    """
+    return ratios.drop_sel(strategy=["single", "ddp", "auto"], errors="ignore").max("strategy")
 
 
 def convolution_share(timing: xr.Dataset) -> xr.DataArray:

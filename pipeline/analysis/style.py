@@ -6,6 +6,7 @@ marker or hatch, so that every figure can be read in greyscale and with any colo
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,7 +132,9 @@ def canvas(
         engine.set(rect=(0.012, bottom, 0.976, 1 - top - bottom), wspace=0.03, hspace=0.06)  # type: ignore[call-arg]
     left = 0.12 / size[0]
     figure.text(left, 1 - 0.12 / size[1], title, size=13, weight="bold", va="top")
-    figure.text(left, 1 - 0.41 / size[1], subtitle, size=9, color=MUTED, va="top")
+    below = figure.text(left, 1 - 0.41 / size[1], subtitle, size=9, color=MUTED, va="top")
+    room = 0.98 * figure.bbox.width / max(below.get_window_extent().width, 1)
+    below.set_fontsize(9 * min(room, 1))
     figure.text(left, 0.09 / size[1], source, size=6.5, color=MUTED, va="bottom")
     axes = figure.subplots(rows, columns, squeeze=False, **subplots)
     return figure, axes
@@ -186,6 +189,18 @@ def is_emulated(labels: Iterable[object]) -> bool:
 def emulation_note(labels: Iterable[object]) -> str:
     """What to add to a title or subtitle when devices are emulated; '' when none is."""
     return "emulated devices (@ is the fraction of full speed)" if is_emulated(labels) else ""
+
+
+def described(grid: xr.Dataset) -> dict[str, float]:
+    """GFLOP/s of the devices of a simulated grid that are not there, by label, as its configuration assumes them."""
+    assumed = json.loads(str(grid.attrs.get("configuration", "{}"))).get("described", {})
+    return {str(label): float(speed) for label, speed in assumed.items()}
+
+
+def described_note(grid: xr.Dataset, labels: Iterable[str]) -> str:
+    """What to add to a subtitle when devices of these labels are described; '' when none is."""
+    assumed = {label: speed for label, speed in described(grid).items() if label in set(labels)}
+    return ", ".join(f"{label} described: {speed:,.0f} GFLOP/s assumed" for label, speed in assumed.items())
 
 
 def subtitle(*parts: str) -> str:

@@ -55,7 +55,7 @@ def figures(
         Path | None, typer.Option("--output", help="Folder to write, OUTPUTS/figures if not given.")
     ] = None,
 ) -> None:
-    """Draw all figures of a study, and the headline table."""
+    """Draw all figures of a study, and the headline table; without simulation.zarr those of it say so."""
     from pipeline.analysis.figures import write_figures
     from pipeline.analysis.tables import write_headline
     from pipeline.results.contracts import validate_accuracy, validate_calibration, validate_timing
@@ -64,8 +64,11 @@ def figures(
     timing = open_store(outputs / "timing.zarr", validate_timing)
     accuracy = open_store(outputs / "accuracy.zarr", validate_accuracy)
     calibration = open_store(outputs / "calibration.zarr", validate_calibration)
+    store = outputs / "simulation.zarr"
+    simulation = open_store(store, validate_timing) if store.exists() else None
     folder = output or outputs / "figures"
-    written = [*write_figures(timing, accuracy, calibration, folder), *write_headline(timing, folder)]
+    written = write_figures(timing, accuracy, calibration, folder, simulation=simulation)
+    written += write_headline(timing, folder)
     print(f"{len(written)} files written to {folder}.")
 
 

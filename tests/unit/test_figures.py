@@ -27,6 +27,7 @@ def stores() -> dict[str, xr.Dataset]:
         "timing": synthetic.timing(wanted),
         "accuracy": synthetic.accuracy(),
         "calibration": combine_calibrations([synthetic.calibration()]),
+        "simulation": synthetic.simulation(),
     }
 
 
@@ -37,9 +38,10 @@ def texts(figure: Figure) -> str:
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_has_units_a_source_and_says_what_is_emulated(stores, name: str):
     entry = FIGURES[name]
-    figure = entry.draw(stores[entry.store])
+    figure = entry.draw(*(stores[store] for store in entry.stores))
     shown = texts(figure)
-    assert f"Data: {entry.store}.zarr" in shown
+    assert f"Data: {', '.join(f'{store}.zarr' for store in entry.stores)}" in shown
+    assert "simulation" not in entry.stores or "simulated" in shown.lower()
     assert "synthetic machine" in shown
     assert "emulated" in shown
     drawn = [axis for axis in figure.axes if axis.axison]
@@ -50,14 +52,16 @@ def test_every_figure_has_units_a_source_and_says_what_is_emulated(stores, name:
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_finding_has_numbers_and_no_nan(stores, name: str):
     entry = FIGURES[name]
-    said = entry.say(stores[entry.store])
+    said = entry.say(*(stores[store] for store in entry.stores))
+    assert "simulation" not in entry.stores or "Simulated" in said
     assert any(character.isdigit() for character in said)
     assert "nan" not in said
     assert said.endswith("\n")
 
 
 def test_all_figures_are_written_as_svg_png_and_words_and_again_the_same(stores, tmp_path: Path):
-    written = write_figures(stores["timing"], stores["accuracy"], stores["calibration"], tmp_path / "a")
+    folder, names = tmp_path / "a", ("timing", "accuracy", "calibration")
+    written = write_figures(*(stores[name] for name in names), folder, simulation=stores["simulation"])
     assert {path.name for path in written} == {f"{n}.{end}" for n in FIGURES for end in ("svg", "png", "rst")}
     again = style.save(FIGURES["speedup"].draw(stores["timing"]), tmp_path / "speedup")
     assert again[0].read_bytes() == (tmp_path / "a" / "speedup.svg").read_bytes()
@@ -85,7 +89,7 @@ def test_a_network_that_was_not_split_on_a_set_is_said_to_be_not_measured(stores
     ],
     ids=["one device only", "no baseline", "no cell that ended well"],
 )
-@pytest.mark.parametrize("name", [name for name, entry in FIGURES.items() if entry.store == "timing"])
+@pytest.mark.parametrize("name", [name for name, entry in FIGURES.items() if entry.stores == ("timing",)])
 def test_a_poor_grid_still_gives_a_figure_and_a_sentence(cells, name: str, tmp_path: Path):
     grid = combine(cells, [tuple(c[n].item() for n in CellIndex._fields) for c in cells])
     style.save(FIGURES[name].draw(grid), tmp_path / name)

@@ -49,7 +49,9 @@ def grid():
 
 
 def test_a_rule_of_the_running_workflow_writes_the_report_with_every_figure_and_sentence(grid, tmp_path: Path):
-    write_figures(grid, synthetic.accuracy(), synthetic.calibration(), tmp_path / "made")
+    simulation = synthetic.simulation(batch_sizes=(32,))
+    stores = {"timing": grid, "accuracy": synthetic.accuracy(), "calibration": synthetic.calibration()}
+    write_figures(*stores.values(), tmp_path / "made", simulation=simulation)
     write_headline(grid, tmp_path / "made")
     (tmp_path / "Snakefile").write_text(SNAKEFILE)
     command = [sys.executable, "-m", "snakemake", "--cores", "1", "--config", "outputs=results"]
@@ -61,8 +63,8 @@ def test_a_rule_of_the_running_workflow_writes_the_report_with_every_figure_and_
     assert 'src="http' not in page
     assert "Emulated devices" in page
     for name, entry in FIGURES.items():
-        store = {"timing": grid, "accuracy": synthetic.accuracy(), "calibration": synthetic.calibration()}[entry.store]
-        words = entry.say(store).splitlines()[0].removeprefix("- ").split("``")[0]
+        datasets = [(stores | {"simulation": simulation})[store] for store in entry.stores]
+        words = entry.say(*datasets).splitlines()[0].removeprefix("- ").split("``")[0]
         assert page.count(words) >= 2, f"{name} is neither on the first page nor beside its figure"
     assert page.count("<svg") >= len(FIGURES)
     again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)

@@ -147,3 +147,32 @@ def test_a_noisy_cell_or_baseline_is_flagged():
     for single, kernel in ((quiet, loud), (loud, quiet)):
         timing = grid(cell("2 x cpu", "single", single, [1.0, 1.0]), cell("2 x cpu", "kernel", kernel, [1.0, 1.0]))
         assert at(statistics.speedup(timing), "2 x cpu", "kernel")["noisy"].item()
+
+
+def test_the_simulated_speedup_is_over_single_on_the_same_set_and_link():
+    simulated = synthetic.simulation()
+    times = simulated["predicted_step_time"]
+    place = {"network": "50:500", "batch_size": 32, "device_set": "4 x cpu@0.45", "link": "1Gbit/s+100us"}
+    times.loc[place | {"strategy": "single"}] = 6.0
+    times.loc[place | {"strategy": "paper"}] = 4.0
+    simulated["status"].loc[place | {"strategy": "batch"}] = "not planned"
+    ratios = statistics.simulated_speedup(simulated).sel(place)
+    assert ratios.sel(strategy="paper").item() == pytest.approx(1.5)
+    assert ratios.sel(strategy="single").item() == 1
+    assert np.isnan(ratios.sel(strategy="batch"))
+    assert statistics.simulated_speedup(simulated.drop_sel(strategy="single")).isnull().all()
+
+
+@pytest.mark.parametrize(
+    ("ratios", "place"),
+    [([1, 2, 4, 8], None), ([1, 2, 2.09, 2.08], 1), ([1, 2, 1.5, 2.5], None), ([1, 0.5, 0.2, 0.1], 0), ([1], None)],
+    ids=["rises", "rises by less than 5 %", "falls and rises", "falls", "one device"],
+)
+def test_a_speedup_saturates_where_no_larger_number_of_devices_passes_it_by_five_percent(ratios, place):
+    counts = 2 ** np.arange(len(ratios))
+    assert statistics.saturation(counts, np.array(ratios, float)) == place
+
+
+def test_the_best_split_is_exact_and_of_all_devices():
+    ratios = xr.DataArray([1.0, 5.0, 0.8, 0.9, 3.0], {"strategy": ["single", "ddp", "paper", "kernel", "auto"]})
+    assert statistics.best_split(ratios).item() == 0.9

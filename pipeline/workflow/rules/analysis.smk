@@ -5,6 +5,7 @@ rule figures:
         timing=rules.timing.output.store,
         accuracy=rules.accuracy.output.store,
         calibration=rules.calibration.output.store,
+        simulation=rules.simulation.output.store,
     output:
         headline=report(f"{OUT}/figures/headline.html", caption="../report/headline.rst", category="Headline"),
         figures=[
