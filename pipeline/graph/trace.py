@@ -200,7 +200,7 @@ class _Analysis:
             noise=judgement.noise,
             keeps_indices=_keeps_indices(node, module),
             in_place=bool(node.meta.get(IN_PLACE)) and judgement.effect is Effect.CHANNELWISE,
-            parameters=parameters or self._read(reads, result, axis, judgement),
+            parameters=(*parameters, *self._read(reads, result, axis, judgement)),
             differentiable=node in self._differentiable,
             flops_per_image=_flops(module, call, self._images),
             convolution=isinstance(module, nn.modules.conv._ConvNd),

@@ -258,7 +258,10 @@ class Parameters:
             return
         local = copy.deepcopy(module).to("meta")
         for parameter in operation.parameters:
-            self._replace(local, operation, self._plans[parameter.name])
+            if parameter.name.startswith(f"{operation.module}."):
+                self._replace(local, operation, self._plans[parameter.name])
+            else:  # what the module is given
+                self.work[parameter.name] = self._direct(parameter, unsplit=False)
         _fit_attributes(local, operation, planned.input.shares[self._rank], planned.output)
         self.modules[operation.name] = operation.module, local
 

@@ -135,6 +135,20 @@ class _Handwritten(nn.Module):
         return self.dense(y.view(y.size(0), -1))
 
 
+class _Table(nn.Module):
+    """A submodule that is given a buffer of the model instead of images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 5)
+        self.of_table = nn.Linear(4, 6)
+        self.register_buffer("table", torch.linspace(-1, 1, 4))
+        self.dense = nn.Linear(6, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dense(torch.tanh(self.conv(x)).mean(dim=(2, 3)) * self.of_table(self.table))
+
+
 def test_a_handwritten_model_can_be_calibrated_and_planned(client: Client) -> None:
     _check(client, _Handwritten().double(), "auto", None, 2, "Adam")
 
@@ -148,8 +162,8 @@ def test_another_memory_format_is_kept_exact(client: Client, strategy: str) -> N
 @pytest.mark.parametrize("strategy", ["paper", "kernel"])
 @pytest.mark.parametrize(
     "model",
-    [_Branches, _DependsOnData, _Tied, _Handwritten],
-    ids=["branches", "data-dependent", "tied", "handwritten"],
+    [_Branches, _DependsOnData, _Tied, _Handwritten, _Table],
+    ids=["branches", "data-dependent", "tied", "handwritten", "table"],
 )
 def test_models_written_as_classes_are_exact_too(client: Client, model: type[nn.Module], strategy: str) -> None:
     torch.manual_seed(3)
