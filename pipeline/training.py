@@ -20,7 +20,7 @@ from pipeline.checkpoint import check_checkpoint, write_weights
 from pipeline.cluster.deployment import local_cluster
 from pipeline.cluster.devices import Member, discover
 from pipeline.errors import InputError
-from pipeline.graph.trace import trace
+from pipeline.graph.trace import model_dtype, trace
 from pipeline.plan.checks import check_plan
 from pipeline.plan.plan import STRATEGIES, Plan, Strategy
 from pipeline.plan.planner import plan_graph
@@ -117,7 +117,13 @@ def fit(
             if calibration is None and shares is None and strategy not in ("ddp", "equal") and len(chosen) > 1:
                 calibration = calibrate(model, example_BCHW, connected, members=chosen, batch_size=batch_size)
             plan = plan_graph(
-                graph, calibration, batch_size=batch_size, strategy=strategy, labels=labels, shares=shares
+                graph,
+                calibration,
+                batch_size=batch_size,
+                strategy=strategy,
+                labels=labels,
+                shares=shares,
+                itemsize=model_dtype(model).itemsize,
             )
         indices = batch_indices(images, batch_size, epochs=epochs, max_steps=max_steps, shuffle=shuffle, seed=seed)
         accounts = run_plan(

@@ -45,7 +45,7 @@ def cached(
     numbers of images, the shares and the versions of the software are. `force` measures in any case. A folder that
     cannot be written is no error.
     """
-    devices = [(member.device.label, member.device.threads, member.hardware) for member in members]
+    devices = [(member.device.label, member.device.threads, member.hardware, member.memory) for member in members]
     key = json.dumps([_FORMAT, list(works), devices, list(images), list(fractions), versions_text()])
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.zarr.zip"
     if path.exists() and not force:

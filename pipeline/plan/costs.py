@@ -74,7 +74,7 @@ class Costs:
             latency=calibration.link_latency.values,
             seconds_per_byte=1 / calibration.link_bandwidth.values,
             update=update,
-            memory=calibration.memory_limit.values - calibration.process_memory.values,
+            memory=np.maximum(calibration.memory_limit.values - calibration.process_memory.values, 0.0),
             channels_last=bool(calibration.attrs.get("channels_last", 0)),
         )
 

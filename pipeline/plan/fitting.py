@@ -61,7 +61,8 @@ def most_within_memory(
         try:
             plan = make(middle)
         except InputError:  # the others cannot take what is left
-            low = np.where(limited, middle, low)
+            within = limited & (high >= 1)  # those that never had too much, if there are any
+            low = np.where(within if within.any() else limited, middle, low)
             continue
         over = needed_memory(graph, plan, itemsize=itemsize) > limits
         if not over.any():

@@ -25,7 +25,7 @@ from pipeline.plan.program import Program, activation_spec, compile_inference, c
 from pipeline.run import batch_norm
 from pipeline.run.clock import Clock
 from pipeline.run.emulation import Throttle
-from pipeline.run.memory_format import arranged, empty
+from pipeline.run.memory_format import arrange_module, arranged, empty
 from pipeline.run.noise import Masks
 from pipeline.run.parameters import Parameters
 from pipeline.run.recipe import Recipe, Turn, Updater
@@ -125,6 +125,7 @@ class Execution:
         self.parameters.gather()
         if self.context.rank == 0:
             self._whole = copy.deepcopy(self.model).to(self.transport.device).eval()
+            arrange_module(self._whole, channels_last=False)  # its own code may go by torch's usual order
 
     def predict(self, batch_size: int, x_BCHW: torch.Tensor | None) -> Any:
         """What the network returns for a batch, on the master; the model is in evaluation mode."""
@@ -277,7 +278,7 @@ class Execution:
             target = "reshape"  # what is one piece of memory by channel is none with the channels last
         with torch.set_grad_enabled(torch.is_grad_enabled() and not node.meta.get(NO_GRADIENT)):
             if step.in_place:
-                return _in_place(module, args)
+                return _in_place(module, args, kwargs)
             if module is not None:
                 result = module(*args, **kwargs)
                 if isinstance(module, nn.modules.instancenorm._InstanceNorm) and result.requires_grad:
@@ -369,15 +370,15 @@ def _modes_by_name(model: nn.Module, graph_module: fx.GraphModule, *, training: 
     return {name: found[one] for name, one in graph_module.named_modules(remove_duplicate=False) if one in found}
 
 
-def _in_place(module: nn.Module | None, args: tuple[Any, ...]) -> Any:
-    """An activation or a sum, written to the first of ``args``."""
+def _in_place(module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An activation or a sum, written to its first argument."""
     if module is None:
         total, summand = args
         total += summand
         return total
     setattr(module, "inplace", True)  # noqa: B010 - for torch's types a module has only tensors
     try:
-        return module(*args)
+        return module(*args, **kwargs)
     finally:
         setattr(module, "inplace", False)  # noqa: B010
 

@@ -34,6 +34,7 @@ def peak_memory(device: torch.device) -> int:
 
 def current_memory(device: torch.device) -> int:
     """The bytes held now."""
+    gc.collect()  # models that were traced are cycles, on a GPU as well
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
     _give_back()

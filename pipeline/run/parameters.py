@@ -249,6 +249,9 @@ class Parameters:
         if unsplit:
             self.modules[operation.name] = operation.module, module.to(self._device)
             for parameter in operation.parameters:
+                if not parameter.name.startswith(f"{operation.module}."):  # what the module is given
+                    self.work[parameter.name] = self._direct(parameter, unsplit=True)
+                    continue
                 self.work[parameter.name] = self._original(parameter.name)
                 self._originals.add(parameter.name)
             return
