@@ -11,9 +11,8 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from pipeline.analysis.statistics import bootstrap_ratio, speedup
-from pipeline.results.contracts import OK
+from pipeline.results.contracts import INDEX, OK
 
-INDEX = ("network", "batch_size", "device_set", "link", "strategy")
 NUMBERS = ("seconds", "seconds_there", "ratio", "low", "high", "speedup", "speedup_there")
 COLUMNS = (*INDEX, *NUMBERS)
 """Columns of a comparison: median step times in s here and there; how many times as fast it is here, with the 95 %
