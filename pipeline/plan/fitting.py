@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,10 +11,19 @@ from numpy.typing import NDArray
 from pipeline.errors import InputError
 from pipeline.graph.trace import Graph
 from pipeline.plan.costs import Costs
-from pipeline.plan.memory import SGD_STATES, predict_memory
+from pipeline.plan.memory import predict_memory
 from pipeline.plan.plan import Plan
 from pipeline.plan.shares import Most
-from pipeline.plan.strategies import plan_network
+from pipeline.plan.strategies import Shares, plan_network
+
+
+class PlanWith(Protocol):
+    """Plans by one strategy for some devices: freely, with given shares, or with the largest fraction of each."""
+
+    def __call__(self, *, shares: Shares | None = None, most: Most | None = None) -> Plan:
+        """The plan; ``InputError`` if ``most`` leaves too little for all of the network."""
+        ...
+
 
 SAFETY = 1.15
 """A prediction of memory may be too low by about as much."""
@@ -23,9 +33,9 @@ _HALVINGS = 8
 _MIB = 2**20
 
 
-def needed_memory(graph: Graph, plan: Plan, *, itemsize: int = 4, states: int = SGD_STATES) -> NDArray[np.float64]:
+def needed_memory(graph: Graph, plan: Plan, *, itemsize: int = 4) -> NDArray[np.float64]:
     """What each rank has to have beyond its process in bytes, (rank), to be on the safe side."""
-    return SAFETY * predict_memory(graph, plan, itemsize=itemsize, states=states)
+    return SAFETY * predict_memory(graph, plan, itemsize=itemsize)
 
 
 def is_scarce(graph: Graph, costs: Costs, batch_size: int, *, itemsize: int = 4) -> bool:
@@ -42,35 +52,34 @@ def fits(graph: Graph, plan: Plan, costs: Costs, *, itemsize: int = 4) -> bool:
     return bool((needed_memory(graph, plan, itemsize=itemsize) <= limits).all())
 
 
-def most_within_memory(
-    graph: Graph, make: Callable[[Most | None], Plan], costs: Costs, *, itemsize: int = 4
-) -> Most | None:
-    """What fraction each rank may have at most so that the plan which ``make`` gives with it fits; None for anything.
+def most_within_memory(graph: Graph, plan_with: PlanWith, costs: Costs, *, itemsize: int = 4) -> Most | None:
+    """What fraction each rank can hold, found by bisection for one rank at a time, while the others share the rest.
 
-    ``costs`` are of the ranks that ``make`` plans for. The fractions are found by bisection; where nothing fits, they
-    are None as well.
+    ``costs`` are of the ranks that ``plan_with`` plans for. None where no rank has to be limited, or no limits help.
     """
-    limits = costs.memory_left
-    limited = needed_memory(graph, make(None), itemsize=itemsize) > limits
-    if not limited.any():
+    if fits(graph, plan_with(), costs, itemsize=itemsize):
         return None
-    low, high = np.zeros(len(limits)), np.ones(len(limits))
-    found = None
-    for _ in range(_HALVINGS):
-        middle = np.where(limited, (low + high) / 2, 1.0)
-        try:
-            plan = make(middle)
-        except InputError:  # the others cannot take what is left
-            within = limited & (high >= 1)  # those that never had too much, if there are any
-            low = np.where(within if within.any() else limited, middle, low)
+    limits = costs.memory_left
+    most = np.ones(len(limits))
+
+    def can_hold(rank: int, fraction: float) -> bool:
+        shares = np.full(len(limits), (1 - fraction) / max(len(limits) - 1, 1))
+        shares[rank] = fraction
+        need = needed_memory(graph, plan_with(shares=[float(one) for one in shares]), itemsize=itemsize)
+        return bool(need[rank] <= limits[rank])
+
+    for rank in range(len(limits)):
+        if can_hold(rank, 1.0):
             continue
-        over = needed_memory(graph, plan, itemsize=itemsize) > limits
-        if not over.any():
-            found = middle
-        high = np.where(over & limited, middle, high)
-        low = np.where(limited & ~over, middle, low)
-        limited |= over
-    return found
+        low, high = 0.0, 1.0
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if can_hold(rank, middle) else (low, middle)
+        most[rank] = low
+    try:
+        return most if fits(graph, plan_with(most=most), costs, itemsize=itemsize) else None
+    except InputError:  # all of them together cannot hold the network
+        return None
 
 
 def check_memory(
@@ -80,14 +89,13 @@ def check_memory(
     *,
     smaller: Callable[[int], Plan] | None = None,
     itemsize: int = 4,
-    states: int = SGD_STATES,
 ) -> None:
     """Raise ``InputError`` if a rank cannot hold its part of ``plan``, and say what would do.
 
     ``costs`` are of all devices that the plan was made for; ``smaller`` plans for another batch size.
     """
     limits = costs.memory_left[list(plan.devices)]
-    need = needed_memory(graph, plan, itemsize=itemsize, states=states)
+    need = needed_memory(graph, plan, itemsize=itemsize)
     over = np.flatnonzero(need > limits)
     if not over.size:
         return
@@ -105,6 +113,6 @@ def check_memory(
         batch_size //= 2
     raise InputError(
         f"device {plan.devices[rank]} ({plan.labels[rank]}) needs about {need[rank] / _MIB:.0f} MiB for its part at "
-        f"batch size {plan.batch_size}, but has {max(limits[rank], 0) / _MIB:.0f} MiB beside its process: "
+        f"batch size {plan.batch_size}, but has {limits[rank] / _MIB:.0f} MiB beside its process: "
         f"{helps}"
     )

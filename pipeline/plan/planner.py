@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +19,6 @@ from pipeline.plan.fitting import check_memory, is_scarce, most_within_memory
 from pipeline.plan.plan import STRATEGIES, Plan, Strategy
 from pipeline.plan.prediction import Links, predict_step
 from pipeline.plan.search import fastest_plan
-from pipeline.plan.shares import Most
 from pipeline.plan.strategies import Shares, plan_network
 
 
@@ -82,16 +82,11 @@ def _uniform(
     itemsize: int,
 ) -> Plan:
     """The plan of any strategy but ``auto``, with shares that the devices can hold where the strategy chooses them."""
-
-    def make(most: Most | None) -> Plan:
-        return plan_network(
-            graph, strategy, batch_size=batch_size, labels=labels, costs=costs, shares=shares, most=most
-        )
-
+    plan_with = functools.partial(plan_network, graph, strategy, batch_size=batch_size, labels=labels, costs=costs)
     chosen = costs is not None and shares is None and strategy in ("kernel", "batch")
     if costs is None or not chosen or not is_scarce(graph, costs, batch_size, itemsize=itemsize):
-        return make(None)
-    return make(most_within_memory(graph, make, costs, itemsize=itemsize))
+        return plan_with(shares=shares)
+    return plan_with(most=most_within_memory(graph, plan_with, costs, itemsize=itemsize))
 
 
 def predicted_step_time(

@@ -7,6 +7,7 @@ places where one kind of split could give way to another, and then changes layer
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import permutations, product
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.graph.trace import Graph
 from pipeline.plan.costs import Costs
-from pipeline.plan.fitting import check_memory, fits, is_scarce, most_within_memory
+from pipeline.plan.fitting import PlanWith, check_memory, fits, is_scarce, most_within_memory
 from pipeline.plan.plan import Plan, Strategy
 from pipeline.plan.prediction import Links, predict_step
 from pipeline.plan.shares import Most
@@ -92,8 +93,13 @@ class _Search:
         for _, devices in sorted(found)[: _SETS_SEARCHED if len(everyone) <= _SMALL_SET else 1]:
             self._search_layers(devices)
         if self._best is None:
-            plan = self._uniform("kernel", everyone)
-            check_memory(self._graph, plan, self._costs, itemsize=self._itemsize)
+            check_memory(
+                self._graph,
+                self._uniform("kernel", everyone),
+                self._costs,
+                smaller=lambda size: self._plan_with("kernel", everyone, size)(),
+                itemsize=self._itemsize,
+            )
         assert self._best is not None
         return self._best[1]
 
@@ -113,31 +119,28 @@ class _Search:
         return mean
 
     def _uniform(self, strategy: Strategy, devices: tuple[int, ...]) -> Plan:
-        labels, costs = [self._labels[device] for device in devices], self._costs.only(devices)
-        plan = plan_network(
+        limited = strategy in ("kernel", "batch")
+        plan = self._plan_with(strategy, devices)(most=self._most(strategy, devices) if limited else None)
+        return replace(plan, devices=tuple(devices[rank] for rank in plan.devices))
+
+    def _plan_with(self, strategy: Strategy, devices: tuple[int, ...], batch_size: int | None = None) -> PlanWith:
+        return functools.partial(
+            plan_network,
             self._graph,
             strategy,
-            batch_size=self._batch_size,
-            labels=labels,
-            costs=costs,
-            most=self._most(strategy, devices) if strategy in ("kernel", "batch") else None,
+            batch_size=batch_size or self._batch_size,
+            labels=[self._labels[device] for device in devices],
+            costs=self._costs.only(devices),
         )
-        return replace(plan, devices=tuple(devices[rank] for rank in plan.devices))
 
     def _most(self, strategy: Strategy, devices: tuple[int, ...]) -> Most | None:
         """The largest fraction each device can hold; worked out once."""
         if not self._scarce:
             return None
         if (strategy, devices) not in self._limits:
-            labels, costs = [self._labels[device] for device in devices], self._costs.only(devices)
-
-            def make(most: Most | None) -> Plan:
-                return plan_network(
-                    self._graph, strategy, batch_size=self._batch_size, labels=labels, costs=costs, most=most
-                )
-
-            limits = most_within_memory(self._graph, make, costs, itemsize=self._itemsize)
-            self._limits[strategy, devices] = limits
+            self._limits[strategy, devices] = most_within_memory(
+                self._graph, self._plan_with(strategy, devices), self._costs.only(devices), itemsize=self._itemsize
+            )
         return self._limits[strategy, devices]
 
     def _mixed(self, kinds: Mapping[str, Kind], devices: tuple[int, ...]) -> Plan:

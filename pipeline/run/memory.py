@@ -34,8 +34,8 @@ def peak_memory(device: torch.device) -> int:
 
 def current_memory(device: torch.device) -> int:
     """The bytes held now."""
-    gc.collect()  # models that were traced are cycles, on a GPU as well
     if device.type == "cuda":
+        gc.collect()  # models that were traced are cycles, and hold their tensors until then
         return int(torch.cuda.memory_allocated(device))
     _give_back()
     return _status("VmRSS")

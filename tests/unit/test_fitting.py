@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,9 +14,10 @@ from pipeline.errors import InputError
 from pipeline.graph.trace import Graph, trace
 from pipeline.networks import network
 from pipeline.plan.costs import Costs
-from pipeline.plan.fitting import fits, needed_memory
+from pipeline.plan.fitting import fits, most_within_memory, needed_memory
 from pipeline.plan.plan import Plan, Strategy
 from pipeline.plan.planner import plan_graph
+from pipeline.plan.strategies import plan_network
 from tests import synthetic
 
 LABELS = ("cpu", "cpu", "cpu@0.5")
@@ -70,3 +72,23 @@ def test_a_smaller_batch_is_proposed_where_it_fits(graph: Graph) -> None:
     need = needed_memory(graph, _plan(graph, (1e12,) * 3, "single", batch_size=16))[0]
     with pytest.raises(InputError, match="a batch of 16 images would fit"):
         _plan(graph, (1.05 * need,) * 3, "single", batch_size=32)
+
+
+def test_two_devices_with_too_little_each_get_what_they_can_hold(graph: Graph) -> None:
+    labels, costs = LABELS[:2], Costs.of(synthetic.calibration_of(graph, LABELS[:2]))
+    plan_with = functools.partial(plan_network, graph, "kernel", batch_size=32, labels=labels, costs=costs)
+    wanted = 0.7, 0.3
+    need = needed_memory(graph, plan_with(shares=wanted))
+    # Neither fits half of it beside the other, and the second has room for little more than what is left.
+    tight = replace(costs, memory=1.03 * need)
+    most = most_within_memory(graph, plan_with, tight)
+    assert most is not None
+    plan = plan_with(most=most)
+    assert fits(graph, plan, tight)
+    assert plan.convolution_shares(graph) == pytest.approx(wanted, abs=0.06)
+
+
+def test_auto_names_a_batch_that_would_fit(graph: Graph) -> None:
+    need = needed_memory(graph, _plan(graph, (1e12,) * 3, "kernel", batch_size=4)).max()
+    with pytest.raises(InputError, match=r"a batch of \d+ images would fit"):
+        _plan(graph, (1.02 * need,) * 3, "auto", batch_size=256)
