@@ -153,6 +153,11 @@ def calibration() -> xr.Dataset:
         {
             "forward_time": (("device", "segment", "share", "images", "repetition"), forward),
             "backward_time": (("device", "segment", "share", "images", "repetition"), 2 * forward),
+            "input_gradient_time": (("device", "segment", "share", "images", "repetition"), forward),
+            "forward_time_alone": (("device", "segment", "repetition"), forward[:, :, -1, -1]),
+            "backward_time_alone": (("device", "segment", "repetition"), 2 * forward[:, :, -1, -1]),
+            "update_overhead": (("device", "repetition"), np.zeros((2, 3))),
+            "turn_time": (("turn_bytes", "repetition"), np.zeros((2, 3))),
             "update_time": (("device", "repetition"), np.full((2, 3), 1e-9)),
             "kernels": (("segment", "share"), np.outer([50, 50, 500, 10], shares).round()),
             "device_label": ("device", np.array(["cpu", "cpu@0.5"], object)),
@@ -172,6 +177,7 @@ def calibration() -> xr.Dataset:
             "segment": np.array(segments, object),
             "share": shares,
             "message_bytes": sizes,
+            "turn_bytes": [64, 1048576],
         },
         PROVENANCE,
     )
@@ -193,7 +199,12 @@ def calibration_of(graph: Graph, labels: Sequence[str]) -> xr.Dataset:
         {
             "forward_time": (("device", "segment", "share", "images", "repetition"), forward),
             "backward_time": (("device", "segment", "share", "images", "repetition"), 2 * forward),
+            "input_gradient_time": (("device", "segment", "share", "images", "repetition"), forward),
             "kernels": (("segment", "share"), kernels),
+            "forward_time_alone": (("device", "segment", "repetition"), forward[:, :, -1, -1]),
+            "backward_time_alone": (("device", "segment", "repetition"), 2 * forward[:, :, -1, -1]),
+            "update_overhead": (("device", "repetition"), np.zeros((ranks, 1))),
+            "turn_time": (("turn_bytes", "repetition"), np.zeros((2, 1))),
             "update_time": (("device", "repetition"), np.full((ranks, 1), 1e-9)),
             "device_label": ("device", np.array(labels, object)),
             "process_memory": ("device", np.full(ranks, 3e8)),
@@ -211,6 +222,7 @@ def calibration_of(graph: Graph, labels: Sequence[str]) -> xr.Dataset:
             "share": shares,
             "images": images,
             "message_bytes": [1024, 1048576],
+            "turn_bytes": [64, 1048576],
         },
         {**PROVENANCE, "image_shape": str(list(graph.input_shape)), "classes": 10},
     )

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pipeline.calibration.cache import cached
-from pipeline.calibration.links import LINK_BYTES, link_of
+from pipeline.calibration.links import LINK_BYTES, TURN_BYTES, link_of
 from pipeline.calibration.segments import Chain, chains_of, geometry
 from pipeline.calibration.worker import Measurement, Task, measure_rank, split_plan
 from pipeline.cluster.devices import Member, discover
@@ -68,6 +68,7 @@ def calibrate(
     works = [geometry(graph, model, plan, chain) for chain in chains]
     alike = [works.index(work) for work in works]
     first = list(dict.fromkeys(alike))
+    kinds = [(member.device.label, member.host) for member in chosen]
     task = Task(
         model=copy.deepcopy(model).to("meta"),
         graph=graph,
@@ -77,6 +78,7 @@ def calibrate(
         fractions=tuple(sorted(set(fractions) | {1.0})),
         repetitions=repetitions,
         passes=_PASSES,
+        alone=tuple(kinds.index(kind) for kind in dict.fromkeys(kinds)),
     )
     name = network or type(model).__name__
 
@@ -125,16 +127,22 @@ def _dataset(
     times = np.stack([measurement.times for measurement in measured])[:, everywhere]
     made = max(int(np.isfinite(times).any(axis=(0, 1, 2, 3, 5)).sum()), repetitions)
     times = _padded(times, made, axis=4)
+    alone = _padded(np.stack([one.alone for one in measured])[:, everywhere], made, axis=2)
     update = np.stack([one.update for one in measured])
     segment_dims = ("device", "segment", "share", "images", "repetition")
     dataset = xr.Dataset(
         {
             "forward_time": (segment_dims, times[..., 0]),
             "backward_time": (segment_dims, times[..., 1]),
+            "input_gradient_time": (segment_dims, times[..., 2]),
+            "forward_time_alone": (("device", "segment", "repetition"), alone[..., 0]),
+            "backward_time_alone": (("device", "segment", "repetition"), alone[..., 1]),
             "kernels": (("segment", "share"), measured[0].kernels[everywhere]),
-            "update_time": (("device", "repetition"), _padded(update, made, axis=1)),
+            "update_overhead": (("device", "repetition"), _padded(update[..., 0], made, axis=1)),
+            "update_time": (("device", "repetition"), _padded(update[..., 1], made, axis=1)),
             "device_label": ("device", np.array([member.device.label for member in members], dtype=object)),
             "link_time": (("source", "destination", "message_bytes", "repetition"), _padded(link_time, made, axis=3)),
+            "turn_time": (("turn_bytes", "repetition"), _padded(measured[0].turns, made, axis=1)),
             "process_memory": ("device", [float(one.process_memory) for one in measured]),
             "memory_limit": ("device", [float(member.memory) for member in members]),
             "link_latency": (("source", "destination"), latency),
@@ -150,6 +158,7 @@ def _dataset(
             "source": np.arange(ranks),
             "destination": np.arange(ranks),
             "message_bytes": np.array(LINK_BYTES),
+            "turn_bytes": np.array(TURN_BYTES),
         },
         attrs=provenance(
             {"fractions": task.fractions, "repetitions": task.repetitions, "images": task.images, "network": network},

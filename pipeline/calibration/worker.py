@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,25 +21,27 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pipeline._torchvision import Importable
-from pipeline.calibration.links import measure_links
+from pipeline.calibration.links import measure_links, measure_turns
 from pipeline.calibration.segments import Chain
 from pipeline.cluster.gang import RankContext
 from pipeline.graph.trace import Graph
 from pipeline.plan.instructions import Compute, Placed, Step
 from pipeline.plan.plan import Plan
-from pipeline.plan.program import activation_spec
+from pipeline.plan.program import activation_spec, is_divided
 from pipeline.plan.strategies import Kind, Mixed, layers_of, plan_network
 from pipeline.plan.ties import Tie
 from pipeline.run.emulation import Throttle
 from pipeline.run.execution import Execution
 from pipeline.run.memory import current_memory
 from pipeline.run.memory_format import arranged, may_have_channels_last
+from pipeline.run.transport import Transport
 
 _LEAST_UPDATED, _MOST_UPDATED = 1_000_000, 16_000_000
 """Trained parameters that the update is measured with, between these as many as the network has."""
 _LINK_REPETITIONS = 5
 _CERTAIN = 0.02
 """What is uncertain by less than this part of a whole step is not measured again."""
+_DIRECTIONS, _PARTS = 2, 3
 _CLEARLY = 0.95
 """Another order in memory has to save more than measurements err."""
 
@@ -65,6 +67,8 @@ class Task:
     """Of everything, in the first pass."""
     passes: int
     """How many passes at most follow, each with one more repetition of what still is uncertain."""
+    alone: tuple[int, ...]
+    """Ranks that measure once more, one after the other, while all others wait."""
 
     def kernels(self) -> NDArray[np.float64]:
         """How many channels are measured, (segment, share); of input features for a dense layer.
@@ -89,17 +93,22 @@ class Measurement:
     """What a rank measured; times in s."""
 
     times: NDArray[np.float64]
-    """(segment, share, images, repetition, direction), forward first; NaN where nothing was measured."""
+    """(segment, share, images, repetition, part): forward, backward, and of that until the gradient of the input is
+    there, where these two are computed one after the other. NaN where nothing was measured."""
+    alone: NDArray[np.float64]
+    """(segment, repetition, direction) of whole segments with the most images, while the other ranks wait."""
     kernels: NDArray[np.float64]
     """(segment, share): channels at that share; of input features for a dense layer."""
     update: NDArray[np.float64]
-    """(repetition) of the optimiser per parameter."""
+    """(repetition, 2) of the optimiser: whatever its parameters, and per parameter."""
     process_memory: int
     """Bytes that the process holds without any network, when it has done all kinds of work."""
     channels_last: bool
     """Whether all ranks measured with the channels last in memory, because that was faster."""
     links: dict[int, NDArray[np.float64]]
     """By other rank, (message, repetition) one way; each pair is measured by its lower rank."""
+    turns: NDArray[np.float64]
+    """(message, repetition) of an exchange between all ranks at once, which compute before it; the same on all."""
 
 
 def measure_rank(context: RankContext, task: Task) -> Measurement:
@@ -119,18 +128,23 @@ def measure_rank(context: RankContext, task: Task) -> Measurement:
         if not todo:
             break
         segments.measure(todo)
+    alone = segments.measure_alone()
     times, kernels = segments.times, segments.kernels
     update = _measure_update(context, task)
-    links = measure_links(context, max(task.repetitions, _LINK_REPETITIONS))
+    transport = Transport(context)  # what a training's messages go through: shared memory on one host, else sockets
+    links = measure_links(context, transport, max(task.repetitions, _LINK_REPETITIONS))
+    turns = measure_turns(context, transport, task.repetitions)
     # What torch has set up for its operations by now stays in the process, as it will in training.
     del segments, model
     return Measurement(
         times=times,
+        alone=alone,
         kernels=kernels,
         update=update,
         process_memory=current_memory(context.torch_device),
         channels_last=channels_last,
         links=links,
+        turns=turns,
     )
 
 
@@ -141,7 +155,7 @@ class _Segments:
         self._context, self._model, self._task, self._channels_last = context, model, task, channels_last
         self._done = 0
         shape = (len(task.chains), len(task.fractions))
-        self.times = np.full((*shape, len(task.images), task.repetitions + task.passes, 2), np.nan)
+        self.times = np.full((*shape, len(task.images), task.repetitions + task.passes, _PARTS), np.nan)
         self.kernels = task.kernels()
         self._undivided = _execution_of(context, model, task.graph, None, channels_last=channels_last)
 
@@ -151,7 +165,9 @@ class _Segments:
         every = [(int(share), int(segment)) for share, segment in np.argwhere(np.isfinite(self.kernels.T))]
         if not self._done:
             return every
-        least = np.sort(self.times[:, :, -1].sum(axis=-1), axis=-1)  # (segment, share, repetition), NaN last
+        least = np.sort(
+            self.times[:, :, -1, :, :_DIRECTIONS].sum(axis=-1), axis=-1
+        )  # (segment, share, repetition), NaN last
         step = float(np.nansum(least[:, -1, 0] * np.array(task.weights)))
         # Noise only adds to a time: where the two least agree, they are likely to be right.
         doubt = least[..., 1] - least[..., 0] if least.shape[-1] > 1 else np.zeros(least.shape[:-1])
@@ -186,6 +202,22 @@ class _Segments:
             self._context.report(sum(at <= share for at, _ in todo), total=len(todo))
         self._done += repetitions
 
+    def measure_alone(self) -> NDArray[np.float64]:
+        """What ``Measurement.alone`` says; every rank has to call it."""
+        task, context = self._task, self._context
+        times = np.full((len(task.chains), task.repetitions, _DIRECTIONS), np.nan)
+        for rank in task.alone if context.group is not None else ():
+            context.barrier()
+            if rank == context.rank:
+                runs = [_step_of(context, self._undivided, chain, task.graph, task.images[-1]) for chain in task.chains]
+                for repetition in range(-1, task.repetitions):
+                    for segment, run in enumerate(runs):
+                        found = run()
+                        if repetition >= 0:
+                            times[segment, repetition] = found[:_DIRECTIONS]
+        context.barrier()
+        return times
+
     def _split(self, fraction: float) -> Execution:
         return _execution_of(self._context, self._model, self._task.graph, fraction, channels_last=self._channels_last)
 
@@ -217,7 +249,7 @@ def _whole_seconds(context: RankContext, execution: Execution, task: Task) -> fl
             _step_of(context, execution, chain, task.graph, images) for images in (task.images[0], task.images[-1])
         )
         few()
-        total += times * sum(many())
+        total += times * sum(many()[:_DIRECTIONS])
     return total
 
 
@@ -268,12 +300,12 @@ def _channels(graph: Graph, plan: Plan, chain: Chain) -> int:
 
 
 def _in_turn(
-    context: RankContext, runs: list[list[Callable[[], tuple[float, float]]]], repetitions: int
+    context: RankContext, runs: list[list[Callable[[], tuple[float, ...]]]], repetitions: int
 ) -> NDArray[np.float64]:
-    """Forward and backward time of each of ``runs``, by its numbers of images, in s: (run, images, repetition, 2)."""
+    """Times of each of ``runs``, by its numbers of images, in s: (run, images, repetition, part)."""
     context.barrier()
     for steps in runs:
-        steps[0]()
+        steps[-1]()  # the first time torch sets up its operations, and the system gives it memory
     times = np.array([[[once() for once in steps] for steps in runs] for _ in range(repetitions)])
     turns = itertools.cycle([steps[0] for steps in runs])
 
@@ -286,8 +318,8 @@ def _in_turn(
 
 def _step_of(
     context: RankContext, execution: Execution, chain: Chain, graph: Graph, images: int
-) -> Callable[[], tuple[float, float]]:
-    """What runs a segment forward and backward on made-up values, and tells the two times in s."""
+) -> Callable[[], tuple[float, ...]]:
+    """What runs a segment forward and backward on made-up values, and tells the times of its parts in s."""
     plan = execution.plan
     inputs = tuple(dict.fromkeys(
         Placed(value, plan[name].input)
@@ -312,20 +344,28 @@ def _step_of(
         name=chain.name, direction="forward", segment=0, steps=steps, inputs=inputs, outputs=outputs, ranks=(0,)
     )
     backward = replace(forward, direction="backward")
+    first = graph[chain.operations[0]]
+    divided = is_divided(graph, first, plan[first.name]) and plan[first.name].output.shares[-1] > 0
     values = {one: _made_up(execution, one, graph, images).requires_grad_(one in gradients) for one in inputs}
     incoming: dict[Placed, torch.Tensor] = {}
 
-    def once() -> tuple[float, float]:
+    def timed(instruction: Compute) -> float:
+        return _timed(context, execution.throttle, functools.partial(execution.compute, instruction, gradients))
+
+    def once() -> tuple[float, ...]:
         execution.begin(images, None, training=True)
         execution.parameters.clear_gradients()
         for placed, value in values.items():
             value.grad = None
             execution.values[placed] = value
-        ahead = _timed(context, functools.partial(execution.compute, forward, gradients))
+        ahead = timed(forward)
         for placed in outputs:
             incoming.setdefault(placed, torch.rand_like(execution.values[placed]))
             execution.values[placed].grad = incoming[placed]
-        return ahead, _timed(context, functools.partial(execution.compute, backward, gradients))
+        if not divided:
+            return ahead, timed(backward), math.nan
+        until_input = timed(replace(backward, gradients="inputs"))
+        return ahead, until_input + timed(replace(backward, gradients="parameters")), until_input
 
     return once
 
@@ -347,26 +387,45 @@ def _made_up(execution: Execution, placed: Placed, graph: Graph, images: int) ->
     return arranged(made_up, channels_last=execution.plan.channels_last)
 
 
-def _timed(context: RankContext, work: Callable[[], None]) -> float:
-    start = time.perf_counter()
+def _timed(context: RankContext, throttle: Throttle, work: Callable[[], object]) -> float:
+    """How long ``work`` keeps the device busy, in s.
+
+    An emulated one sleeps longer or shorter than it should, and makes up for it later: what counts is what it is to be
+    busy for.
+    """
+    start, charged = time.perf_counter(), throttle.charged
     work()
     if context.torch_device.type == "cuda":
         torch.cuda.synchronize(context.torch_device)
-    return time.perf_counter() - start
+    return throttle.charged - charged if throttle.slows else time.perf_counter() - start
 
 
 def _measure_update(context: RankContext, task: Task) -> NDArray[np.float64]:
-    """Time of SGD with momentum per parameter in s, (repetition)."""
-    throttle = Throttle(context.device)
+    """Time of SGD with momentum in s, (repetition, 2): for parameters without a number in them, and per number."""
     trained = {one.name: one.shape for op in task.graph.operations for one in op.parameters if one.trained}
-    size = min(max(sum(map(math.prod, trained.values())), _LEAST_UPDATED), _MOST_UPDATED)
-    parameter = nn.Parameter(torch.zeros(size, device=context.torch_device))
-    parameter.grad = torch.zeros_like(parameter)
-    optimizer = torch.optim.SGD([parameter], lr=0.01, momentum=0.9)
+    sizes = [math.prod(shape) for shape in trained.values()]
+    total = max(sum(sizes), 1)
+    scale = min(max(total, _LEAST_UPDATED), _MOST_UPDATED) / total
+    full = _update_of(context, [max(1, round(scale * size)) for size in sizes])
+    empty = _update_of(context, [1] * len(sizes))
+    found = []
+    for _ in range(task.repetitions):
+        overhead = empty()
+        found.append((overhead, max(full() - overhead, 0.0) / (scale * total)))
+    return np.array(found)
+
+
+def _update_of(context: RankContext, sizes: Sequence[int]) -> Callable[[], float]:
+    """What updates parameters of so many numbers each, and tells the time in s."""
+    throttle = Throttle(context.device)
+    parameters = [nn.Parameter(torch.zeros(size, device=context.torch_device)) for size in sizes]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = torch.optim.SGD(parameters or [torch.zeros(1)], lr=0.01, momentum=0.9)
 
     def work() -> None:
         with throttle.work():
             optimizer.step()
 
     work()
-    return np.array([_timed(context, work) for _ in range(task.repetitions)]) / size
+    return functools.partial(_timed, context, throttle, work)

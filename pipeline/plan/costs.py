@@ -19,6 +19,11 @@ _ALIKE = 1.05
 """Devices of one label whose times lie within this factor are taken to be equal: two cores of one processor differ by
 less, but measurements of them by some per cent, which would make one of them wait for the other in every step."""
 
+CROWD = 3
+"""With so many ranks several links are in use at once."""
+_HALF = 0.5
+"""The gradients of a convolution's input and of its weights take the same number of operations."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
@@ -26,7 +31,7 @@ class Costs:
 
     The time of a *fraction* of a segment (of its kernels, or of a dense layer's input features) is a line over the
     images, ``fixed + images * per_image``: each of the two never falls over the fraction, and is interpolated between
-    the measured ones. The least of the repetitions counts: what disturbs a measurement only adds to it. Devices of one
+    the measured ones. The median of the repetitions counts. Devices of one
     label that hardly differ share the mean of their curves.
     """
 
@@ -44,6 +49,17 @@ class Costs:
     """(source, destination) in s per byte."""
     update: NDArray[np.float64]
     """(device) in s per trained parameter."""
+    update_overhead: NDArray[np.float64]
+    """(device) in s, whatever the parameters."""
+    input_part: NDArray[np.float64]
+    """(segment) of the backward time of a divided segment, the fraction until its input has its gradient."""
+    alone: NDArray[np.float64]
+    """(device, segment, direction) what part of these times a segment takes while the other devices wait: devices that
+    share a processor take memory bandwidth, cache and clock from each other."""
+    turn: NDArray[np.float64]
+    """(device) in s, from its having computed until others that wait for that go on, beside what is sent to them."""
+    crowding: NDArray[np.float64]
+    """(device) how many times as long a byte takes when all devices send at once."""
     memory: NDArray[np.float64] | None = None
     """(device) bytes that each may hold beyond its process; None where nothing is known of that."""
     channels_last: bool = False
@@ -57,13 +73,12 @@ class Costs:
     @classmethod
     def of(cls, calibration: xr.Dataset) -> Costs:
         """The costs of all devices of one network's calibration."""
-        least = calibration[["forward_time", "backward_time", "update_time"]].min("repetition")
-        both = (least.forward_time, least.backward_time)
-        times = np.stack([way.transpose("device", "segment", "share", "images").values for way in both], axis=-1)
-        update = least.update_time.values
+        parts = [_typical(calibration[name]) for name in ("forward_time", "backward_time", "input_gradient_time")]
+        times, until_input = np.stack(parts[:2], axis=-1), parts[2]
+        update = np.stack([_typical(calibration[name]) for name in ("update_overhead", "update_time")], axis=-1)
         kinds = [str(label).partition("[")[0] for label in calibration.device_label.values]  # whatever the memory
         for alike in _alike(kinds, times):
-            times[alike], update[alike] = times[alike].mean(axis=0), update[alike].mean()
+            times[alike], update[alike] = times[alike].mean(axis=0), update[alike].mean(axis=0)
         fixed, per_image = _lines(times, calibration.images.values)
         kernels = calibration.kernels.transpose("segment", "share")
         return cls(
@@ -73,7 +88,12 @@ class Costs:
             per_image=_rising(per_image),
             latency=calibration.link_latency.values,
             seconds_per_byte=1 / calibration.link_bandwidth.values,
-            update=update,
+            update=update[:, 1],
+            update_overhead=update[:, 0],
+            input_part=_input_part(until_input, parts[1]),
+            alone=_alone(calibration, kinds, times[:, :, :, -1]),
+            turn=np.full(len(kinds), _turn(calibration)),
+            crowding=np.full(len(kinds), _crowding(calibration)),
             memory=np.maximum(calibration.memory_limit.values - calibration.process_memory.values, 0.0),
             channels_last=bool(calibration.attrs.get("channels_last", 0)),
         )
@@ -89,6 +109,10 @@ class Costs:
             latency=self.latency[pairs],
             seconds_per_byte=self.seconds_per_byte[pairs],
             update=self.update[chosen],
+            update_overhead=self.update_overhead[chosen],
+            alone=self.alone[chosen],
+            turn=self.turn[chosen],
+            crowding=self.crowding[chosen],
             memory=None if self.memory is None else self.memory[chosen],
         )
 
@@ -105,6 +129,10 @@ class Costs:
             fixed=np.concatenate([one.fixed for one in parts]),
             per_image=np.concatenate([one.per_image for one in parts]),
             update=np.concatenate([one.update for one in parts]),
+            update_overhead=np.concatenate([one.update_overhead for one in parts]),
+            alone=np.concatenate([one.alone for one in parts]),
+            turn=np.concatenate([one.turn for one in parts]),
+            crowding=np.concatenate([one.crowding for one in parts]),
             memory=np.concatenate([one.memory_left for one in parts]),
             latency=np.zeros((1, 1)),
             seconds_per_byte=np.zeros((1, 1)),
@@ -112,7 +140,18 @@ class Costs:
 
     def slowed(self, factor: float) -> Costs:
         """The same devices if all took ``factor`` times as long to compute."""
-        return replace(self, fixed=self.fixed * factor, per_image=self.per_image * factor, update=self.update * factor)
+        return replace(
+            self,
+            fixed=self.fixed * factor,
+            per_image=self.per_image * factor,
+            update=self.update * factor,
+            update_overhead=self.update_overhead * factor,
+        )
+
+    def input_part_of(self, operation: str) -> float:
+        """The fraction of an operation's divided backward computation until its input has its gradient."""
+        segment = self._places.get(operation)
+        return _HALF if segment is None else float(self.input_part[segment])
 
     @property
     def memory_left(self) -> NDArray[np.float64]:
@@ -137,6 +176,11 @@ class Costs:
         measured = np.isfinite(self.fractions[segment]) & np.isfinite(both[0])
         return self.fractions[segment][measured] * total, both[:, measured]
 
+    def alone_part(self, operation: str, direction: Direction) -> NDArray[np.float64]:
+        """What part of its time the segment that ``operation`` begins takes while other devices wait, (device)."""
+        segment = self._places.get(operation)
+        return np.ones(self.devices) if segment is None else self.alone[:, segment, 0 if direction == "forward" else 1]
+
     def seconds(
         self, operation: str, fraction: NDArray[np.float64], direction: Direction, images: NDArray[np.float64]
     ) -> NDArray[np.float64]:
@@ -159,7 +203,7 @@ class Costs:
         return np.where((fraction > 0) & (images > 0), found, 0.0)
 
     def whole_steps(self, batch_size: int) -> NDArray[np.float64]:
-        """Forward and backward of the whole network on each device alone in s, (device)."""
+        """Forward and backward of the whole network on each device beside the others in s, (device)."""
         whole = [np.nanmax(one, axis=2).sum(axis=(1, 2)) for one in (self.fixed, self.per_image)]
         found: NDArray[np.float64] = whole[0] + batch_size * whole[1]
         return found
@@ -182,6 +226,53 @@ def on_grid(curves: Curves, grid: NDArray[np.float64]) -> NDArray[np.float64]:
     along = np.clip((grid - points[after - 1]) / (points[after] - points[after - 1]), 0, 1)
     found: NDArray[np.float64] = (1 - along) * times[:, after - 1] + along * times[:, after]
     return found
+
+
+def _typical(repeated: xr.DataArray) -> NDArray[np.float64]:
+    """The median of the repetitions, which one that was disturbed does not change much; NaN where there are none."""
+    median: NDArray[np.float64] = repeated.median("repetition").values
+    return median
+
+
+def _input_part(until_input: NDArray[np.float64], backward: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What fraction of ``backward`` is ``until_input``, both (device, segment, share, images); (segment)."""
+    divided = np.isfinite(until_input) & (backward > 0)
+    parts = np.where(divided, until_input, 0.0).sum(axis=(0, 2, 3))
+    whole = np.where(divided, backward, 0.0).sum(axis=(0, 2, 3))
+    return np.where(whole > 0, parts / np.where(whole > 0, whole, 1.0), _HALF)
+
+
+def _alone(calibration: xr.Dataset, kinds: Sequence[str], times: NDArray[np.float64]) -> NDArray[np.float64]:
+    """As ``Costs.alone``, from the ``times`` (device, segment, share, direction) beside others; 1 where not measured.
+
+    One device of each kind is measured alone and stands for the others.
+    """
+    names = ("forward_time_alone", "backward_time_alone")
+    alone = np.stack([_typical(calibration[name]) for name in names], axis=-1)
+    beside = times[:, :, -1]  # the whole segment, the largest share
+    known = np.isfinite(alone) & (beside > 0)
+    part = np.where(known, np.minimum(alone / np.where(known, beside, 1.0), 1.0), np.nan)
+    for index, kind in enumerate(kinds):
+        measured = next((one for one in range(len(kinds)) if kinds[one] == kind and known[one].any()), index)
+        part[index] = part[measured]
+    return np.where(np.isfinite(part), part, 1.0)
+
+
+def _turn(calibration: xr.Dataset) -> float:
+    """How long an exchange of next to nothing takes between ranks that compute, in s; 0 if there is one rank."""
+    times = calibration.turn_time.isel(turn_bytes=0).values
+    return float(np.nanmedian(times)) if np.isfinite(times).any() else 0.0
+
+
+def _crowding(calibration: xr.Dataset) -> float:
+    """How many times as long a byte takes when all ranks send to all, as between two; at least 1."""
+    ranks = calibration.sizes["device"]
+    medians = calibration.turn_time.transpose("turn_bytes", "repetition").median("repetition").values
+    moving = calibration.link_bandwidth.values[~np.eye(ranks, dtype=bool)]
+    if ranks < CROWD or not np.isfinite(medians).all():
+        return 1.0
+    alone = (ranks - 1) * float(np.diff(calibration.turn_bytes.values)[0]) * float(np.median(1 / moving))
+    return max(1.0, float(medians[1] - medians[0]) / alone) if alone > 0 else 1.0
 
 
 def _alike(labels: Sequence[str], times: NDArray[np.float64]) -> list[list[int]]:

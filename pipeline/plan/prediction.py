@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph
 from pipeline.links import Link
-from pipeline.plan.costs import Costs
+from pipeline.plan.costs import CROWD, Costs
 from pipeline.plan.instructions import Compute, Direction, Exchange, Instruction, Step, may_go_on
 from pipeline.plan.layouts import Layout
 from pipeline.plan.plan import Plan
@@ -23,6 +23,12 @@ from pipeline.plan.traffic import Traffic
 
 Times = NDArray[np.float64]
 
+_COPY_S_PER_BYTE = 1e-10
+"""What packing or unpacking takes of a processor's time, when it is not in the cache."""
+_HANDLING_S = 2e-4
+"""What an exchange keeps a rank busy at most, however little it moves and however long its messages travel."""
+_MOST_TURN = 0.5
+"""A turn adds so much of the computing at most: who has had its core for a moment has hardly lost it."""
 _PAIRWISE_RANKS = 48
 """Up to so many ranks every message is followed; beyond, the sums of what each rank sends and receives."""
 
@@ -95,7 +101,7 @@ def predict_timeline(
 
     NaN where a rank takes no part.
     A rank begins an instruction when it has ended the one before, but goes on during a deferred exchange until what
-    needs it begins.
+    needs it begins. Who waits for a rank that has computed waits for its *turn* as well (``Costs.turn``).
     """
     return _Simulation(graph, plan, program, costs, itemsize, links or Links.measured(costs)).run()
 
@@ -103,14 +109,20 @@ def predict_timeline(
 def compute_seconds(graph: Graph, plan: Plan, program: Program, instruction: Instruction, costs: Costs) -> Times:
     """Time of a computation or of the update on each rank in s, (rank)."""
     if not isinstance(instruction, Compute):
-        return _updated(program) * costs.update
-    # The gradients of a convolution's input and of its weights take the same number of operations.
-    part = 1.0 if instruction.gradients == "all" else 0.5
+        updated = _updated(program)
+        return np.where(updated > 0, costs.update_overhead + updated * costs.update, 0.0)
     total = np.zeros(program.ranks)
     for step in instruction.steps:
         if step.part in ("whole", "normalise"):
-            total += step_seconds(graph, plan, step, instruction.direction, program.batch_size, costs)
-    return part * total
+            whole = step_seconds(graph, plan, step, instruction.direction, program.batch_size, costs)
+            if len(instruction.ranks) == 1:
+                whole = whole * costs.alone_part(step.operation, instruction.direction)
+            total += _part_of(instruction, costs.input_part_of(step.operation)) * whole
+    return total
+
+
+def _part_of(instruction: Compute, input_part: float) -> float:
+    return {"all": 1.0, "inputs": input_part, "parameters": 1 - input_part}[instruction.gradients]
 
 
 def step_seconds(graph: Graph, plan: Plan, step: Step, direction: Direction, batch_size: int, costs: Costs) -> Times:
@@ -125,11 +137,15 @@ class _Simulation:
     def __init__(self, graph: Graph, plan: Plan, program: Program, costs: Costs, itemsize: int, links: Links) -> None:
         self._graph, self._plan, self._program, self._costs = graph, plan, program, costs
         self._itemsize, self._links = itemsize, links
+        self._handling = min(float(np.median(costs.latency)), _HANDLING_S)
+        """What each exchange keeps a rank busy in s."""
         shape = (links.cases, program.ranks)
         self._free = np.zeros(shape)
         """When each rank has ended what it does itself."""
         self._egress, self._ingress = np.zeros(shape), np.zeros(shape)
         """When the ports of each rank are free again."""
+        self._computed = np.zeros(program.ranks)
+        """For how long each rank has computed in s since it last sent something."""
         self._pending: list[tuple[Exchange, Times]] = []
 
     def run(self) -> Times:
@@ -142,13 +158,16 @@ class _Simulation:
             if isinstance(instruction, Exchange):
                 end = self._exchange(instruction)
                 if instruction.deferred:
+                    self._free = self._free + self._copying(instruction)
                     self._pending.append((instruction, end))
                 else:
                     self._free = np.maximum(self._free, end)
                 end = end[:, ranks]
             else:
-                end = start + compute_seconds(self._graph, self._plan, self._program, instruction, self._costs)[ranks]
+                busy = compute_seconds(self._graph, self._plan, self._program, instruction, self._costs)[ranks]
+                end = start + busy
                 self._free[:, ranks] = end
+                self._computed[ranks] += busy
             timeline[:, index, ranks, 0], timeline[:, index, ranks, 1] = start, end
         return timeline
 
@@ -164,9 +183,25 @@ class _Simulation:
     def _exchange(self, exchange: Exchange) -> Times:
         """When each rank has ended its part, (case, rank); a rank without one ends at once."""
         unit = exchange.spec.rest * self._itemsize
+        moved = exchange.traffic
         if self._links.alike and self._program.ranks > _PAIRWISE_RANKS:
-            return self._in_sum(exchange.traffic, unit)
-        return self._message_by_message(exchange.traffic, unit)
+            return self._in_sum(moved, unit)
+        return self._message_by_message(moved, unit)
+
+    def _copying(self, exchange: Exchange) -> Times:
+        """What an exchange keeps each rank from computing in s, (rank): its messages are copied by the rank itself."""
+        (sent, out_size), (_, in_size) = exchange.traffic.sent, exchange.traffic.received
+        crowded = not self._links.alike and np.count_nonzero(sent) >= CROWD
+        each = _COPY_S_PER_BYTE * (self._costs.crowding if crowded else 1.0)
+        moved = out_size + in_size
+        found: Times = moved * exchange.spec.rest * self._itemsize * each + np.where(moved > 0, self._handling, 0.0)
+        return found
+
+    def _turns(self, sends: NDArray[np.bool_]) -> Times:
+        """How long others wait for each rank beside its messages, (rank), which now ``sends``."""
+        turns: Times = np.where(sends, np.minimum(self._costs.turn, _MOST_TURN * self._computed), 0.0)
+        self._computed[sends] = 0.0
+        return turns
 
     def _message_by_message(self, moved: Traffic, unit: int) -> Times:
         """Each port takes its messages one after the other, in the order of the other end's ranks."""
@@ -174,11 +209,13 @@ class _Simulation:
         travels = size > 0
         if not travels.any():
             return self._free
+        sends, receives = np.any(travels, axis=1), np.any(travels, axis=0)
         duration = size * unit * self._links.seconds_per_byte
-        latency = np.broadcast_to(self._links.latency, duration.shape)
+        if not self._links.alike and np.count_nonzero(sends) >= CROWD:
+            duration = duration * self._costs.crowding[:, None]
+        latency = np.broadcast_to(self._links.latency, duration.shape) + self._turns(sends)[:, None]
         begin = np.maximum(self._free, self._egress)
         leaves = begin[:, :, None] + np.cumsum(duration, axis=2)
-        sends, receives = travels.any(axis=1), travels.any(axis=0)
         self._egress = np.where(sends, leaves[:, :, -1], self._egress)
         arrives = np.where(travels, leaves + latency, -np.inf)
         # The port is busy for as long as each message takes: t = max(arrival, t before + duration), unrolled.
@@ -195,6 +232,7 @@ class _Simulation:
         sends, receives = sent > 0, received > 0
         if not sends.any():
             return self._free
+        latency = latency + self._turns(sends).max()
         leaving, arriving = out_size * unit * per_byte, in_size * unit * per_byte
         begin = np.where(sends, np.maximum(self._free, self._egress), -np.inf)
         leaves = begin + leaving
@@ -251,7 +289,7 @@ def _predict_ddp(graph: Graph, costs: Costs, batch_size: int, itemsize: int, lin
     elements = float(sum(np.prod(shape) for shape in trained.values()))
     ranks = costs.devices
     compute = float(costs.whole_steps(-(-batch_size // ranks)).max())
-    step = np.full(links.cases, compute + float(costs.update.max()) * elements)
+    step = np.full(links.cases, compute + float((costs.update_overhead + costs.update * elements).max()))
     if ranks == 1:
         return step
     hop = links.latency + elements * itemsize / ranks * links.seconds_per_byte

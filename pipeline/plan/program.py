@@ -169,11 +169,7 @@ class _Compiler:
         return images(proportional(self.batch_size, layout.shares))
 
     def _is_divided(self, operation: Operation) -> bool:
-        """Whether its backward computation is to be divided, for which it has to be a segment of its own."""
-        planned = self.plan[operation.name]
-        gathered = operation.effect is Effect.KERNEL and planned.input.kind == "R" and planned.output.kind == "K"
-        trained = any(one.trained for one in operation.parameters)
-        return gathered and trained and any(value in self.differentiable for value in operation.inputs)
+        return is_divided(self.graph, operation, self._scaled_plan(operation.name))
 
     def _available_as(self, value: str, layout: Layout) -> Placed:
         """Make sure that ``value`` is there in ``layout``, by an exchange if need be."""
@@ -395,6 +391,15 @@ def _hideable(compute: Compute, following: list[Compute | Exchange]) -> Exchange
 def _part(compute: Compute, gradients: Literal["inputs", "parameters"]) -> Compute:
     noun = "input gradient" if gradients == "inputs" else "weight gradient"
     return replace(compute, name=f"{compute.name} {noun}", direction="backward", gradients=gradients)
+
+
+def is_divided(graph: Graph, operation: Operation, planned: OperationPlan) -> bool:
+    """Whether the backward computation is to be divided, for which the operation has to be a segment of its own."""
+    gathered = operation.effect is Effect.KERNEL and planned.input.kind == "R" and planned.output.kind == "K"
+    trained = any(one.trained for one in operation.parameters)
+    return (
+        gathered and trained and any(value != graph.input and graph[value].differentiable for value in operation.inputs)
+    )
 
 
 def activation_spec(graph: Graph, value: str, batch_size: int) -> TensorSpec:

@@ -21,10 +21,12 @@ whatever does not exist: a rank that took no part in an instruction, a repetitio
 
 **Calibration** (`calibration.zarr`), per `network` (a scalar) or, of several, along `calibration`:
 
-    forward_time, backward_time(device, segment, share, images, repetition)
+    forward_time, backward_time, input_gradient_time(device, segment, share, images, repetition)
+    forward_time_alone, backward_time_alone(device, segment, repetition)
     kernels(segment, share)  device_label, process_memory, memory_limit(device)
-    update_time(device, repetition)
+    update_overhead, update_time(device, repetition)
     link_time(source, destination, message_bytes, repetition)  link_latency, link_bandwidth(source, destination)
+    turn_time(turn_bytes, repetition)
 
 **Accuracy** (`accuracy.zarr`): accuracy(strategy, epoch) and loss(strategy, step); `network`, `device_set` and `data`
 among the attributes.
@@ -108,11 +110,24 @@ CALIBRATION: Mapping[str, Variable] = {
     "forward_time": Variable(_SEGMENT_TIME, "s", "forward time of a segment"),
     "backward_time": Variable(_SEGMENT_TIME, "s", "backward time of a segment"),
     "kernels": Variable(("segment", "share"), "1", "kernels of a segment at a share"),
+    "input_gradient_time": Variable(
+        _SEGMENT_TIME, "s", "backward time until a divided segment's input has its gradient"
+    ),
+    "forward_time_alone": Variable(
+        ("device", "segment", "repetition"), "s", "forward time of a whole segment while all other devices wait"
+    ),
+    "backward_time_alone": Variable(
+        ("device", "segment", "repetition"), "s", "backward time of a whole segment while all other devices wait"
+    ),
+    "update_overhead": Variable(("device", "repetition"), "s", "time of the optimiser whatever its parameters"),
     "update_time": Variable(("device", "repetition"), "s", "time of the optimiser per parameter"),
     "device_label": Variable(("device",), "1", "device of a rank", text=True),
     "process_memory": Variable(("device",), "bytes", "memory of a rank's process without any network"),
     "memory_limit": Variable(("device",), "bytes", "most memory that a rank may hold"),
     "link_time": Variable(("source", "destination", "message_bytes", "repetition"), "s", "time of one message"),
+    "turn_time": Variable(
+        ("turn_bytes", "repetition"), "s", "time of an exchange between all ranks, which compute before it"
+    ),
     "link_latency": Variable(("source", "destination"), "s", "latency of a link"),
     "link_bandwidth": Variable(("source", "destination"), "bytes/s", "bandwidth of a link"),
 }
@@ -137,6 +152,7 @@ COORDINATES: Mapping[str, tuple[str, str]] = {
     "source": ("1", "rank that sends"),
     "destination": ("1", "rank that receives"),
     "message_bytes": ("bytes", "size of a message"),
+    "turn_bytes": ("bytes", "size of a message from each rank to every other"),
     "calibration": ("1", "one network calibrated on one device set"),
     "epoch": ("1", "passes over the training data"),
     "step": ("1", "training steps taken"),

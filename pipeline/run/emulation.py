@@ -24,13 +24,20 @@ class Throttle:
         self._slowdown = 1 / device.speed
         self._threads = device.threads
         self._debt = 0.0
+        self.charged = 0.0
+        """How long an emulated device has worked so far in s, as far as that was caught up with."""
         self._since: tuple[float, float] | None = None
         """Wall and processor time when the work that is not yet paid for began; None outside of work."""
+
+    @property
+    def slows(self) -> bool:
+        """Whether the device is an emulated one."""
+        return self._slowdown > 1
 
     @contextmanager
     def work(self) -> Iterator[None]:
         """Run the body and then sleep for what a device of the emulated speed would still be busy."""
-        if self._slowdown <= 1:
+        if not self.slows:
             yield
             return
         self._since = time.perf_counter(), self._processor_time()
@@ -44,7 +51,9 @@ class Throttle:
             return
         wall, busy = self._since
         spent = time.perf_counter() - wall
-        self._debt += (self._processor_time() - busy) * self._slowdown - spent
+        charge = (self._processor_time() - busy) * self._slowdown
+        self.charged += charge
+        self._debt += charge - spent
         if self._debt > 0:
             before = time.perf_counter()
             time.sleep(self._debt)

@@ -9,6 +9,7 @@ import torch
 from pipeline.graph.trace import Graph, trace
 from pipeline.networks import network
 from pipeline.plan import prediction
+from pipeline.plan.costs import Costs
 from pipeline.plan.instructions import Exchange
 from pipeline.plan.layouts import kernels, master
 from pipeline.plan.prediction import Links, predict_step, predict_timeline
@@ -103,15 +104,16 @@ def test_faster_links_and_devices_never_make_a_step_longer(graph: Graph) -> None
     assert (np.diff(steps) < 0).all()
 
 
-def _gathers(links: Links, ranks: int, late: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+def _gathers(costs: Costs, links: Links, ranks: int, late: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """Ends of two gathers in a row, the master coming ``late`` to the first, message by message and in sums, (rank)."""
     moved = traffic(kernels((0,) + (10,) * (ranks - 1)), master(ranks), 1, 10 * (ranks - 1))
     found = []
     for follow in (True, False):
         simulation = object.__new__(prediction._Simulation)
-        simulation._links = links
+        simulation._links, simulation._costs = links, costs
         simulation._free = np.zeros((1, ranks))
         simulation._free[0, 0] = late
+        simulation._computed = np.zeros(ranks)
         simulation._egress, simulation._ingress = np.zeros((1, ranks)), np.zeros((1, ranks))
         for _ in range(2):
             step = simulation._message_by_message if follow else simulation._in_sum
@@ -121,9 +123,9 @@ def _gathers(links: Links, ranks: int, late: float = 0.0) -> tuple[np.ndarray, n
 
 
 @pytest.mark.parametrize("late", [0.0, 10.0])
-def test_a_receiving_port_takes_one_exchange_after_the_other(late: float) -> None:
+def test_a_receiving_port_takes_one_exchange_after_the_other(graph: Graph, late: float) -> None:
     """Three messages of 1 s each, twice, to one port: 6 s, or no wait at all for who comes when all is there."""
     links = Links.uniform(np.array([0.0]), np.array([10.0]))
-    followed, summed = _gathers(links, 4, late)
+    followed, summed = _gathers(costs_of(graph, [1e10] * 4), links, 4, late)
     assert followed[0] == pytest.approx(max(6.0, late))
     assert summed[0] == pytest.approx(followed[0])

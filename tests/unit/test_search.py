@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -37,6 +38,11 @@ def costs_of(graph: Graph, speeds: list[float], *, latency: float = 1e-4, bandwi
         latency=np.full((ranks, ranks), latency),
         seconds_per_byte=np.full((ranks, ranks), 1 / bandwidth),
         update=np.full(ranks, 1e-9),
+        update_overhead=np.zeros(ranks),
+        input_part=np.full(len(chains), 0.5),
+        alone=np.ones((ranks, len(chains), 2)),
+        turn=np.zeros(ranks),
+        crowding=np.ones(ranks),
     )
 
 
@@ -107,8 +113,7 @@ def test_a_slow_device_behind_a_slow_link_is_left_out(graph: Graph) -> None:
     costs = costs_of(graph, [1e11, 1e11, 5e9])
     slow = np.ones((3, 3))
     slow[2, :] = slow[:, 2] = 1e3
-    costs = Costs(**{name: getattr(costs, name) for name in ("segments", "fractions", "fixed", "per_image", "update")},
-                  latency=costs.latency, seconds_per_byte=costs.seconds_per_byte * slow)  # fmt: skip
+    costs = replace(costs, seconds_per_byte=costs.seconds_per_byte * slow)
     plan = fastest_plan(graph, costs, batch_size=64, labels=["cpu", "cpu", "cpu@0.05"])
     assert plan.devices == (0, 1)
     proportional = predicted(graph, costs, "paper", 64)
