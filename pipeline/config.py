@@ -142,7 +142,7 @@ class Simulation(Section):
 
     networks: tuple[Network, ...] | None = None
     """Networks, each of which some experiment calibrates; null takes all of these."""
-    batch_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] = (64, 256, 1024)
+    batch_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] = (32, 64, 256, 1024)
     """Images per step over all devices."""
     device_sets: tuple[Mix, ...] | None = None
     """Devices that train together, up to 1,024, as in 'gpu + 8 x cpu'; null takes 1 to 1,024 of each calibrated one."""

@@ -11,7 +11,7 @@ from pipeline.calibration.segments import chains_of
 from pipeline.graph.trace import Graph
 from pipeline.links import parse_link
 from pipeline.results.contracts import CellIndex, describe, unmeasured_cell
-from pipeline.results.stores import combine
+from pipeline.results.stores import combine, combine_calibrations
 
 STRATEGIES = ("single", "ddp", "equal", "paper", "kernel", "batch")
 PROVENANCE = {
@@ -273,3 +273,14 @@ def simulation(
         {**PROVENANCE, "simulated": True, "configuration": '{"described": {"gpu": 5000.0}}'},
     )
     return describe(grid)
+
+
+def study() -> dict[str, xr.Dataset]:
+    """The stores of a small study that touches every question, by name."""
+    sets = ("cpu@0.45", "2 x cpu@0.45", "3 x cpu@0.45", "4 x cpu@0.45", "cpu", "2 x cpu", "cpu + cpu@0.5")
+    return {
+        "timing": timing(indices(("50:500", "500:1500"), (32,), sets)),
+        "accuracy": accuracy(),
+        "calibration": combine_calibrations([calibration()]),
+        "simulation": simulation(device_sets=(*SIMULATED_SETS, "gpu", "3 x gpu", "4 x gpu", "gpu + 4 x cpu@0.45")),
+    }

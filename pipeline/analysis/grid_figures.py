@@ -12,8 +12,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from pipeline.analysis import paper, selection
-from pipeline.analysis.statistics import baseline, convolution_share, speedup, summary
+from pipeline.analysis.statistics import baseline, convolution_share, flags, speedup, summary
 from pipeline.analysis.style import (
+    FLAGGED,
     INK,
     MUTED,
     canvas,
@@ -49,7 +50,7 @@ def speedup_over_devices(timing: xr.Dataset, *, store: str = _STORE) -> Figure:
     link, ratios = selection.main_link(timing), speedup(timing)
     shown = [s for s in selection.strategies(timing) if s != "single"]
     note = subtitle(
-        "over one such device, median with 95 % bootstrap interval", f"link {link}", emulation_note(families)
+        "over one such device, median with 95 % bootstrap interval", FLAGGED, f"link {link}", emulation_note(families)
     )
     with style():
         figure, axes = canvas(
@@ -91,6 +92,10 @@ def _speedup_panel(axis: Axes, cells: xr.Dataset, shown: list[str], label: str) 
             x, y, yerr=np.clip([y - low, high - y], 0, None), fmt=look.marker, color=look.color, elinewidth=1.2,
             capsize=2, markeredgecolor="white", markeredgewidth=0.7, zorder=3,
         )  # fmt: skip
+        for place, cell in zip(zip(x, high, strict=True), np.flatnonzero(measured), strict=True):
+            one = line.isel(device_set=int(cell))
+            text = flags(one["noisy"].item(), one["repetitions"].item())
+            axis.annotate(text, place, (0, 1), textcoords="offset points", ha="center", size=7, color=look.color)
     axis.plot(1, 1, marker="D", color=strategy_look("single").color, markeredgecolor="white", zorder=4)
     for claim in paper.CLAIMS:
         if label.startswith(claim.device_kind) and str(cells["network"].item()) == claim.network:
@@ -128,7 +133,7 @@ def time_per_step(timing: xr.Dataset, *, store: str = _STORE) -> Figure:
     link = selection.main_link(timing)
     rows = [(device_set, s) for device_set in sets for s in shown if _measured(timing, device_set, s, link)]
     gaps = np.cumsum([0.0] + [1.0 if a[0] == b[0] else 1.7 for a, b in pairwise(rows)])
-    note = subtitle("median, quartiles and repetitions", "* IQR / median > 0.1", f"link {link}", emulation_note(sets))
+    note = subtitle("median, quartiles and repetitions", FLAGGED, f"link {link}", emulation_note(sets))
     with style():
         figure, axes = canvas(
             1, len(names), title=title, subtitle=note, source=source, panel=(2.75, 0.55 + 0.155 * gaps[-1] + 0.3),
@@ -167,8 +172,7 @@ def _step_panel(axis: Axes, cells: xr.Dataset, rows: list[tuple[str, str]], gaps
         axis.errorbar(median, y, xerr=[[median - low], [high - median]], color=INK, elinewidth=1, capsize=1.8, zorder=3)
         samples = scale * cell["step_time"].values
         axis.plot(samples, np.full(samples.shape, y), ".", color=INK, markersize=2, alpha=0.55, zorder=4)
-        mark = " *" if numbers["noisy"].item() else ""
-        text = f"{median:#.3g}".rstrip(".") + mark
+        text = f"{median:#.3g}".rstrip(".") + flags(numbers["noisy"].item(), numbers["count"].item())
         axis.annotate(text, (np.nanmax([high, *samples]), y), (4, 0), textcoords="offset points",
                       va="center", size=6.5, color=MUTED)  # fmt: skip
     axis.set_xlabel(f"time per step / {unit}")
@@ -191,7 +195,7 @@ def convolution_over_size(timing: xr.Dataset, *, store: str = _STORE) -> Figure:
             panels.setdefault(label, device_set)
     if not panels:
         return nothing(title, "No convolution time was measured.", source)
-    note = subtitle("forward and backward, one device", "median and quartiles", emulation_note(panels))
+    note = subtitle("forward and backward, one device", "median and quartiles", FLAGGED, emulation_note(panels))
     with style():
         figure, axes = canvas(
             1, len(panels), title=title, subtitle=note, source=source, panel=(3.6, 2.7), width=7.2, sharey=True
@@ -226,6 +230,10 @@ def _share_panel(axis: Axes, shares: xr.DataArray) -> None:
             x + dodge, median, yerr=spread, color=look.color, marker=look.marker, elinewidth=1.2, capsize=2,
             markeredgecolor="white", markeredgewidth=0.7,
         )  # fmt: skip
+        for place, one in enumerate(median):
+            cell = line.isel(network=place)
+            text = flags(cell["noisy"].item(), cell["count"].item()) if np.isfinite(one) else ""
+            axis.annotate(text, (place + dodge, one), (4, 3), textcoords="offset points", size=7, color=look.color)
     axis.set_xticks(x, [str(name) for name in shares["network"].values])
     axis.set_xlabel("network (kernels of both convolutions)")
     axis.set_xlim(-0.4, len(x) - 0.6)

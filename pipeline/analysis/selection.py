@@ -105,16 +105,59 @@ def links(grid: xr.Dataset) -> list[str]:
 
 
 def shown_links(simulation: xr.Dataset, timing: xr.Dataset, most: int = 3) -> list[str]:
-    """At most so many simulated links, slow to fast: the one most was measured over, and others from the middle."""
+    """At most so many simulated links, slow to fast: those that were measured, and others of their delay if any."""
     every = links(simulation)
-    kept = [main_link(timing)] if timing["link"].size and main_link(timing) in every else []
+    measured = [link for link in dict.fromkeys([main_link(timing), *links(timing)]) if link in every]
+    kept = measured[:most]
+    delays = {one.latency for one in map(parse_link, kept) if one is not None}
     others = [link for link in every if link not in kept]
+    alike = [link for link in others if (one := parse_link(link)) is not None and one.latency in delays]
     free = most - len(kept)
-    if len(others) > free:
-        # The slowest and the fastest say least: nothing gains there, or everything as over the real link.
-        middle = np.linspace(0, len(others) - 1, free + 2)[1:-1].round().astype(int)
-        others = [others[place] for place in middle]
-    return [link for link in every if link in kept or link in others]
+    chosen = alike if len(alike) >= free else others
+    if len(chosen) > free:
+        # Evenly around the middle: over the slowest nothing gains, over the fastest all as over the real link.
+        step = max(1, len(chosen) // (free + 1))
+        first = (len(chosen) - step * (free - 1)) // 2
+        chosen = chosen[first::step][:free]
+    return [link for link in every if link in kept or link in chosen]
+
+
+def by_delay(names: list[str]) -> dict[str, list[str]]:
+    """Links by their delay, the shortest first, each slow to fast; under '' those that share their delay with none."""
+    groups: dict[float, list[str]] = {}
+    for name in names:
+        if (link := parse_link(name)) is not None:
+            groups.setdefault(link.latency, []).append(name)
+    several = {delay: group for delay, group in sorted(groups.items()) if len(group) > 1}
+    found = {f"{1e3 * delay:g} ms": group for delay, group in several.items()}
+    if alone := [name for name in names if all(name not in group for group in several.values())]:
+        rated = [name for name in alone if parse_link(name) is not None]
+        found |= {"": rated} if rated else {}
+    return found
+
+
+def linked(simulation: xr.Dataset, timing: xr.Dataset) -> list[dict[str, str | int]]:
+    """Of each kind of device the `label`, `device_set`, `network` and `batch_size` whose speedup over links is told.
+
+    The network is the largest of those measured over most links, else the largest simulated one.
+    """
+    found: list[dict[str, str | int]] = []
+    for label, device_set in small_sets(simulation, timing).items():
+        batch_size, names = simulated_batch_size(simulation, timing), networks(simulation, [device_set])
+        place: dict[str, str | int] = {"device_set": device_set, "batch_size": batch_size}
+        if names:
+            over = [_links_of(timing, {**place, "network": name}) for name in names]
+            network = names[max(range(len(names)), key=lambda one: (over[one], one))]
+            found.append({"label": label, "network": network, **place})
+    return found
+
+
+def _links_of(timing: xr.Dataset, cell: dict[str, Any]) -> int:
+    """Over how many links a cell was split."""
+    if any(value not in timing[name].values for name, value in cell.items()):
+        return 0
+    status = timing["status"].sel(cell).drop_sel(strategy="single", errors="ignore")
+    return int((status == OK).any("strategy").sum())
 
 
 def simulated_families(simulation: xr.Dataset) -> dict[str, list[str]]:
@@ -148,9 +191,13 @@ def _split(timing: xr.Dataset, sets: list[str], network: str, batch_size: int) -
 
 
 def small_sets(simulation: xr.Dataset, timing: xr.Dataset) -> dict[str, str]:
-    """By the label of its devices a small simulated set of equal ones: a measured one if any, of about four."""
+    """By the label of its devices a small simulated set of equal ones: a measured one if any, of about four.
+
+    What was measured comes before what is only described.
+    """
     chosen, measured, count = {}, device_sets(timing), device_count(simulation)
-    for label, sets in simulated_families(simulation).items():
+    every = simulated_families(simulation).items()
+    for label, sets in sorted(every, key=lambda family: not set(family[1]) & set(measured)):
         several = [s for s in sets if count.sel(device_set=s) > 1]
         apart = {s: abs(int(count.sel(device_set=s)) - _SMALL) for s in several}
         chosen[label] = min(several, key=lambda s: (s not in measured, apart[s]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from pipeline.analysis import selection
-from pipeline.analysis.statistics import PAYS, best_split, device_count, simulated_speedup, speedup
+from pipeline.analysis.statistics import PAYS, best_split, device_count, flags, simulated_speedup, speedup
 from pipeline.analysis.style import (
     FAINT,
+    FLAGGED,
     INK,
     MUTED,
     canvas,
@@ -35,7 +37,8 @@ from pipeline.links import LOOPBACK
 _STORES = "simulation.zarr, timing.zarr"
 NOTHING = "Nothing was simulated on several equal devices and on one alone."
 _DASHES = (0, (5, 3))
-_LINKS_MAPPED = 5
+LINKS_MAPPED = 5
+"""Links, at most, for which the break-even is mapped."""
 _NAMES_ABREAST = 3
 _LOWEST = 0.1
 # Light to dark: clearly slower, slower, faster, clearly faster than one device.
@@ -55,7 +58,7 @@ def speedup_over_many_devices(simulation: xr.Dataset, timing: xr.Dataset, *, sto
     shown = [s for s in selection.strategies(simulation) if s != "single"]
     note = subtitle(
         f"{cell['network']}, batch {cell['batch_size']}, over one {label}",
-        "open marks measured, with 95 % interval", _below(), emulation_note([label]),
+        "open marks measured, with 95 % interval", FLAGGED, _below(), emulation_note([label]),
         described_note(simulation, [label]),
     )  # fmt: skip
     with style():
@@ -71,7 +74,8 @@ def speedup_over_many_devices(simulation: xr.Dataset, timing: xr.Dataset, *, sto
                 if measured is not None and link in measured["link"].values:
                     _measured_marks(axis, measured.sel(link=link), strategy, 2**apart)
             axis.set(title=f"link {link}", xlabel="devices", xscale="log")
-            axis.set_xticks(counts, [f"{count:,}" for count in counts])
+            ticks = [count for count in counts if math.log2(count) % 2 == 0]
+            axis.set_xticks(ticks, [f"{count:,}" for count in ticks])
             axis.xaxis.set_minor_locator(NullLocator())
             _speedup_axis(axis, ratios.sel(link=links).values)
         axes[0, 0].set_ylabel("simulated speedup")
@@ -98,66 +102,69 @@ def _with_baselines(timing: xr.Dataset, sets: list[str]) -> list[str]:
 
 
 def speedup_over_links(simulation: xr.Dataset, timing: xr.Dataset, *, store: str = _STORES) -> Figure:
-    """Simulated speedup over the bandwidth of the link, a row per kind of device, a column per network."""
+    """Simulated speedup over the bandwidth of the link, a row per kind of device, a column per delay of the link."""
     title, source = "Simulated speedup over the link", source_line(simulation, store)
-    sets, links = selection.small_sets(simulation, timing), selection.links(simulation)
-    if not sets:
+    rows = selection.linked(simulation, timing)
+    if not rows:
         return nothing(title, NOTHING, source)
-    names, batch_size = selection.networks(simulation), selection.simulated_batch_size(simulation, timing)
-    ratios, real = simulated_speedup(simulation).sel(batch_size=batch_size), speedup(timing)
+    every = selection.links(simulation)
+    columns = selection.by_delay(every) or {"": []}
     shown = [s for s in selection.strategies(simulation) if s != "single"]
+    sets = [str(place["device_set"]) for place in rows]
     note = subtitle(
-        f"batch {batch_size}, over one device of the set", "open marks measured", _below(), emulation_note(sets),
-        described_note(simulation, sets),
+        f"batch {rows[0]['batch_size']}, over one device of the set", "open marks measured", FLAGGED, _below(),
+        emulation_note(sets), described_note(simulation, [str(place["label"]) for place in rows]),
     )  # fmt: skip
+    real = [name for name in every if name == LOOPBACK]
     marked = False
     with style():
         figure, axes = canvas(
-            len(sets), len(names), title=title, subtitle=note, source=source, panel=(2.75, 2.6), width=8.6,
-            sharex=True, sharey="row",
+            len(rows), len(columns), title=title, subtitle=note, source=source, panel=(1.7, 2.5), width=8.6,
+            sharey="row", width_ratios=[len(some) + 1.5 * (one == 0) for one, some in enumerate(columns.values())],
         )  # fmt: skip
-        for row, (label, device_set) in zip(axes, sets.items(), strict=True):
-            for axis, network in zip(row, names, strict=True):
-                axis.set_title(network)
-                cells = ratios.sel(network=network, device_set=device_set, link=links)
-                _link_panel(axis, cells, shown)
-                place = {"network": network, "batch_size": batch_size, "device_set": device_set}
-                if all(value in timing[name].values for name, value in place.items()):
-                    marked |= _measured_links(axis, real.sel(place), links, shown)
-            for axis in row:
-                _speedup_axis(axis, ratios.sel(device_set=device_set).values)
-            row[0].set_ylabel(f"simulated speedup\nof {device_set}" + (" (emulated)" if is_emulated([label]) else ""))
+        for row, place in zip(axes, rows, strict=True):
+            cell = {name: place[name] for name in ("network", "batch_size", "device_set")}
+            ratios = simulated_speedup(simulation).sel(cell)
+            for column, (axis, (delay, some)) in enumerate(zip(row, columns.items(), strict=True)):
+                links = [*(real if column == 0 else []), *some]
+                _link_panel(axis, ratios.sel(link=links), shown, delayed=not delay)
+                axis.set_title(f"delay {delay}" if delay else "")
+                if all(value in timing[name].values for name, value in cell.items()):
+                    marked |= _measured_links(axis, speedup(timing).sel(cell), links, shown)
+                _speedup_axis(axis, ratios.values)
+            emulated = " (emulated)" if is_emulated([str(place["label"])]) else ""
+            row[0].set_ylabel(f"simulated speedup\nof {place['device_set']}{emulated}\n{place['network']}")
         for axis in axes[-1]:
-            axis.set_xlabel("bandwidth and delay of the link")
+            axis.set_xlabel("rate in bit/s")
         only_left(axes)
         legend(figure, [*(_entry(s) for s in shown), *_marks(marked)])
     return figure
 
 
-def _link_panel(axis: Axes, cells: xr.DataArray, shown: list[str]) -> None:
+def _link_panel(axis: Axes, cells: xr.DataArray, shown: list[str], *, delayed: bool) -> None:
     links = [str(link) for link in cells["link"].values]
-    rated = np.array([link != LOOPBACK for link in links])
+    rated = np.array([link != LOOPBACK for link in links], bool)
     x = _positions(links)
     axis.axhline(1, color=MUTED, linewidth=0.9, zorder=1)
-    if not cells.notnull().any():
-        axis.text(0.5, 0.6, "not simulated", transform=axis.transAxes, ha="center", color=MUTED)
     for strategy, apart in zip(shown, _dodge(shown), strict=True):
         values, look = cells.sel(strategy=strategy).values, strategy_look(strategy)
         _curve(axis, x[rated], values[rated], strategy)
         # The real link's rate is not in the store: its marks join no line.
         axis.plot(x[~rated] + apart, values[~rated], linestyle="", marker=look.marker, markersize=4.5, color=look.color,
                   markeredgecolor="white", markeredgewidth=0.5, zorder=3)  # fmt: skip
-    axis.set_xticks(x, [_link_name(link) for link in links], size=6.8)
-    axis.set_xlim(-0.5, x[-1] + 0.6)
+    axis.set_xticks(x, [_link_name(link, delayed=delayed) for link in links], size=7)
+    axis.set_xlim(x[0] - 0.6, x[-1] + 0.6)
 
 
 def _positions(links: list[str]) -> np.ndarray:
     # Marks stand side by side at the real link, which takes some room.
-    return np.array([place + (0.25 if link == LOOPBACK else 0) for place, link in enumerate(links)])
+    return np.array([place - (0.35 if link == LOOPBACK else 0) for place, link in enumerate(links)])
 
 
-def _link_name(link: str) -> str:
-    return f"{LOOPBACK}\nas it is" if link == LOOPBACK else link.replace("bit/s", "\nbit/s", 1).replace("+", "\n")
+def _link_name(link: str, *, delayed: bool) -> str:
+    rate, _, delay = link.partition("+")
+    name = "as it\nis" if link == LOOPBACK else rate.removesuffix("bit/s")
+    return f"{name}\n{delay}" if delayed and delay else name
 
 
 def _measured_links(axis: Axes, cells: xr.Dataset, links: list[str], shown: list[str]) -> bool:
@@ -179,7 +186,7 @@ def break_even_map(simulation: xr.Dataset, timing: xr.Dataset, *, store: str = _
     what was measured there.
     """
     title, source = "Simulated break-even of splitting", source_line(simulation, store)
-    sets, links = selection.small_sets(simulation, timing), selection.shown_links(simulation, timing, _LINKS_MAPPED)
+    sets, links = selection.small_sets(simulation, timing), selection.shown_links(simulation, timing, LINKS_MAPPED)
     if not sets:
         return nothing(title, NOTHING, source)
     note = subtitle(
@@ -294,6 +301,8 @@ def _measured_marks(axis: Axes, cells: xr.Dataset, strategy: str, factor: float)
 def _open_mark(axis: Axes, x: float, cell: xr.Dataset, strategy: str) -> None:
     look, ratio = strategy_look(strategy), cell["speedup"].item()
     spread = [[ratio - cell["speedup_low"].item()], [cell["speedup_high"].item() - ratio]]
+    if mark := flags(cell["noisy"].item(), cell["repetitions"].item()):
+        axis.annotate(mark, (x, ratio), (3, 3), textcoords="offset points", size=7, color=look.color, zorder=6)
     axis.errorbar(
         x, ratio, yerr=np.clip(spread, 0, None), fmt=look.marker, color=look.color, markerfacecolor="white",
         markersize=5.5, markeredgewidth=1.2, elinewidth=1.1, capsize=1.5, zorder=5,
@@ -320,4 +329,4 @@ def _speedup_axis(axis: Axes, ratios: np.ndarray) -> None:
 
 
 def _below() -> str:
-    return f"log axes, below {_LOWEST:g} not drawn"
+    return f"below {_LOWEST:g} not drawn"

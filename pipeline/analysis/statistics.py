@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import xarray as xr
 
-from pipeline.results.contracts import INDEX, OK
+from pipeline.results.contracts import INDEX, NOISY, OK
 
-NOISY = 0.1
-"""A cell whose interquartile range exceeds this fraction of its median is flagged."""
+FEWEST = 5
+"""A cell with fewer repetitions says how many it has."""
 
 SATURATED = 1.05
 """Devices beyond which the speedup rises by no more than this factor bring nothing."""
@@ -52,6 +52,11 @@ def summary(samples: xr.DataArray, dim: str = "repetition") -> xr.Dataset:
     result["noisy"] = (result["upper"] - result["lower"]) > NOISY * result["median"]
     result["noisy"].attrs = {"units": "1", "long_name": f"whether IQR / median exceeds {NOISY}"}
     return result
+
+
+def flags(noisy: bool, repetitions: int) -> str:
+    """What is set behind a number that should be trusted less: an asterisk where it is noisy, n where it is of few."""
+    return (" *" if noisy else "") + (f" n={int(repetitions)}" if repetitions < FEWEST else "")
 
 
 def bootstrap_ratio(
@@ -132,8 +137,8 @@ def speedup(timing: xr.Dataset, *, level: float = 0.95, resamples: int = 2000, s
     """Speedup of every cell over its baseline with a bootstrap interval, its bound and its efficiency.
 
     Variables over (network, batch_size, device_set, link, strategy): `speedup`, `speedup_low`, `speedup_high`,
-    `efficiency`, `noisy` (of the cell or of its baseline). Besides: `aggregate_bound`, `baseline_device`,
-    `device_count`. NaN where the cell or its baseline was not measured.
+    `efficiency`, `noisy` (of the cell or of its baseline), `repetitions` (the fewer of both). Besides:
+    `aggregate_bound`, `baseline_device`, `device_count`. NaN where the cell or its baseline was not measured.
     """
     base = baseline(timing)
     steps = timing["step_time"].where(timing["status"] == OK).transpose(*INDEX, "repetition")
@@ -156,9 +161,11 @@ def speedup(timing: xr.Dataset, *, level: float = 0.95, resamples: int = 2000, s
     result["device_count"] = device_count(timing)
     result["efficiency"] = (result["speedup"] / result["aggregate_bound"]).transpose(*INDEX)
     result["efficiency"].attrs = {"units": "1", "long_name": "speedup over the aggregate bound"}
-    noisy = summary(steps)["noisy"] | summary(base["baseline_time"])["noisy"]
-    result["noisy"] = noisy.transpose(*INDEX).where(result["speedup"].notnull(), False)
+    cells, bases = summary(steps), summary(base["baseline_time"])
+    result["noisy"] = (cells["noisy"] | bases["noisy"]).transpose(*INDEX).where(result["speedup"].notnull(), False)
     result["noisy"].attrs = {"units": "1", "long_name": f"whether IQR / median exceeds {NOISY} in the cell or baseline"}
+    result["repetitions"] = cells["count"].where(cells["count"] < bases["count"], bases["count"]).transpose(*INDEX)
+    result["repetitions"].attrs = {"units": "1", "long_name": "repetitions of the cell or its baseline"}
     return result
 
 

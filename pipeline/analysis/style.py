@@ -21,7 +21,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from pipeline.results.contracts import NOISY
+
 INK, MUTED, FAINT = "#1f2328", "#5d656f", "#e4e7eb"
+FLAGGED = f"* IQR / median > {NOISY:g}"
+"""What a subtitle says where `statistics.flags` marks cells."""
 
 
 class Look(NamedTuple):
@@ -188,7 +192,7 @@ def is_emulated(labels: Iterable[object]) -> bool:
 
 def emulation_note(labels: Iterable[object]) -> str:
     """What to add to a title or subtitle when devices are emulated; '' when none is."""
-    return "emulated devices (@ is the fraction of full speed)" if is_emulated(labels) else ""
+    return "@: emulated, at that fraction of full speed" if is_emulated(labels) else ""
 
 
 def described(grid: xr.Dataset) -> dict[str, float]:

@@ -8,8 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipeline.analysis import selection
-from pipeline.analysis.statistics import baseline, summary
+from pipeline.analysis.statistics import baseline, flags, summary
 from pipeline.analysis.style import (
+    FLAGGED,
     INK,
     MUTED,
     Look,
@@ -39,7 +40,7 @@ def step_by_step(timing: xr.Dataset, *, store: str = "timing.zarr") -> Figure:
     sets = [s for s in selection.showcase_sets(timing) if waterfall(timing, s) is not None]
     if not sets:
         return nothing(title, "No strategy from paper to auto was measured on several devices.", source)
-    note = subtitle("measured: median, quartiles and, in %, against the bar above", emulation_note(sets))
+    note = subtitle("measured: median, quartiles and, in %, against the bar above", FLAGGED, emulation_note(sets))
     with style():
         figure, axes = canvas(len(sets), 2, title=title, subtitle=note, source=source, panel=(4.2, 2.1), width=8.6)
         used: set[str] = set()
@@ -103,7 +104,7 @@ def _times(axis: Axes, cells: xr.Dataset, device_set: str) -> None:
         axis.barh(y, median, height=0.72, color=look.color, hatch=look.hatch, edgecolor="white", linewidth=0)
         axis.errorbar(median, y, xerr=[[median - low], [high - median]], color=INK, elinewidth=1, capsize=2, zorder=3)
         text = f"{median:#.3g}".rstrip(".") + (f"  ({change(cells, y):+.0%})" if y else "")
-        text += " *" if cell["noisy"].item() else ""
+        text += flags(cell["noisy"].item(), cell["count"].item())
         axis.annotate(text, (max(high, median), y), (4, 0), textcoords="offset points", va="center", size=7.5)
     emulated = " (emulated)" if is_emulated([device_set]) else ""
     axis.set_title(f"{cells['network'].item()}, batch {cells['batch_size'].item()}, {device_set}{emulated}")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.errors import InputError
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 OutputsArgument = Annotated[Path, typer.Argument(help="Folder of the study, with its stores.")]
 
@@ -55,21 +59,35 @@ def figures(
         Path | None, typer.Option("--output", help="Folder to write, OUTPUTS/figures if not given.")
     ] = None,
 ) -> None:
-    """Draw all figures of a study, and the headline table; without simulation.zarr those of it say so."""
+    """Draw all figures of a study, the headline table and the page of the report; a missing store is said to be so."""
     from pipeline.analysis.figures import write_figures
+    from pipeline.analysis.sections import write_page
     from pipeline.analysis.tables import write_headline
-    from pipeline.results.contracts import validate_accuracy, validate_calibration, validate_timing
     from pipeline.results.stores import open_store
 
-    timing = open_store(outputs / "timing.zarr", validate_timing)
-    accuracy = open_store(outputs / "accuracy.zarr", validate_accuracy)
-    calibration = open_store(outputs / "calibration.zarr", validate_calibration)
-    store = outputs / "simulation.zarr"
-    simulation = open_store(store, validate_timing) if store.exists() else None
+    found = {name: open_store(outputs / f"{name}.zarr", check) for name, check in _checks(outputs).items()}
+    if "timing" not in found:
+        raise InputError(
+            f"{outputs / 'timing.zarr'} does not exist: measure the study first with snakemake --cores all"
+        )
     folder = output or outputs / "figures"
-    written = write_figures(timing, accuracy, calibration, folder, simulation=simulation)
-    written += write_headline(timing, folder)
+    written = write_figures(found, folder)
+    written += write_headline(found["timing"], folder, simulation=found.get("simulation"))
+    written.append(write_page(folder))
     print(f"{len(written)} files written to {folder}.")
+
+
+def _checks(outputs: Path) -> dict[str, Callable[[xr.Dataset, str], None]]:
+    """The contract of each store of the study that is there, by its name."""
+    from pipeline.results import contracts
+
+    checks = {
+        "timing": contracts.validate_timing,
+        "simulation": contracts.validate_timing,
+        "accuracy": contracts.validate_accuracy,
+        "calibration": contracts.validate_calibration,
+    }
+    return {name: check for name, check in checks.items() if (outputs / f"{name}.zarr").exists()}
 
 
 def report(
@@ -135,6 +153,6 @@ def notebook(
     """Execute the analysis notebook on the stores of a study."""
     from pipeline.analysis.report import execute_notebook
 
-    stores = {name: outputs / f"{name}.zarr" for name in ("timing", "accuracy", "calibration")}
+    stores = {name: outputs / f"{name}.zarr" for name in ("timing", "simulation")}
     written = execute_notebook(template, output or outputs / "analysis.ipynb", stores)
     print(f"Executed notebook written to {written}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -63,7 +64,9 @@ def simulate(
     grid = Grid(
         networks=_each_once(network or study.networks or calibrations),
         batch_sizes=_each_once(batch_size or study.batch_sizes),
-        device_sets=_each_once(devices or study.device_sets or _usual_sets(calibrations, described)),
+        device_sets=_each_once(
+            devices or study.device_sets or [*_usual_sets(calibrations, described), *_emulated_sets(calibrations)]
+        ),
         links=_each_once(link or study.links),
         strategies=_each_once(checked_strategy(one) for one in strategy or study.strategies),
         described=described,
@@ -97,6 +100,21 @@ def _usual_sets(calibrations: dict[str, list[xr.Dataset]], described: dict[str, 
     real = [label for label in labels if "@" not in label] or list(labels)
     sets = [f"{count} x {name}" if count > 1 else name for name in (*real, *described) for count in _COUNTS]
     return [*sets, *(f"{one} + {count} x {other}" for one in described for other in real for count in (1, 4))]
+
+
+def _emulated_sets(calibrations: dict[str, list[xr.Dataset]]) -> list[str]:
+    """One to 1,024 of each emulated device of which several were calibrated together, each measured number included."""
+    together: dict[str, int] = {}
+    for one in (one for some in calibrations.values() for one in some):
+        for label, count in Counter(map(str, one.device_label.values)).items():
+            if "@" in label:
+                together[label] = max(count, together.get(label, 0))
+    return [
+        f"{count} x {label}" if count > 1 else label
+        for label, most in together.items()
+        if most > 1
+        for count in sorted({*_COUNTS, *range(1, most + 1)})
+    ]
 
 
 def _described(texts: list[str]) -> dict[str, float]:

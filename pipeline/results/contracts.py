@@ -16,7 +16,8 @@ whatever does not exist: a rank that took no part in an instruction, a repetitio
 
 **Timing grid** (`timing.zarr`; `simulation.zarr` has the same names): the cells over the dense product of `network`,
 `batch_size`, `device_set`, `link`, `strategy`, and these dimensions in front of those above. `device_label` is
-(device_set, device). `status` is "not planned" where no cell was asked for. A simulation has only `step_time`,
+(device_set, device). `status` is "not planned" where no cell was asked for. Besides, `noisy(network, batch_size,
+device_set, link, strategy)` flags cells whose repetitions spread much. A simulation has only `step_time`,
 `predicted_step_time`, `status` and `device_label`, and the attribute `simulated`.
 
 **Calibration** (`calibration.zarr`), per `network` (a scalar) or, of several, along `calibration`:
@@ -105,6 +106,13 @@ CELL: Mapping[str, Variable] = {
     ),
 }
 
+NOISY = 0.1
+"""A cell whose interquartile range exceeds this fraction of its median is flagged."""
+
+GRID: Mapping[str, Variable] = {
+    "noisy": Variable((), "1", f"whether IQR / median of the step time exceeds {NOISY}", measured=True),
+}
+
 _SEGMENT_TIME = ("device", "segment", "share", "images", "repetition")
 CALIBRATION: Mapping[str, Variable] = {
     "forward_time": Variable(_SEGMENT_TIME, "s", "forward time of a segment"),
@@ -163,14 +171,14 @@ def grid_dims(name: str) -> tuple[str, ...]:
     """Dimensions of a cell's variable in the combined grid."""
     if name == "device_label":
         return ("device_set", "device")
-    return (*INDEX, *CELL[name].dims)
+    return (*INDEX, *(CELL[name] if name in CELL else GRID[name]).dims)
 
 
 def describe(dataset: xr.Dataset) -> xr.Dataset:
     """A shallow copy whose known variables and coordinates carry `units` and `long_name`, set anew."""
     described = dataset.copy(deep=False)
     for name in map(str, described.variables):
-        contracts = () if name in described.coords else (CELL, CALIBRATION, ACCURACY)
+        contracts = () if name in described.coords else (CELL, GRID, CALIBRATION, ACCURACY)
         known = next((contract[name] for contract in contracts if name in contract), None)
         units, long_name = (known.units, known.long_name) if known else COORDINATES.get(name, (None, None))
         if units is not None:
@@ -209,8 +217,9 @@ def validate_cell(dataset: xr.Dataset, source: str = "the data set") -> None:
 
 def validate_timing(dataset: xr.Dataset, source: str = "the data set") -> None:
     """Raise InputError, in one sentence that names `source`, unless the data set is a (measured or simulated) grid."""
-    needed = {n: grid_dims(n) for n, variable in CELL.items() if n in dataset or not variable.measured}
-    _validate(dataset, needed, CELL, f"{source} is not a timing grid", coordinates=INDEX)
+    contract = {**CELL, **GRID}
+    needed = {n: grid_dims(n) for n, variable in contract.items() if n in dataset or not variable.measured}
+    _validate(dataset, needed, contract, f"{source} is not a timing grid", coordinates=INDEX)
 
 
 def validate_calibration(dataset: xr.Dataset, source: str = "the data set") -> None:

@@ -25,7 +25,9 @@ from pipeline.errors import InputError
 from pipeline.results.contracts import (
     CELL,
     INDEX,
+    NOISY,
     NOT_PLANNED,
+    OK,
     CellIndex,
     cell_index,
     describe,
@@ -206,7 +208,17 @@ def _dense(cells: Mapping[CellIndex, xr.Dataset]) -> xr.Dataset:
         coords={**coordinates, **{dim: np.arange(sizes[dim]) for dim in ragged}},
         attrs=merged_attributes(cells.values()),
     )
-    return describe(grid)
+    return describe(grid.assign(noisy=_noisy(grid["step_time"].where(grid["status"] == OK))))
+
+
+def _noisy(times: xr.DataArray) -> xr.DataArray:
+    """Whether the repetitions of each cell spread so much that it is flagged, (dims of a cell's place)."""
+    if not times.sizes["repetition"]:
+        return xr.zeros_like(times.sum("repetition"), bool)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All-NaN slice encountered", RuntimeWarning)
+        lower, median, upper = (times.quantile(q, "repetition").drop_vars("quantile") for q in (0.25, 0.5, 0.75))
+    return (upper - lower) > NOISY * median
 
 
 def _check_labels(index: CellIndex, present: npt.NDArray[Any], labels: npt.NDArray[Any]) -> None:

@@ -19,6 +19,7 @@ import pytest
 import xarray as xr
 import yaml
 
+from pipeline.analysis.sections import SECTIONS, heading
 from pipeline.results.contracts import NOT_PLANNED, OK, validate_accuracy, validate_calibration, validate_timing
 from pipeline.results.stores import open_store
 
@@ -105,7 +106,9 @@ def test_one_command_makes_stores_figures_report_and_notebook(study: Study) -> N
             store.attrs
         )
     assert timing.attrs["data"] == "digits (scikit-learn)"
-    assert "<html" in (outputs / "report.html").read_text()
+    report = (outputs / "report.html").read_text()
+    assert all(heading(section) in report for section in SECTIONS)
+    assert "system-message" not in report
     assert (outputs / "analysis.ipynb").exists()
     assert {file.suffix for file in (outputs / "figures").iterdir()} >= {".svg", ".png"}
 

@@ -14,7 +14,10 @@ from PIL import Image
 
 from pipeline.cli import app, main
 from pipeline.cli.progress import Progress
+from pipeline.cli.results import figures
+from pipeline.cli.simulate import _emulated_sets
 from pipeline.datasets import prepare
+from pipeline.errors import InputError
 from pipeline.results.stores import write_store, write_zip
 
 COMMANDS = sorted(command.callback.__name__ for command in app.registered_commands if command.callback)
@@ -154,3 +157,19 @@ def test_progress_is_lines_where_standard_error_is_no_terminal(
         for step in range(1, 4):
             progress(step, {"loss": 2.5})
     assert capsys.readouterr().err == "train 8:16: 2 of 3, loss 2.5\n"
+
+
+def test_the_usual_sets_to_simulate_hold_the_emulated_devices_of_which_several_were_calibrated() -> None:
+    def calibrated(*labels: str) -> xr.Dataset:
+        return xr.Dataset({"device_label": ("device", np.array(labels, object))})
+
+    files = {"50:500": [calibrated("cpu", "cpu@0.5"), calibrated(*["cpu@0.45"] * 3)], "8:16": [calibrated("cpu@0.45")]}
+    sets = _emulated_sets(files)
+    assert sets[:4] == ["cpu@0.45", "2 x cpu@0.45", "3 x cpu@0.45", "4 x cpu@0.45"]
+    assert sets[-1] == "1024 x cpu@0.45"
+    assert not any("cpu@0.5" in one for one in sets)
+
+
+def test_figures_of_a_folder_without_measurements_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"timing\.zarr does not exist: measure the study first"):
+        figures(tmp_path)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from pipeline.analysis import selection, style
 from pipeline.analysis.figures import FIGURES, write_figures
 from pipeline.results.contracts import CellIndex, unmeasured_cell
-from pipeline.results.stores import combine, combine_calibrations
+from pipeline.results.stores import combine
 from tests import synthetic
 
 SETS = ("cpu@0.45", "2 x cpu@0.45", "cpu + cpu@0.5")
@@ -23,12 +23,7 @@ SETS = ("cpu@0.45", "2 x cpu@0.45", "cpu + cpu@0.5")
 def stores() -> dict[str, xr.Dataset]:
     networks, sets = ("50:500", "500:1500"), (*SETS, "cpu")
     wanted = [i for i in synthetic.indices(networks, (32,), sets) if i.network == "50:500" or i.device_set != SETS[2]]
-    return {
-        "timing": synthetic.timing(wanted),
-        "accuracy": synthetic.accuracy(),
-        "calibration": combine_calibrations([synthetic.calibration()]),
-        "simulation": synthetic.simulation(),
-    }
+    return synthetic.study() | {"timing": synthetic.timing(wanted)}
 
 
 def texts(figure: Figure) -> str:
@@ -60,8 +55,8 @@ def test_every_finding_has_numbers_and_no_nan(stores, name: str):
 
 
 def test_all_figures_are_written_as_svg_png_and_words_and_again_the_same(stores, tmp_path: Path):
-    folder, names = tmp_path / "a", ("timing", "accuracy", "calibration")
-    written = write_figures(*(stores[name] for name in names), folder, simulation=stores["simulation"])
+    folder = tmp_path / "a"
+    written = write_figures(stores, folder)
     assert {path.name for path in written} == {f"{n}.{end}" for n in FIGURES for end in ("svg", "png", "rst")}
     again = style.save(FIGURES["speedup"].draw(stores["timing"]), tmp_path / "speedup")
     assert again[0].read_bytes() == (tmp_path / "a" / "speedup.svg").read_bytes()
@@ -100,8 +95,27 @@ def test_a_noisy_cell_carries_an_asterisk(stores):
     noisy = stores["timing"].copy(deep=True)
     noisy["step_time"][{"repetition": slice(0, 2)}] *= 1.5
     assert " *" in texts(FIGURES["step_time"].draw(noisy)).replace("* IQR", "")
-    assert "in 0 of" in FIGURES["step_time"].say(stores["timing"])
-    assert "in 0 of" not in FIGURES["step_time"].say(noisy)
+    assert "in 0 of" in FIGURES["speedup"].say(stores["timing"])
+    assert "in 0 of" not in FIGURES["speedup"].say(noisy)
+
+
+@pytest.mark.parametrize("name", ["speedup", "step_time", "convolution_share", "waterfall"])
+def test_every_figure_of_medians_marks_what_is_noisy_or_of_few_repetitions(name: str):
+    wanted = synthetic.indices(("50:500",), (32,), ("cpu@0.45", "2 x cpu@0.45"))
+    grid = combine([synthetic.cell(index, repetitions=3) for index in wanted], wanted)
+    assert " n=3" in texts(FIGURES[name].draw(grid))
+    noisy = combine([synthetic.cell(index) for index in wanted], wanted)
+    assert " n=" not in texts(FIGURES[name].draw(noisy))
+    noisy["step_time"][{"repetition": slice(0, 2)}] *= 1.5
+    assert " *" in texts(FIGURES[name].draw(noisy)).replace("* IQR", "")
+    assert " *" in texts(FIGURES[name].draw(noisy)).replace(" * IQR", "").replace(" · ", "")
+
+
+def test_a_figure_whose_store_is_missing_says_so_and_the_others_are_drawn(stores, tmp_path: Path):
+    write_figures({"timing": stores["timing"]}, tmp_path)
+    assert "has no simulation.zarr" in (tmp_path / "scaling.rst").read_text()
+    assert "has no accuracy.zarr" in (tmp_path / "accuracy.rst").read_text()
+    assert "times as fast" in (tmp_path / "speedup.rst").read_text()
 
 
 def test_strategies_differ_in_lightness_or_hatch_and_in_marker():
@@ -154,10 +168,13 @@ def test_findings_say_the_numbers_of_the_stores():
     grid = synthetic.timing(synthetic.indices(("50:500", "150:800"), (32,), ("cpu", "2 x cpu")))
     grid["convolution_time"][:] = grid["step_time"] * xr.DataArray([0.6, 0.75], dims="network")
     said = FIGURES["convolution_share"].say(grid)
-    assert "take 60% (50:500, batch 32) to 75% (150:800, batch 32)" in said
+    assert said.startswith(
+        "- Convolutions, forward and backward, take 60% to 75% of a step on one device; the paper says"
+    )
+    assert "60% (50:500, batch 32) to 75% (150:800, batch 32)" in said
     for name, part in (("compute", 0.5), ("exchange", 0.3), ("idle", 0.2)):
         grid[f"{name}_time"][:] = part * grid["step_time"]
-    assert "compute 50% of the step, exchange 30% and idle 20%" in FIGURES["activity"].say(grid)
+    assert "compute 50%, exchange 30%, idle 20%" in FIGURES["activity"].say(grid)
 
 
 def test_the_legend_fits_however_many_strategies_there_are():

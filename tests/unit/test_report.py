@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,9 @@ import pytest
 
 from pipeline.analysis.figures import FIGURES, write_figures
 from pipeline.analysis.report import execute_notebook, write_report
+from pipeline.analysis.sections import SECTIONS, caption, heading, write_page
 from pipeline.analysis.tables import write_headline
+from pipeline.analysis.wording import sentences_of
 from pipeline.errors import InputError, RunError
 from pipeline.results.stores import write_store
 from tests import synthetic
@@ -32,7 +36,7 @@ rule figures:
     output:
         [report(f"results/figures/{{n}}.svg", caption=CAPTIONS + f"{{n}}.rst", category="Figures") for n in NAMES],
         report("results/figures/headline.html", caption=CAPTIONS + "headline.rst", category="Headline"),
-        expand("results/figures/{{n}}.rst", n=["headline", *NAMES]),
+        expand("results/figures/{{n}}.rst", n=["headline", "study", *NAMES]),
     shell: "cp {{input}}/* results/figures/"
 rule report:
     input: rules.figures.output
@@ -44,15 +48,16 @@ rule report:
 
 
 @pytest.fixture(scope="module")
-def grid():
-    return synthetic.timing(synthetic.indices(("50:500",), (32,), ("cpu", "2 x cpu", "cpu + cpu@0.5")))
+def stores():
+    return synthetic.study()
 
 
-def test_a_rule_of_the_running_workflow_writes_the_report_with_every_figure_and_sentence(grid, tmp_path: Path):
-    simulation = synthetic.simulation(batch_sizes=(32,))
-    stores = {"timing": grid, "accuracy": synthetic.accuracy(), "calibration": synthetic.calibration()}
-    write_figures(*stores.values(), tmp_path / "made", simulation=simulation)
-    write_headline(grid, tmp_path / "made")
+def test_a_rule_of_the_running_workflow_writes_the_report_with_every_question_figure_and_sentence(
+    stores, tmp_path: Path
+):
+    write_figures(stores, tmp_path / "made")
+    write_headline(stores["timing"], tmp_path / "made", simulation=stores["simulation"])
+    write_page(tmp_path / "made")
     (tmp_path / "Snakefile").write_text(SNAKEFILE)
     command = [sys.executable, "-m", "snakemake", "--cores", "1", "--config", "outputs=results"]
     environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent), "XDG_CACHE_HOME": str(tmp_path / "cache")}
@@ -62,10 +67,15 @@ def test_a_rule_of_the_running_workflow_writes_the_report_with_every_figure_and_
     assert "system-message" not in page
     assert 'src="http' not in page
     assert "Emulated devices" in page
+    assert "{{" not in page.split("Distributed training of CNNs", 1)[1].split("</body>", 1)[0]
+    for section in SECTIONS:
+        assert heading(section) in page
     for name, entry in FIGURES.items():
-        datasets = [(stores | {"simulation": simulation})[store] for store in entry.stores]
-        words = entry.say(*datasets).splitlines()[0].removeprefix("- ").split("``")[0]
-        assert page.count(words) >= 2, f"{name} is neither on the first page nor beside its figure"
+        for sentence in sentences_of(entry.say(*(stores[store] for store in entry.stores))):
+            words = max(sentence.split("``"), key=len)
+            assert words in html.unescape(page), f"a sentence on {name} is missing: {sentence}"
+        words = caption(name).splitlines()[0].split("``")[0].split("*")[-1]
+        assert page.count(words) >= 2, f"the caption of {name} is not both on the first page and beside its figure"
     assert page.count("<svg") >= len(FIGURES)
     again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert "Nothing to be done" in again.stderr + again.stdout
@@ -80,16 +90,23 @@ def test_a_report_that_cannot_be_made_says_why_and_leaves_nothing(tmp_path: Path
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_the_notebook_runs_on_a_small_grid_and_keeps_its_outputs(grid, tmp_path: Path):
-    datasets = {"timing": grid, "accuracy": synthetic.accuracy(), "calibration": synthetic.calibration()}
-    stores = {name: write_store(dataset, tmp_path / f"{name}.zarr") for name, dataset in datasets.items()}
-    path = execute_notebook(TEMPLATE, tmp_path / "out" / "analysis.ipynb", stores)
+@pytest.mark.parametrize("devices", [None, ("cpu@0.45", "2 x cpu@0.45")], ids=["a study", "two devices at most"])
+def test_the_notebook_answers_three_questions_with_numbers_and_keeps_its_outputs(stores, devices, tmp_path: Path):
+    grids = {name: stores[name] for name in ("timing", "simulation")}
+    if devices is not None:
+        grids = {name: grid.sel(device_set=list(devices)) for name, grid in grids.items()}
+    paths = {name: write_store(dataset, tmp_path / f"{name}.zarr") for name, dataset in grids.items()}
+    path = execute_notebook(TEMPLATE, tmp_path / "out" / "analysis.ipynb", paths)
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert "timing = '../timing.zarr'" in code[0].source
     assert all(cell.outputs for cell in code[1:])
     assert not any(out.output_type == "error" for cell in code for out in cell.outputs)
-    assert sum("image/svg+xml" in out.get("data", {}) for cell in code for out in cell.outputs) == 4
+    for cell in code[3:]:
+        said = "".join(out.text for out in cell.outputs if out.output_type == "stream" and out.name == "stdout")
+        assert re.search(r"\d", said), "a question has no printed sentence with a number"
+        assert {"text/html", "image/svg+xml"} & {kind for out in cell.outputs for kind in out.get("data", {})}
+    assert len(code[3:]) == 3
 
 
 def test_the_template_carries_no_outputs():
@@ -97,8 +114,8 @@ def test_the_template_carries_no_outputs():
 
 
 def test_a_notebook_that_does_not_name_a_store_is_refused(tmp_path: Path):
-    with pytest.raises(InputError, match="sets no variable simulation"):
-        execute_notebook(TEMPLATE, tmp_path / "analysis.ipynb", {"simulation": tmp_path})
+    with pytest.raises(InputError, match="sets no variable accuracy"):
+        execute_notebook(TEMPLATE, tmp_path / "analysis.ipynb", {"accuracy": tmp_path})
 
 
 def test_a_notebook_that_fails_is_named_and_leaves_no_output(tmp_path: Path):

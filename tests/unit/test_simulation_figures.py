@@ -10,7 +10,7 @@ import xarray as xr
 from matplotlib.colors import to_hex
 
 from pipeline.analysis import selection, style
-from pipeline.analysis.figures import FIGURES, no_grid
+from pipeline.analysis.figures import FIGURES
 from pipeline.analysis.statistics import simulated_speedup, speedup
 from pipeline.cli.results import figures
 from pipeline.results.contracts import CellIndex, validate_timing
@@ -43,8 +43,8 @@ def set_speedups(simulation: xr.Dataset, speedups: list[float], **cells: object)
 @pytest.mark.parametrize("name", SIMULATED)
 @pytest.mark.parametrize(
     "poor",
-    [no_grid(), synthetic.simulation(device_sets=("cpu",)), synthetic.simulation(strategies=("kernel",))],
-    ids=["none", "one device", "no baseline"],
+    [synthetic.simulation(device_sets=("cpu",)), synthetic.simulation(strategies=("kernel",))],
+    ids=["one device", "no baseline"],
 )
 def test_where_nothing_was_simulated_the_figure_and_the_sentence_say_so(timing, poor, name: str, tmp_path: Path):
     figure = FIGURES[name].draw(poor, timing)
@@ -102,8 +102,9 @@ def test_the_scaling_finding_tells_where_each_strategy_saturates(simulation, tim
     }.items():
         set_speedups(simulation, speedups, **place, strategy=strategy)
     said = FIGURES["scaling"].say(simulation, timing)
-    line = next(line for line in said.splitlines() if ", loopback: ``ddp``" in line)
-    assert line.startswith("- Simulated, 500:1500, batch 32, on up to 64 ``cpu@0.45`` (emulated), loopback: ")
+    line = said.splitlines()[0]
+    assert line.startswith("- Simulated on up to 64 ``cpu@0.45`` (emulated), loopback: ``ddp``")
+    assert line.endswith("; 500:1500, batch 32.")
     assert "``ddp`` never gains" in line
     assert "``paper`` saturates at 4 devices (speedup 2.25)" in line
     assert "``kernel`` saturates at 16 devices (speedup 15)" in line
@@ -112,18 +113,40 @@ def test_the_scaling_finding_tells_where_each_strategy_saturates(simulation, tim
     assert f"``kernel`` {measured:.2f} (4.00)" in said
 
 
-def test_the_links_finding_tells_from_which_link_on_splitting_pays(simulation, timing):
+def test_the_links_finding_tells_over_which_links_splitting_pays(simulation, timing):
+    simulation = simulation.sel(network=["50:500"])
     place = {"network": "50:500", "batch_size": 32, "device_set": "4 x cpu@0.45"}
     links = {"link": ["10Mbit/s+1ms", "1Gbit/s+100us", "100Gbit/s+10us"]}
     for strategy, speedups in {"paper": [0.1, 0.4, 0.83], "kernel": [0.7, 0.9, 3.1], "batch": [1.07, 2, 3]}.items():
         set_speedups(simulation, speedups, **place, **links, strategy=strategy)
     set_speedups(simulation, [1.2, 0.7, 3.1], **place, **links, strategy="ddp")
     said = FIGURES["links"].say(simulation, timing).splitlines()[0]
-    assert "``ddp`` over 10Mbit/s+1ms and 100Gbit/s+10us only" in said
-    assert "Simulated, 50:500, batch 32, on ``4 x cpu@0.45`` (emulated)" in said
-    assert "``paper`` over no link (speedup at most 0.83)" in said
-    assert "``kernel`` from 100Gbit/s+10us on (speedup 3.10)" in said
-    assert "``batch`` from 10Mbit/s+1ms on (speedup 1.07)" in said
+    assert said.endswith(": 50:500, batch 32.")
+    assert "Simulated over 3 links, ``4 x cpu@0.45`` (emulated) are faster than one device with ``ddp`` over 2," in said
+    assert "``paper`` over none (speedup at most 0.83)" in said
+    assert "``kernel`` over 1, the slowest 100Gbit/s+10us (speedup 3.10)" in said
+    assert "``batch`` over 3, the slowest 10Mbit/s+1ms (speedup 1.07)" in said
+
+
+def test_links_of_one_delay_share_a_panel_and_the_real_one_stands_with_the_shortest(timing):
+    names = ("loopback", *(f"{rate}bit/s{delay}" for rate in ("10M", "1G", "100G") for delay in ("", "+1ms", "+50ms")))
+    grid = synthetic.simulation(links=names)
+    assert selection.by_delay(selection.links(grid)) == {
+        "0 ms": ["10Mbit/s", "1Gbit/s", "100Gbit/s"],
+        "1 ms": ["10Mbit/s+1ms", "1Gbit/s+1ms", "100Gbit/s+1ms"],
+        "50 ms": ["10Mbit/s+50ms", "1Gbit/s+50ms", "100Gbit/s+50ms"],
+    }
+    axes = FIGURES["links"].draw(grid, timing).axes
+    assert [axis.get_title(loc="left") for axis in axes] == ["delay 0 ms", "delay 1 ms", "delay 50 ms"]
+    assert [len(axis.get_xticks()) for axis in axes] == [4, 3, 3]
+    assert selection.by_delay(["1Gbit/s", "2Gbit/s+1ms"]) == {"": ["1Gbit/s", "2Gbit/s+1ms"]}
+
+
+def test_the_links_shown_beside_measured_ones_are_of_their_delay():
+    names = ("loopback", *(f"{rate}bit/s{delay}" for rate in ("10M", "100M", "1G", "10G") for delay in ("", "+1ms")))
+    wanted = synthetic.indices(("50:500",), (32,), ("cpu", "2 x cpu"), links=("loopback", "1Gbit/s+1ms"))
+    shown = selection.shown_links(synthetic.simulation(links=names), synthetic.timing(wanted))
+    assert shown == ["100Mbit/s+1ms", "1Gbit/s+1ms", "loopback"]
 
 
 def test_links_are_ordered_from_slow_to_fast_and_the_real_one_is_last():
@@ -192,7 +215,8 @@ def test_the_waterfall_tells_times_and_megabytes_against_the_step_before(timing)
             *grid["instruction_bytes"].sel(strategy=strategy).dims
         )
     said = FIGURES["waterfall"].say(grid)
-    assert said.startswith("500:1500, batch 32, on ``4 x cpu@0.45`` (emulated)")
+    assert "``kernel``, changes the step by -25.0%, and moves 60 instead of 300 MB: 500:1500, batch 32, on" in said
+    assert "\n- 500:1500, batch 32, on ``4 x cpu@0.45`` (emulated), each" in said
     assert "``single`` 8 s; ``paper`` 4 s (-50.0%), 300 MB moved; ``kernel`` 3 s (-25.0%), 60 MB moved" in said
     assert "``batch`` 3.3 s (+10.0%), 90 MB moved" in said
     times, moved = FIGURES["waterfall"].draw(grid).axes[:2]
@@ -212,7 +236,7 @@ def test_the_figures_of_a_study_are_drawn_with_and_without_a_simulation(simulati
     for name, dataset in datasets.items():
         write_store(dataset, tmp_path / f"{name}.zarr")
     figures(tmp_path)
-    assert "Nothing was simulated" in (tmp_path / "figures" / "scaling.rst").read_text()
+    assert "The study has no simulation.zarr" in (tmp_path / "figures" / "scaling.rst").read_text()
     validate_timing(simulation)
     write_store(simulation, tmp_path / "simulation.zarr")
     figures(tmp_path)

@@ -176,3 +176,21 @@ def test_a_speedup_saturates_where_no_larger_number_of_devices_passes_it_by_five
 def test_the_best_split_is_exact_and_of_all_devices():
     ratios = xr.DataArray([1.0, 5.0, 0.8, 0.9, 3.0], {"strategy": ["single", "ddp", "paper", "kernel", "auto"]})
     assert statistics.best_split(ratios).item() == 0.9
+
+
+def test_a_speedup_says_of_how_few_repetitions_it_is():
+    wanted = synthetic.indices(("50:500",), (32,), ("cpu", "2 x cpu"))
+    few = {index: 3 if index.strategy == "kernel" else 5 for index in wanted}
+    made = combine([synthetic.cell(index, repetitions=count) for index, count in few.items()], wanted)
+    found = statistics.speedup(made)["repetitions"].sel(
+        network="50:500", batch_size=32, link="loopback", device_set="2 x cpu"
+    )
+    assert found.sel(strategy="kernel").item() == 3
+    assert found.sel(strategy="paper").item() == 5
+
+
+@pytest.mark.parametrize(
+    ("noisy", "repetitions", "mark"), [(False, 5, ""), (True, 5, " *"), (False, 4, " n=4"), (True, 1, " * n=1")]
+)
+def test_flags_mark_noise_and_fewer_than_five_repetitions(noisy: bool, repetitions: int, mark: str):
+    assert statistics.flags(noisy, repetitions) == mark

@@ -195,3 +195,18 @@ def test_provenance_names_the_code_the_versions_and_the_hardware_but_no_host():
     assert "cores" in str(attributes["hardware"])
     assert os.uname().nodename not in str(attributes["hardware"])
     assert str(attributes["created"]).endswith("+00:00")
+
+
+def test_the_grid_flags_the_cells_whose_repetitions_spread(tmp_path: Path):
+    wanted = synthetic.indices(("50:500",), (32,), ("cpu", "2 x cpu"))
+    made = [synthetic.cell(index) for index in wanted]
+    noisy = next(cell for cell in made if cell["strategy"].item() == "paper")
+    noisy["step_time"][:2] *= 2
+    grid = stores.open_store(
+        stores.write_store(stores.combine(made, wanted), tmp_path / "timing.zarr"), validate_timing
+    )
+    place = {"network": "50:500", "batch_size": 32, "link": "loopback", "device_set": "2 x cpu"}
+    assert grid["noisy"].dtype == bool
+    assert grid["noisy"].sel(place, drop=True).to_series().loc[lambda flag: flag].index.tolist() == ["paper"]
+    assert grid["noisy"].sum() == 1
+    assert grid["noisy"].attrs["units"] == "1"

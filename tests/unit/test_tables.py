@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pandas as pd
 import pytest
 
 from pipeline.analysis import paper
-from pipeline.analysis.statistics import speedup
+from pipeline.analysis.statistics import simulated_speedup, speedup
 from pipeline.analysis.tables import NOT_MEASURED, headline, html_table, markdown, write_headline
 from tests import synthetic
 
@@ -63,10 +64,39 @@ def test_the_table_is_written_for_people_and_for_programs(timing, tmp_path: Path
     assert "&lt;b&gt;" in page
     assert "<b>" not in page
     assert len(pd.read_csv(tmp_path / "headline.csv")) == len(headline(timing))
-    assert "\\|2 cores" in (tmp_path / "headline.md").read_text()
+    assert "2 cores" in (tmp_path / "headline.md").read_text()
 
 
 def test_markdown_and_html_have_a_row_per_row(timing):
     table = headline(timing)
     assert markdown(table).count("\n") == len(table) + 2
     assert html_table(table).count("<tr>") == len(table) + 1
+    assert "a\\|b" in markdown(table.assign(device_set="a|b"))
+
+
+def test_the_simulated_speedup_of_the_same_cell_stands_beside_the_measured_one(timing):
+    simulation = synthetic.simulation()
+    table = headline(timing.sel(batch_size=[32]), simulation).set_index(["claim", "strategy"])
+    place = {"network": "500:1500", "batch_size": 32, "device_set": "4 x cpu@0.45", "link": "loopback"}
+    for strategy in ("kernel", "paper", "ddp"):
+        wanted = simulated_speedup(simulation).sel({**place, "strategy": strategy}).item()
+        assert table.loc[("4 CPUs", strategy), "simulated"] == pytest.approx(wanted)
+    assert headline(timing.sel(batch_size=[64]), simulation)["simulated"].isna().all()
+
+
+def test_what_was_only_simulated_stands_in_its_column_alone(timing):
+    simulation = synthetic.simulation(device_sets=("gpu", "3 x gpu"))
+    table = headline(timing, simulation).set_index("claim").loc["3 GPUs"]
+    place = {"network": "500:1500", "device_set": "3 x gpu", "link": "loopback"}
+    ratios = simulated_speedup(simulation).sel(place)
+    assert table["simulated"].iloc[0] == pytest.approx(ratios.drop_sel(strategy=["ddp", "auto"]).max().item())
+    assert list(table["strategy"])[1:] == ["paper", "ddp"]
+    assert table["speedup"].isna().all()
+    assert set(table["baseline_device"]) == {"gpu"}
+    assert "5,000 GFLOP/s" in _note_of(timing, simulation)
+
+
+def _note_of(timing, simulation) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        write_headline(timing, folder, simulation=simulation)
+        return Path(folder, "headline.md").read_text()

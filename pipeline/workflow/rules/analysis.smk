@@ -6,6 +6,7 @@ rule figures:
         accuracy=rules.accuracy.output.store,
         calibration=rules.calibration.output.store,
         simulation=rules.simulation.output.store,
+        captions=expand(FOLDER / "report" / "{name}.rst", name=FIGURES),
     output:
         headline=report(f"{OUT}/figures/headline.html", caption="../report/headline.rst", category="Headline"),
         figures=[
@@ -19,12 +20,13 @@ rule figures:
         ],
         images=expand(f"{OUT}/figures/{{name}}.png", name=FIGURES),
         findings=expand(f"{OUT}/figures/{{name}}.rst", name=["headline", *FIGURES]),
+        page=f"{OUT}/figures/study.rst",
         tables=multiext(f"{OUT}/figures/headline", ".csv", ".md"),
     log:
         f"{LOGS}/figures.log",
     params:
         study=subpath(input.timing, parent=True),
-        code=code_digest("pipeline.analysis.figures") + code_digest("pipeline.analysis.tables"),
+        code=code_digest("pipeline.analysis.sections") + code_digest("pipeline.analysis.tables"),
     conda:
         ENVIRONMENT
     shell:
@@ -38,6 +40,7 @@ rule report:
         headline=rules.figures.output.headline,
         figures=rules.figures.output.figures,
         findings=rules.figures.output.findings,
+        page=rules.figures.output.page,
         record=rules.configuration.output.record,
         captions=expand(FOLDER / "report" / "{name}.rst", name=["study", "headline", *FIGURES]),
     output:
@@ -61,8 +64,7 @@ rule notebook:
     input:
         template=FOLDER / "notebooks" / "analysis.ipynb",
         timing=rules.timing.output.store,
-        accuracy=rules.accuracy.output.store,
-        calibration=rules.calibration.output.store,
+        simulation=rules.simulation.output.store,
     output:
         notebook=f"{OUT}/analysis.ipynb",
     log:

@@ -1,0 +1,102 @@
+"""What the figures of calibration, prediction and single steps show, in sentences with numbers from the stores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import xarray as xr
+
+from pipeline.analysis import selection
+from pipeline.analysis.calibration_figure import largest, with_most_images
+from pipeline.analysis.statistics import prediction_error
+from pipeline.analysis.wording import listed, named
+from pipeline.results.contracts import OK
+
+
+def prediction_finding(timing: xr.Dataset) -> str:
+    """How far predictions are off, over all cells, then by strategy."""
+    error = abs(prediction_error(timing))
+    every = _finite(error)
+    if not every.size:
+        return "No cell was both measured and predicted.\n"
+    answer = (
+        f"The step time predicted before a cell was measured is off by {np.median(every):.1%} in the median and "
+        f"{np.quantile(every, 0.95):.1%} at the 95th percentile of {every.size} cells."
+    )
+    each = {name: _finite(error.sel(strategy=name)) for name in selection.strategies(timing)}
+    told = ", ".join(f"``{name}`` {np.median(one):.1%}" for name, one in each.items() if one.size)
+    return listed([answer, f"In the median by strategy: {told}."], "")
+
+
+def _finite(values: xr.DataArray) -> npt.NDArray[np.float64]:
+    flat = np.asarray(values.values, float).ravel()
+    return np.asarray(flat[np.isfinite(flat)])
+
+
+def calibration_finding(calibration: xr.Dataset) -> str:
+    """The time of the whole network on every kind of device, and the links."""
+    chosen = largest(calibration)
+    times = with_most_images(chosen)
+    whole = times.min("repetition").max("share").sum("segment")
+    labels = [str(label) for label in chosen["device_label"].values if label]
+    by_label = {one: [whole.values[r] for r, label in enumerate(labels) if label == one] for one in labels}
+    each = ", ".join(f"{_range(some)} s on {named(label)}" for label, some in by_label.items())
+    sentences = [f"Forward and backward of {chosen['network'].item()}, {times['images'].item()} images: {each}."]
+    apart = xr.DataArray(np.arange(chosen.sizes["source"]), dims="source") != xr.DataArray(
+        np.arange(chosen.sizes["destination"]), dims="destination"
+    )
+    latency, bandwidth = (chosen[name].where(apart).median().item() for name in ("link_latency", "link_bandwidth"))
+    if np.isfinite(latency) and np.isfinite(bandwidth):
+        sentences.append(
+            f"The median link has {latency * 1e3:.3g} ms latency and {bandwidth / 1e9:.3g} GB/s bandwidth."
+        )
+    return listed(sentences, "")
+
+
+def _range(values: Sequence[float]) -> str:
+    least, most = f"{min(values):.3g}", f"{max(values):.3g}"
+    return least if least == most else f"{least} to {most}"
+
+
+def activity_finding(timing: xr.Dataset) -> str:
+    """Mean fractions of compute, exchange and idle time over the devices, for the largest network on each set."""
+    link, sentences = selection.main_link(timing), []
+    for device_set in selection.showcase_sets(timing):
+        names = selection.networks(timing, [device_set])
+        batch_size = selection.main_batch_size(timing, names[-1], link, [device_set])
+        place = {"network": names[-1], "batch_size": batch_size, "device_set": device_set, "link": link}
+        cells, told = timing.where(timing["status"] == OK).sel(place), []
+        for strategy in selection.strategies(timing):
+            cell = cells.sel(strategy=strategy)
+            if strategy == "single" or not cell["step_time"].notnull().any():
+                continue
+            part = {n: (cell[f"{n}_time"] / cell["step_time"]).mean().item() for n in ("compute", "exchange", "idle")}
+            exchange = f"exchange {part['exchange']:.0%}" if part["exchange"] else "exchange within that time"
+            told.append(f"``{strategy}`` compute {part['compute']:.0%}, {exchange}, idle {part['idle']:.0%}")
+        if told:
+            sentences.append(
+                f"The mean device of {named(device_set)} spends its step so ({names[-1]}, batch {batch_size}): "
+                f"{'; '.join(told)}."
+            )
+    return listed(sentences, "No set of several devices was measured.")
+
+
+def timeline_finding(timing: xr.Dataset) -> str:
+    """The longest instruction of every strategy in the shown step."""
+    place, told = selection.showcase(timing), []
+    if place is None or "instruction_start" not in timing:
+        return "No timeline of several devices was recorded.\n"
+    cells, where = timing.sel(place), f"{place['network']} on {named(str(place['device_set']))}"
+    for strategy in selection.strategies(timing):
+        cell = cells.sel(strategy=strategy)
+        length = (cell["instruction_end"] - cell["instruction_start"]).max("device")
+        if strategy != "single" and length.notnull().any():
+            longest = cell.isel(instruction=int(np.nanargmax(length.values)))
+            told.append(
+                f"``{strategy}`` {longest['instruction_name'].item()} ({longest['instruction_phase'].item()}), "
+                f"{length.max().item():.3g} s"
+            )
+    sentences = [f"The longest instruction of a step of {where} is, by strategy: {'; '.join(told)}."] if told else []
+    return listed(sentences, f"No timeline was recorded for {where}.")

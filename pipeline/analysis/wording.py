@@ -1,0 +1,36 @@
+"""How findings are worded: names of devices, and sentences as reStructuredText of which the first is the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import xarray as xr
+
+from pipeline.analysis.style import described, is_emulated
+
+_BULLET = "- "
+
+
+def named(device_set: str) -> str:
+    """A device or set as a literal, `(emulated)` behind it where it is."""
+    # As a literal, or reStructuredText takes what surrounds an @ for an address.
+    return f"``{device_set}``" + (" (emulated)" if is_emulated([device_set]) else "")
+
+
+def assumed(simulation: xr.Dataset, label: str, device_set: str) -> str:
+    """As `named`, with the speed that is assumed of the device `label` where it is only described."""
+    speed = described(simulation).get(label)
+    return named(device_set) + ("" if speed is None else f" (described, {speed:,.0f} GFLOP/s assumed)")
+
+
+def listed(sentences: Iterable[str], otherwise: str) -> str:
+    """A finding: the sentences, the answer first, or `otherwise` where there is none."""
+    found = list(sentences)
+    if len(found) > 1:
+        return "\n".join(f"{_BULLET}{sentence}" for sentence in found) + "\n"
+    return (found[0] if found else otherwise) + "\n"
+
+
+def sentences_of(finding: str) -> list[str]:
+    """The sentences of a finding, the answer first."""
+    return [line.removeprefix(_BULLET) for line in finding.splitlines() if line.strip()]
