@@ -1,6 +1,7 @@
 """The study, end to end: `snakemake --cores all` measures, compares and draws; results are in outputs/.
 
-Change one value with `--config data=FOLDER`; the full grid is `--configfile pipeline/workflow/config/paper.yaml`.
+Change one value with `--config data=FOLDER`; the full grid is `--configfile pipeline/workflow/config/paper.yaml`,
+that of GPUs gpu.yaml beside it.
 """
 
 from snakemake.utils import min_version
@@ -20,6 +21,7 @@ include: "pipeline/workflow/rules/calibration.smk"
 include: "pipeline/workflow/rules/simulation.smk"
 include: "pipeline/workflow/rules/timing.smk"
 include: "pipeline/workflow/rules/accuracy.smk"
+include: "pipeline/workflow/rules/miscalibration.smk"
 include: "pipeline/workflow/rules/analysis.smk"
 
 
@@ -33,5 +35,6 @@ rule all:
         rules.timing.output.store,
         rules.simulation.output.store,
         rules.accuracy.output.store,
+        rules.miscalibration.output.store,
         rules.report.output.html,
         rules.notebook.output.notebook,

@@ -11,16 +11,16 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.cluster.devices import format_device_set, parse_device_set
+from pipeline.cluster.devices import format_device_set, parse_device_set, visible_gpus
 from pipeline.errors import InputError
 from pipeline.links import canonical_link
+from pipeline.refusals import sentence
 from pipeline.simulation.mixes import parse_mix
 
 Strategy = Literal["single", "ddp", "equal", "paper", "kernel", "batch", "auto"]
@@ -137,6 +137,25 @@ class Accuracy(Section):
     """Seed of the initial weights and of the order of the images."""
 
 
+class Miscalibration(Section):
+    """Steps planned from a calibration in which one device is judged too slow or too fast, run as they are."""
+
+    network: Network = "50:500"
+    """Network that is trained."""
+    batch_size: Positive = 64
+    """Images per step over all devices."""
+    device_set: DeviceSet = "cpu + cpu@0.5"
+    """Devices that train together."""
+    device: Annotated[int, Field(ge=0)] = 1
+    """The device that is misjudged, by its place in the set; 0 is the first."""
+    errors: Annotated[tuple[Annotated[float, Field(gt=-1)], ...], Field(min_length=1)] = (
+        -0.5, -0.3, -0.1, 0.0, 0.1, 0.3, 0.5,
+    )  # fmt: skip
+    """Errors of the device's judged time: 0.5 judges it to take half as long again, -0.5 half as long."""
+    strategies: Annotated[tuple[Strategy, ...], Field(min_length=1)] = ("paper", "kernel")
+    """Strategies that plan by the calibration."""
+
+
 class Simulation(Section):
     """A grid that is simulated from the calibrations: devices and links that need not be there."""
 
@@ -145,16 +164,27 @@ class Simulation(Section):
     batch_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] = (32, 64, 256, 1024)
     """Images per step over all devices."""
     device_sets: tuple[Mix, ...] | None = None
-    """Devices that train together, up to 1,024, as in 'gpu + 8 x cpu'; null takes 1 to 1,024 of each calibrated one."""
+    """Devices that train together, up to 1,024, as in 'gpu + 8 x cpu'; null takes 1 to 1,024 of each calibrated and of
+    the first described one, and each described one alone and beside one and four calibrated CPUs."""
     links: Annotated[tuple[Link, ...], Field(min_length=1)] = (
-        "loopback", "100Mbit/s+1ms", "1Gbit/s+0.1ms", "10Gbit/s+0.05ms", "100Gbit/s+0.01ms",
-    )  # fmt: skip
+        "loopback",
+        *(
+            f"{rate}bit/s{delay}"
+            for rate in ("10M", "100M", "1G", "10G", "100G")
+            for delay in ("", "+100us", "+1ms", "+10ms", "+50ms")
+        ),
+    )
     """Links between the devices: loopback as measured, or a rate and a delay."""
     strategies: Annotated[tuple[Strategy, ...], Field(min_length=1)] = (
         "single", "ddp", "paper", "kernel", "batch", "auto",
     )  # fmt: skip
     """How the network is split over the devices."""
-    described: Mapping[str, Annotated[float, Field(gt=0)]] = Field(default_factory=lambda: {"gpu": 5000.0})
+    described: Mapping[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=lambda: {
+            "gpu": 5000.0, "gpu-0.3T": 300.0, "gpu-0.5T": 500.0, "gpu-1T": 1000.0, "gpu-2T": 2000.0, "gpu-3T": 3000.0,
+            "gpu-10T": 10000.0, "gpu-20T": 20000.0, "gpu-50T": 50000.0, "gpu-200T": 200000.0,
+        }
+    )  # fmt: skip
     """Devices that are not there, by the GFLOP/s that they reach in convolutions: an assumption, not a measurement."""
 
 
@@ -162,55 +192,69 @@ def _default_experiments() -> dict[str, Experiment]:
     """The study in small, for two cores: four devices fit there at 0.45 of a core's speed each."""
     small, batch_sizes = ("50:500", "150:800"), (64,)
     return {
-        "baseline": Experiment(
-            question="How long is a step on one device, and how much of it is convolution?",
+        "convolution": Experiment(
+            question="1. How much of a step on one device is convolution?",
             networks=small,
             batch_sizes=batch_sizes,
             device_sets=("cpu", "cpu@0.45"),
             strategies=("single",),
         ),
         "devices": Experiment(
-            question="What do two, three and four equal devices gain?",
-            networks=small,
+            question="2. What do two, three and four equal devices gain?",
+            networks=("150:800",),
             batch_sizes=batch_sizes,
             device_sets=("2 x cpu@0.45", "3 x cpu@0.45", "4 x cpu@0.45"),
-            strategies=("paper", "kernel", "auto"),
+            strategies=("paper", "kernel"),
         ),
-        "strategies": Experiment(
-            question="How do the strategies compare, on equal and on unequal devices?",
-            networks=small,
-            batch_sizes=batch_sizes,
-            device_sets=("2 x cpu", "cpu + cpu@0.5"),
-            strategies=("ddp", "equal", "paper", "kernel", "batch", "auto"),
-        ),
-        "unequal": Experiment(
-            question="What does the calibration gain where one device is much slower?",
+        "devices_small": Experiment(
+            question="2 and 4. And what do they gain for a smaller network?",
             networks=("50:500",),
             batch_sizes=batch_sizes,
-            device_sets=("cpu + cpu@0.25",),
-            strategies=("equal", "paper", "kernel", "auto"),
+            device_sets=("2 x cpu@0.45", "4 x cpu@0.45"),
+            strategies=("paper", "kernel"),
+        ),
+        "headline": Experiment(
+            question="2. What do four devices gain for the paper's largest network?",
+            networks=("500:1500",),
+            batch_sizes=(32,),
+            device_sets=("4 x cpu@0.45",),
+            strategies=("paper", "kernel"),
+        ),
+        "headline_baseline": Experiment(
+            question="1 and 2. How long does one such device take for that network, and how much is convolution?",
+            networks=("500:1500",),
+            batch_sizes=(32,),
+            device_sets=("cpu@0.45",),
+            strategies=("single",),
+        ),
+        "size": Experiment(
+            question="4. Where does splitting start to pay, over network size and batch size?",
+            networks=small,
+            batch_sizes=batch_sizes,
+            device_sets=("2 x cpu",),
+            strategies=("ddp", "equal", "paper", "kernel", "batch", "auto"),
         ),
         "links": Experiment(
-            question="What does a slower link cost?",
+            question="5. What does a slower link cost?",
             networks=("50:500",),
             batch_sizes=batch_sizes,
             device_sets=("2 x cpu",),
             links=("1Gbit/s+100us",),
             strategies=("paper", "kernel", "batch", "auto"),
         ),
-        "headline": Experiment(
-            question="What do four devices gain for the paper's largest network?",
-            networks=("500:1500",),
-            batch_sizes=(32,),
-            device_sets=("4 x cpu@0.45",),
-            strategies=("paper", "kernel", "auto"),
+        "unequal": Experiment(
+            question="6. What do calibrated shares gain over equal ones, from devices of one speed to 1:0.1?",
+            networks=("50:500",),
+            batch_sizes=batch_sizes,
+            device_sets=("2 x cpu", "cpu + cpu@0.5", "cpu + cpu@0.25", "cpu + cpu@0.1"),
+            strategies=("equal", "paper", "kernel", "auto"),
         ),
-        "headline_baseline": Experiment(
-            question="How long does one such device take for that network?",
-            networks=("500:1500",),
-            batch_sizes=(32,),
-            device_sets=("cpu@0.45",),
-            strategies=("single",),
+        "ideas": Experiment(
+            question="9. What does each idea bring, from paper to auto, on unequal devices?",
+            networks=small,
+            batch_sizes=batch_sizes,
+            device_sets=("cpu + cpu@0.5",),
+            strategies=("equal", "paper", "kernel", "batch", "auto"),
         ),
     }
 
@@ -226,6 +270,9 @@ class Config(Section):
     """Folder the results are written to."""
     scheduler: str | None = None
     """Address or scheduler file of a running Dask cluster; null starts one on this machine for each job."""
+    gpus: Annotated[int, Field(ge=0)] | None = None
+    """How many GPUs there are: device sets that need more are left out; null counts those of this machine when a study
+    with GPUs starts, or leaves nothing out where a scheduler is named."""
     calibration: Calibration = Calibration()
     """How the time of each network segment is measured on each device."""
     timing: Timing = Timing()
@@ -233,11 +280,40 @@ class Config(Section):
     training: Training = Training()
     """Hyper-parameters of stochastic gradient descent: our own choice, the paper's are not known."""
     experiments: Annotated[Mapping[str, Experiment], Field(min_length=1)] = Field(default_factory=_default_experiments)
-    """Named parts of the timing grid; the grid is their union."""
+    """Named parts of the timing grid, which is their union. The numbers are those of the study's questions: 3 is
+    answered by gpu.yaml where there are GPUs and by the simulation elsewhere, 7 by accuracy, 8 by the simulation."""
     accuracy: Accuracy = Accuracy()
-    """Training one network on one device and split, to compare the test accuracy."""
+    """7. Is the classification unchanged? Training one network on one device and split, to compare the accuracy."""
+    miscalibration: Miscalibration = Miscalibration()
+    """6. What does a wrong calibration lose? Steps planned from one that misjudges a device."""
     simulation: Simulation = Simulation()
-    """A grid that is simulated from the calibrations."""
+    """3, 5 and 8. More devices, GPUs and other links: a grid that is simulated from the calibrations."""
+
+    @model_validator(mode="after")
+    def _needs_no_more_gpus_than_there_are(self) -> Self:
+        if self.gpus == 0 and (without := left_out(self)):
+            raise InputError(
+                f"the experiments measure {', '.join(without)}, but there is no GPU here: run the study where one is "
+                "visible, or name the scheduler of a cluster that has one"
+            )
+        for name, device_set in {
+            "accuracy": self.accuracy.device_set,
+            "miscalibration": self.miscalibration.device_set,
+        }.items():
+            if not is_there(self, device_set):
+                raise InputError(
+                    f"{name}.device_set {device_set} needs {gpus_needed(device_set)} GPUs, but there are {self.gpus}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _misjudges_a_device_of_the_set(self) -> Self:
+        if self.miscalibration.device >= (ranks := len(parse_device_set(self.miscalibration.device_set))):
+            raise InputError(
+                f"miscalibration.device {self.miscalibration.device} is not in {self.miscalibration.device_set}, whose "
+                f"devices are 0 to {ranks - 1}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _simulates_what_is_calibrated(self) -> Self:
@@ -274,6 +350,34 @@ def slug(text: str) -> str:
     return "".join(c if c.isalnum() or c in "@.+_" else "-" for c in text.replace(" ", ""))
 
 
+def gpus_needed(device_set: str) -> int:
+    """How many GPUs a machine needs for the device set: ordinals count from 0."""
+    return max((device.index + 1 for device in parse_device_set(device_set) if device.kind == "gpu"), default=0)
+
+
+def is_there(config: Config, device_set: str) -> bool:
+    """Whether there are GPUs enough for the device set."""
+    return config.gpus is None or gpus_needed(device_set) <= config.gpus
+
+
+def left_out(config: Config) -> tuple[str, ...]:
+    """The device sets of the experiments that need more GPUs than there are."""
+    listed = (text for experiment in config.experiments.values() for text in experiment.device_sets)
+    return tuple(dict.fromkeys(text for text in listed if not is_there(config, text)))
+
+
+def with_gpus_counted(config: Config) -> Config:
+    """The configuration with the number of GPUs of this machine, if it names GPUs and neither that nor a cluster.
+
+    Raises:
+        InputError: It needs a GPU, and none is visible.
+    """
+    sets = (text for experiment in config.experiments.values() for text in experiment.device_sets)
+    if config.gpus is not None or config.scheduler is not None or not any(map(gpus_needed, sets)):
+        return config
+    return load_config(config.model_dump(mode="json") | {"gpus": visible_gpus()})
+
+
 def grid(config: Config) -> dict[Cell, int]:
     """The timing grid: every cell of the experiments' union, in their order, with its number of timed steps.
 
@@ -282,6 +386,8 @@ def grid(config: Config) -> dict[Cell, int]:
     timed_steps: dict[Cell, int] = {}
     for experiment in config.experiments.values():
         for cell in _product(experiment):
+            if not is_there(config, cell.device_set):
+                continue
             steps = experiment.repetitions or config.timing.repetitions
             timed_steps[cell] = max(steps, timed_steps.get(cell, 0))
     return timed_steps
@@ -313,9 +419,10 @@ def cells(config: Config) -> tuple[Cell, ...]:
 
 
 def device_sets(config: Config) -> tuple[str, ...]:
-    """Every device set of the configuration, each once, in its order."""
+    """Every device set of the configuration that is there, each once, in its order."""
     listed = (text for experiment in config.experiments.values() for text in experiment.device_sets)
-    return tuple(dict.fromkeys((*listed, config.accuracy.device_set)))
+    every = (*listed, config.accuracy.device_set, config.miscalibration.device_set)
+    return tuple(text for text in dict.fromkeys(every) if is_there(config, text))
 
 
 def calibration_source(config: Config, device_set: str) -> str:
@@ -329,9 +436,9 @@ def calibration_source(config: Config, device_set: str) -> str:
 
 
 def calibrations(config: Config) -> tuple[tuple[str, str], ...]:
-    """Every (network, device set) that is calibrated: what the grid and the accuracy runs need, each once."""
+    """Every (network, device set) that is calibrated: what the grid and the other runs need, each once."""
     needed = [(cell.network, cell.device_set) for cell in cells(config)]
-    needed.append((config.accuracy.network, config.accuracy.device_set))
+    needed += [(one.network, one.device_set) for one in (config.accuracy, config.miscalibration)]
     return tuple(dict.fromkeys((network, calibration_source(config, text)) for network, text in needed))
 
 
@@ -348,7 +455,7 @@ def load_config(source: str | Path | Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(content)
     except ValidationError as error:
-        raise InputError(_sentence(error, name)) from error
+        raise InputError(sentence(error, name, Config)) from error
 
 
 def _product(experiment: Experiment) -> Iterator[Cell]:
@@ -370,56 +477,3 @@ def _read_yaml(path: Path) -> object:
     except yaml.YAMLError as error:
         raise InputError(f"The configuration {path} is not valid YAML: {' '.join(str(error).split())}.") from error
     return {} if content is None else content
-
-
-def _sentence(error: ValidationError, name: str) -> str:
-    """The first problem in one sentence; an unknown key goes first, as it often causes the others."""
-    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    problem = problems[0]
-    place = _place(problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return f"Unknown key {place} in {name}: {_suggestion(str(problem['loc'][-1]), problem['loc'][:-1])}"
-    if problem["type"] == "missing":
-        return f"The key {place} is missing in {name}."
-    if not place:
-        return f"{name} is {problem['input']!r}, where a mapping of keys to values belongs."
-    cause = problem.get("ctx", {}).get("error")
-    if isinstance(cause, InputError):
-        return f"{place} in {name}: {str(cause).rstrip('.')}."
-    reason = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{place} in {name} is {problem['input']!r}, but {reason.replace('input should', 'it should')}."
-
-
-def _place(location: tuple[int | str, ...]) -> str:
-    """('experiments', 'small', 'batch_sizes', 0) as 'experiments.small.batch_sizes[0]'."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
-
-
-def _suggestion(key: str, parents: tuple[int | str, ...]) -> str:
-    """What was probably meant: a like key at the same place, else one elsewhere, else all that the place may have."""
-    known = list(_section_at(parents).model_fields)
-    if near := get_close_matches(key, known, n=3):
-        return f"did you mean {' or '.join(near)}?"
-    elsewhere = {path.rsplit(".", 1)[-1]: path for path in _key_paths(Config)}
-    if near := get_close_matches(key, elsewhere, n=1):
-        return f"did you mean {elsewhere[near[0]]}?"
-    return f"known there are {', '.join(known)}."
-
-
-def _section_at(parents: tuple[int | str, ...]) -> type[Section]:
-    section: type[Section] = Config
-    for parent in parents:
-        field = section.model_fields.get(str(parent))
-        section = (_as_section(field.annotation) if field else None) or Experiment
-    return section
-
-
-def _key_paths(section: type[Section], prefix: str = "") -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        yield f"{prefix}{name}"
-        if part := _as_section(field.annotation):
-            yield from _key_paths(part, f"{prefix}{name}.")
-
-
-def _as_section(annotation: object) -> type[Section] | None:
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None

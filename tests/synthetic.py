@@ -11,7 +11,7 @@ from pipeline.calibration.segments import chains_of
 from pipeline.graph.trace import Graph
 from pipeline.links import parse_link
 from pipeline.results.contracts import CellIndex, describe, unmeasured_cell
-from pipeline.results.stores import combine, combine_calibrations
+from pipeline.results.stores import combine, combine_calibrations, combine_errors
 
 STRATEGIES = ("single", "ddp", "equal", "paper", "kernel", "batch")
 PROVENANCE = {
@@ -159,6 +159,7 @@ def calibration() -> xr.Dataset:
             "update_overhead": (("device", "repetition"), np.zeros((2, 3))),
             "turn_time": (("turn_bytes", "repetition"), np.zeros((2, 3))),
             "update_time": (("device", "repetition"), np.full((2, 3), 1e-9)),
+            "calibration_time": 6.0,
             "kernels": (("segment", "share"), np.outer([50, 50, 500, 10], shares).round()),
             "device_label": ("device", np.array(["cpu", "cpu@0.5"], object)),
             "process_memory": ("device", np.full(2, 3e8)),
@@ -206,6 +207,7 @@ def calibration_of(graph: Graph, labels: Sequence[str]) -> xr.Dataset:
             "update_overhead": (("device", "repetition"), np.zeros((ranks, 1))),
             "turn_time": (("turn_bytes", "repetition"), np.zeros((2, 1))),
             "update_time": (("device", "repetition"), np.full((ranks, 1), 1e-9)),
+            "calibration_time": 6.0,
             "device_label": ("device", np.array(labels, object)),
             "process_memory": ("device", np.full(ranks, 3e8)),
             "memory_limit": ("device", np.full(ranks, 1e12)),
@@ -229,7 +231,30 @@ def calibration_of(graph: Graph, labels: Sequence[str]) -> xr.Dataset:
     return describe(dataset)
 
 
+def miscalibration(
+    errors: Sequence[float] = (-0.5, -0.1, 0.0, 0.5), strategies: Sequence[str] = ("paper", "kernel")
+) -> xr.Dataset:
+    """Cells of wrong calibrations: a step is longer by half the error, and was predicted to be longer by all of it."""
+    cells = {}
+    for error in errors:
+        cells[error] = []
+        for strategy in strategies:
+            right = cell(CellIndex("50:500", 32, "cpu + cpu@0.5", "loopback", strategy))
+            longer = right.assign(
+                step_time=right["step_time"] * (1 + abs(error) / 2),
+                predicted_step_time=right["predicted_step_time"] * (1 + abs(error)),
+            )
+            cells[error].append(longer)
+    combined = combine_errors(cells)
+    return combined.assign_attrs(PROVENANCE, misjudged_device=1)
+
+
 SIMULATED_SETS = ("cpu@0.45", "2 x cpu@0.45", "4 x cpu@0.45", "16 x cpu@0.45", "64 x cpu@0.45")
+SETS_WITH_GPUS = (
+    *SIMULATED_SETS, "gpu", "2 x gpu", "3 x gpu", "gpu-1T",
+    "gpu + 1 x cpu@0.45", "gpu + 4 x cpu@0.45", "gpu-1T + 1 x cpu@0.45", "gpu-1T + 4 x cpu@0.45",
+)  # fmt: skip
+_SIMULATED_SPEEDS = {"gpu-1T": 4.0, "gpu": 20.0}
 SIMULATED_LINKS = ("loopback", "10Mbit/s+1ms", "1Gbit/s+100us", "100Gbit/s+10us")
 
 
@@ -246,11 +271,13 @@ def simulation(
     for place in np.ndindex(times.shape):
         network, batch_size, link = networks[place[0]], batch_sizes[place[1]], parse_link(links[place[3]])
         k1, k2 = (int(k) for k in network.split(":"))
-        work, devices = batch_size * k1 * k2 * 1.3e-7, len(labels[place[2]])
+        speeds = [_SIMULATED_SPEEDS.get(label, 1.0) for label in labels[place[2]]]
+        work, devices = batch_size * k1 * k2 * 1.3e-7, len(speeds)
         latency, bandwidth = (1e-5, 2e10) if link is None else link
         strategy = "kernel" if strategies[place[4]] == "auto" else strategies[place[4]]
         sent = (devices - 1) * (latency + 50 * _SERIAL[strategy] * batch_size * k1 * 100 / bandwidth)
-        times[place] = work if strategy == "single" or devices == 1 else work / devices + sent
+        alone = strategy == "single" or devices == 1
+        times[place] = work / max(speeds) if alone else work / sum(speeds) + sent
     if "auto" in strategies:
         times[..., strategies.index("auto")] = np.fmin.reduce(times, axis=-1)
     grid = xr.Dataset(
@@ -282,5 +309,6 @@ def study() -> dict[str, xr.Dataset]:
         "timing": timing(indices(("50:500", "500:1500"), (32,), sets)),
         "accuracy": accuracy(),
         "calibration": combine_calibrations([calibration()]),
+        "miscalibration": miscalibration(),
         "simulation": simulation(device_sets=(*SIMULATED_SETS, "gpu", "3 x gpu", "4 x gpu", "gpu + 4 x cpu@0.45")),
     }

@@ -13,11 +13,15 @@ from matplotlib.figure import Figure
 from pipeline.analysis import accuracy_findings, grid_findings, simulation_findings, step_findings
 from pipeline.analysis.accuracy_figure import accuracy_over_epochs
 from pipeline.analysis.calibration_figure import calibration_curves
+from pipeline.analysis.gpu_figure import gpus
+from pipeline.analysis.gpu_findings import gpu_finding
 from pipeline.analysis.grid_figures import convolution_over_size, speedup_over_devices, time_per_step
 from pipeline.analysis.prediction_figure import predicted_against_measured
 from pipeline.analysis.simulation_figures import break_even_map, speedup_over_links, speedup_over_many_devices
 from pipeline.analysis.step_figures import step_timeline, time_per_device
 from pipeline.analysis.style import nothing, save
+from pipeline.analysis.unequal_figure import unequal_devices
+from pipeline.analysis.unequal_findings import unequal_finding
 from pipeline.analysis.waterfall_figure import step_by_step
 
 
@@ -32,8 +36,10 @@ class Entry(NamedTuple):
 FIGURES: Mapping[str, Entry] = {
     "convolution_share": Entry(("timing",), convolution_over_size, grid_findings.convolution_finding),
     "speedup": Entry(("timing",), speedup_over_devices, grid_findings.speedup_finding),
+    "gpus": Entry(("simulation", "timing"), gpus, gpu_finding),
     "break_even": Entry(("simulation", "timing"), break_even_map, simulation_findings.break_even_finding),
     "links": Entry(("simulation", "timing"), speedup_over_links, simulation_findings.links_finding),
+    "unequal": Entry(("timing", "calibration", "miscalibration"), unequal_devices, unequal_finding),
     "step_time": Entry(("timing",), time_per_step, grid_findings.step_time_finding),
     "accuracy": Entry(("accuracy",), accuracy_over_epochs, accuracy_findings.accuracy_finding),
     "scaling": Entry(("simulation", "timing"), speedup_over_many_devices, simulation_findings.scaling_finding),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from pipeline.links import parse_link
 from pipeline.results.contracts import OK
 
 _SMALL = 4
+_ORDINAL = re.compile(r"^gpu\d+")
 
 
 def network_size(network: str) -> tuple[float, str]:
@@ -53,7 +55,8 @@ def families(timing: xr.Dataset) -> dict[str, list[str]]:
     """Sets of equal devices by the label of their device, each by number of devices, the largest family first."""
     found: dict[str, list[str]] = {}
     for device_set in device_sets(timing):
-        labels = device_labels(timing, device_set)
+        # Another GPU of the machine, gpu1, is one more of the first, gpu.
+        labels = [_ORDINAL.sub("gpu", label) for label in device_labels(timing, device_set)]
         if len(set(labels)) == 1:
             found.setdefault(labels[0], []).append(device_set)
     count = device_count(timing)

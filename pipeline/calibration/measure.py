@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -83,11 +84,13 @@ def calibrate(
     name = network or type(model).__name__
 
     def measure() -> xr.Dataset:
+        start = time.perf_counter()
         measured: list[Measurement] = run_gang(
             client, chosen, measure_rank, [(task,)] * len(chosen), label=f"calibrate {name}", on_progress=on_progress
         )
         everywhere = [first.index(index) for index in alike]
         dataset = _dataset(task, chains, everywhere, chosen, measured, name)
+        dataset = describe(dataset.assign(calibration_time=time.perf_counter() - start))
         validate_calibration(dataset)
         return dataset
 
@@ -171,7 +174,7 @@ def _dataset(
     dataset.attrs["image_shape"] = json.dumps(task.graph.input_shape)
     dataset.attrs["channels_last"] = int(measured[0].channels_last)
     dataset.attrs["classes"] = task.graph[task.graph.outputs[0]].channels
-    return describe(dataset)
+    return dataset
 
 
 def _padded(array: NDArray[np.float64], size: int, *, axis: int) -> NDArray[np.float64]:

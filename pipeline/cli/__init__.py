@@ -12,7 +12,19 @@ from collections.abc import Sequence
 
 import typer
 
-from pipeline.cli import accuracy, benchmark, calibrate, data, devices, parity, plan, results, simulate, train
+from pipeline.cli import (
+    accuracy,
+    benchmark,
+    calibrate,
+    data,
+    devices,
+    miscalibration,
+    parity,
+    plan,
+    results,
+    simulate,
+    train,
+)
 from pipeline.errors import InputError, PipelineError
 from pipeline.workflow.session import end_with_snakemake
 
@@ -33,6 +45,7 @@ app.command()(simulate.simulate)
 app.command()(parity.parity)
 app.command()(benchmark.benchmark)
 app.command()(accuracy.accuracy)
+app.command()(miscalibration.miscalibration)
 app.command()(results.combine)
 app.command()(results.figures)
 app.command()(results.report)

@@ -86,6 +86,7 @@ def _checks(outputs: Path) -> dict[str, Callable[[xr.Dataset, str], None]]:
         "simulation": contracts.validate_timing,
         "accuracy": contracts.validate_accuracy,
         "calibration": contracts.validate_calibration,
+        "miscalibration": contracts.validate_miscalibration,
     }
     return {name: check for name, check in checks.items() if (outputs / f"{name}.zarr").exists()}
 

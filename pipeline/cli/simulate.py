@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _SHOWN = 10
-_COUNTS = (1, 2, 4, 16, 64, 256, 1024)
+_COUNTS = (1, 2, 3, 4, 16, 64, 256, 1024)
+_CPUS_BESIDE = (1, 4)
+_ANOTHER_GPU = re.compile(r"gpu\d")
 
 
 def simulate(
@@ -93,13 +96,20 @@ def _by_network(calibrations: list[xr.Dataset]) -> dict[str, list[xr.Dataset]]:
 
 
 def _usual_sets(calibrations: dict[str, list[xr.Dataset]], described: dict[str, float]) -> list[str]:
-    """One to 1,024 of each real device that was calibrated (of each emulated one, where none is real) or described."""
+    """One to 1,024 of each real device that was calibrated (of each emulated one, where none is real).
+
+    As many of the first described one; and each described one alone and beside one and four of those.
+    """
     labels = dict.fromkeys(
         str(label) for some in calibrations.values() for one in some for label in one.device_label.values
     )
+    # Another GPU of the machine, gpu1, is one more of the first, gpu.
+    labels = {label: None for label in labels if not _ANOTHER_GPU.match(label)}
     real = [label for label in labels if "@" not in label] or list(labels)
-    sets = [f"{count} x {name}" if count > 1 else name for name in (*real, *described) for count in _COUNTS]
-    return [*sets, *(f"{one} + {count} x {other}" for one in described for other in real for count in (1, 4))]
+    cpus = [label for label in real if label.startswith("cpu")]
+    many = [f"{count} x {name}" if count > 1 else name for name in (*real, *list(described)[:1]) for count in _COUNTS]
+    beside = [f"{one} + {count} x {other}" for one in described for other in cpus for count in _CPUS_BESIDE]
+    return [*many, *described, *beside]
 
 
 def _emulated_sets(calibrations: dict[str, list[xr.Dataset]]) -> list[str]:

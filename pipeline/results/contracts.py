@@ -25,12 +25,19 @@ device_set, link, strategy)` flags cells whose repetitions spread much. A simula
     forward_time, backward_time, input_gradient_time(device, segment, share, images, repetition)
     forward_time_alone, backward_time_alone(device, segment, repetition)
     kernels(segment, share)  device_label, process_memory, memory_limit(device)
-    update_overhead, update_time(device, repetition)
+    update_overhead, update_time(device, repetition)  calibration_time()
     link_time(source, destination, message_bytes, repetition)  link_latency, link_bandwidth(source, destination)
     turn_time(turn_bytes, repetition)
 
 **Accuracy** (`accuracy.zarr`): accuracy(strategy, epoch) and loss(strategy, step); `network`, `device_set` and `data`
 among the attributes.
+
+**Miscalibration** (`miscalibration.zarr`): cells that were planned with a wrong calibration and ran as they are, over
+`network`, `batch_size`, `device_set`, `link`, `strategy` and `error`, the relative error of the judged time of one
+device, which the attribute `misjudged_device` names by its rank:
+
+    step_time(error, repetition)  predicted_step_time(error): of the same plan, under the right calibration
+    status(error)
 """
 
 from __future__ import annotations
@@ -129,6 +136,7 @@ CALIBRATION: Mapping[str, Variable] = {
     ),
     "update_overhead": Variable(("device", "repetition"), "s", "time of the optimiser whatever its parameters"),
     "update_time": Variable(("device", "repetition"), "s", "time of the optimiser per parameter"),
+    "calibration_time": Variable((), "s", "time that the whole calibration took"),
     "device_label": Variable(("device",), "1", "device of a rank", text=True),
     "process_memory": Variable(("device",), "bytes", "memory of a rank's process without any network"),
     "memory_limit": Variable(("device",), "bytes", "most memory that a rank may hold"),
@@ -143,6 +151,12 @@ CALIBRATION: Mapping[str, Variable] = {
 ACCURACY: Mapping[str, Variable] = {
     "accuracy": Variable(("strategy", "epoch"), "1", "fraction of the test images classified correctly"),
     "loss": Variable(("strategy", "step"), "1", "training loss of the step"),
+}
+
+MISCALIBRATION: Mapping[str, Variable] = {
+    "step_time": CELL["step_time"],
+    "predicted_step_time": CELL["predicted_step_time"],
+    "status": CELL["status"],
 }
 
 COORDINATES: Mapping[str, tuple[str, str]] = {
@@ -162,6 +176,7 @@ COORDINATES: Mapping[str, tuple[str, str]] = {
     "message_bytes": ("bytes", "size of a message"),
     "turn_bytes": ("bytes", "size of a message from each rank to every other"),
     "calibration": ("1", "one network calibrated on one device set"),
+    "error": ("1", "relative error of the judged time of a device"),
     "epoch": ("1", "passes over the training data"),
     "step": ("1", "training steps taken"),
 }
@@ -240,6 +255,15 @@ def validate_accuracy(dataset: xr.Dataset, source: str = "the data set") -> None
     for name in ("network", "device_set", "data"):
         if name not in dataset.attrs:
             raise InputError(f"{what}: attribute {name} is missing.")
+
+
+def validate_miscalibration(dataset: xr.Dataset, source: str = "the data set") -> None:
+    """Raise InputError, in one sentence that names `source`, unless the data set is of wrong calibrations."""
+    what = f"{source} is not of wrong calibrations"
+    needed = {name: (*INDEX, "error", *variable.dims) for name, variable in MISCALIBRATION.items()}
+    _validate(dataset, needed, MISCALIBRATION, what, coordinates=(*INDEX, "error"))
+    if "misjudged_device" not in dataset.attrs:
+        raise InputError(f"{what}: attribute misjudged_device is missing.")
 
 
 def _validate(

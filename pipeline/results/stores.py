@@ -25,6 +25,7 @@ from pipeline.errors import InputError
 from pipeline.results.contracts import (
     CELL,
     INDEX,
+    MISCALIBRATION,
     NOISY,
     NOT_PLANNED,
     OK,
@@ -164,6 +165,16 @@ def combine_calibrations(calibrations: Sequence[xr.Dataset]) -> xr.Dataset:
             combined = combined.assign_coords({name: combined[name].expand_dims(calibration=combined.calibration)})
     combined.attrs = merged_attributes(calibrations)
     return describe(_with_text(combined, object))
+
+
+def combine_errors(cells: Mapping[float, Sequence[xr.Dataset]]) -> xr.Dataset:
+    """Cells by the error of the calibration that they were planned with, as one store over (..., error).
+
+    Raises InputError as `combine` does.
+    """
+    grids = [combine(some, [cell_index(cell) for cell in some])[list(MISCALIBRATION)] for some in cells.values()]
+    combined = xr.concat(grids, dim=xr.DataArray(list(cells), dims="error", name="error"), combine_attrs="override")
+    return describe(combined.transpose(*INDEX, "error", ...))
 
 
 def merged_attributes(datasets: Iterable[xr.Dataset]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ def measure_cell(
     device_set: str,
     strategy: Strategy,
     calibration: xr.Dataset,
+    believed: xr.Dataset | None = None,
     link: str = "loopback",
     repetitions: int = 5,
     warmup: int = 2,
@@ -54,9 +55,9 @@ def measure_cell(
     """Time ``repetitions`` training steps of ``model`` after ``warmup`` others, as one cell of the grid.
 
     ``members`` are the devices of ``device_set``, which ``calibration`` measured in this order; a ``link`` other than
-    loopback is emulated between them. A run that fails or
-    runs out of memory gives a cell whose status says so. Raises ``InputError`` for a batch larger than the data set, a
-    calibration of something else, or repetitions below 1.
+    loopback is emulated between them. A calibration ``believed`` in its place makes the plan, whose time is still
+    predicted from ``calibration``. A run that fails or runs out of memory gives a cell whose status says so. Raises
+    ``InputError`` for a batch larger than the data set, a calibration of something else, or repetitions below 1.
     """
     if repetitions < 1 or warmup < 0:
         raise InputError(f"repetitions {repetitions} must be at least 1, and warm-up steps {warmup} at least 0")
@@ -73,7 +74,8 @@ def measure_cell(
             f"link {link} can only be emulated between CPU devices of one host: use loopback, or only these"
         )
     links = None if emulated is None else Links.one(emulated)
-    plan = plan_graph(graph, calibration, batch_size=batch_size, strategy=strategy, labels=labels, links=links)
+    planned_from = calibration if believed is None else believed
+    plan = plan_graph(graph, planned_from, batch_size=batch_size, strategy=strategy, labels=labels, links=links)
     index = CellIndex(network, batch_size, device_set, link, strategy)
     try:
         accounts = run_plan(

@@ -206,9 +206,11 @@ def _dataset(
     for row, mix in zip(labels, mixes.values(), strict=True):
         row[: len(mix)] = mix
     dims = ("network", "batch_size", "device_set", "link", "strategy")
+    measured = {str(label) for one in calibrations for label in one.device_label.values}
+    described = {name: speed for name, speed in grid.described.items() if name not in measured}
     configuration = {
         "networks": grid.networks, "batch_sizes": grid.batch_sizes, "device_sets": grid.device_sets,
-        "links": grid.links, "strategies": grid.strategies, "described": dict(grid.described),
+        "links": grid.links, "strategies": grid.strategies, "described": described,
     }  # fmt: skip
     merged = merged_attributes(calibrations)
     attributes = provenance(

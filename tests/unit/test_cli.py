@@ -15,7 +15,7 @@ from PIL import Image
 from pipeline.cli import app, main
 from pipeline.cli.progress import Progress
 from pipeline.cli.results import figures
-from pipeline.cli.simulate import _emulated_sets
+from pipeline.cli.simulate import _emulated_sets, _usual_sets
 from pipeline.datasets import prepare
 from pipeline.errors import InputError
 from pipeline.results.stores import write_store, write_zip
@@ -173,3 +173,22 @@ def test_the_usual_sets_to_simulate_hold_the_emulated_devices_of_which_several_w
 def test_figures_of_a_folder_without_measurements_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"timing\.zarr does not exist: measure the study first"):
         figures(tmp_path)
+
+
+class TestUsualSets:
+    CALIBRATED = (("cpu", "cpu@0.5"), ("gpu", "gpu1", "cpu"))
+
+    def sets(self, labels: tuple[str, ...], described: dict[str, float]) -> list[str]:
+        calibration = xr.Dataset({"device_label": ("device", np.array(labels, object))})
+        return _usual_sets({"50:500": [calibration]}, described)
+
+    def test_only_the_first_described_device_is_simulated_in_numbers(self) -> None:
+        found = self.sets(self.CALIBRATED[0], {"gpu": 5e3, "gpu-1T": 1e3})
+        assert {"cpu", "3 x cpu", "1024 x cpu", "gpu", "3 x gpu", "1024 x gpu", "gpu-1T"} <= set(found)
+        assert {"gpu + 1 x cpu", "gpu + 4 x cpu", "gpu-1T + 1 x cpu", "gpu-1T + 4 x cpu"} <= set(found)
+        assert not {"2 x gpu-1T", "2 x cpu@0.5"} & set(found)
+
+    def test_another_gpu_of_the_machine_is_no_other_kind_and_no_gpu_stands_beside_a_gpu_as_a_cpu(self) -> None:
+        found = self.sets(self.CALIBRATED[1], {"gpu-1T": 1e3})
+        assert {"2 x gpu", "2 x cpu", "gpu-1T + 1 x cpu"} <= set(found)
+        assert not [one for one in found if "gpu1" in one or (one.endswith("x gpu") and "+" in one)]

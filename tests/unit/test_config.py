@@ -20,10 +20,13 @@ from pipeline.config import (
     cells,
     device_sets,
     grid,
+    left_out,
     load_config,
     slug,
+    with_gpus_counted,
 )
 from pipeline.errors import InputError
+from pipeline.links import parse_link
 from pipeline.plan.plan import STRATEGIES as PLANNED_STRATEGIES
 from pipeline.workflow.schema import DEFAULT_FILE, FOLDER, SCHEMA_FILE, default_yaml, json_schema
 
@@ -84,6 +87,17 @@ BAD = {
     "a network without quotes": ({"experiments": {"x": ONE | {"networks": [496]}}}, "not 496", "a bare 8:16"),
     "a section that is a number": ({"timing": 3}, "timing in the configuration is 3", ""),
     "text for a number": ({"timing": {"warmup": "two"}}, "timing.warmup", "'two'"),
+    "an error that leaves no time": ({"miscalibration": {"errors": [0, -1]}}, "miscalibration.errors[1]", "-1"),
+    "a device beyond the set": ({"miscalibration": {"device": 2}}, "miscalibration.device 2", "are 0 to 1"),
+    "no GPU for an experiment": (
+        {"gpus": 0, "experiments": {"x": ONE | {"device_sets": ["gpu + cpu"]}}}, "measure gpu + cpu", "no GPU here",
+    ),
+    "too few GPUs for the accuracy": (
+        {"gpus": 1, "accuracy": {"device_set": "2 x gpu"}}, "accuracy.device_set", "needs 2 GPUs, but there are 1",
+    ),
+    "a simulated network without a calibration": (
+        {"simulation": {"networks": ["5:1"]}}, "simulation.networks has 5:1", "no experiment measures",
+    ),
     "a share above 1": ({"calibration": {"fractions": [0.5, 1.5]}}, "calibration.fractions[1]", "1.5"),
     "no mapping": ([1], "[1]", "a mapping of keys to values belongs"),
 }  # fmt: skip
@@ -123,6 +137,66 @@ def test_a_configuration_cannot_be_changed() -> None:
 
 def test_strategies_are_those_of_the_planner() -> None:
     assert set(STRATEGIES) == set(PLANNED_STRATEGIES)
+
+
+class TestQuestions:
+    @pytest.mark.parametrize("number", [1, 2, 4, 5, 6, 9])
+    @pytest.mark.parametrize("file", ["default.yaml", "paper.yaml"])
+    def test_each_question_of_the_study_is_that_of_an_experiment(self, file: str, number: int) -> None:
+        asked = [one.question for one in load_config(FOLDER / file).experiments.values()]
+        assert any(str(number) in question.partition(".")[0].split(" and ") for question in asked)
+
+    @pytest.mark.parametrize(("section", "number"), [("accuracy", "7"), ("miscalibration", "6"), ("simulation", "8")])
+    def test_the_other_questions_are_those_of_a_section(self, section: str, number: str) -> None:
+        assert number in str(Config.model_fields[section].description).partition(".")[0]
+
+    def test_the_simulated_links_reach_from_10_mbit_to_100_gbit_and_to_50_ms(self) -> None:
+        found = [parse_link(text) for text in Config().simulation.links]
+        rates, delays = ({one[place] for one in found if one is not None} for place in (1, 0))
+        assert (min(rates), max(rates)) == (10e6 / 8, 100e9 / 8)
+        assert (min(delays), max(delays)) == (0, 0.05)
+
+    @pytest.mark.parametrize("file", ["default.yaml", "paper.yaml"])
+    def test_unequal_devices_reach_from_1_to_1_to_1_to_a_tenth_beside_equal_shares(self, file: str) -> None:
+        one = load_config(FOLDER / file).experiments["unequal"]
+        assert {"2 x cpu", "cpu + cpu@0.5", "cpu + cpu@0.25", "cpu + cpu@0.1"} <= set(one.device_sets)
+        assert {"equal", "paper", "kernel", "auto"} <= set(one.strategies)
+
+
+class TestGpus:
+    SETS = ("gpu", "gpu + gpu1", "gpu + gpu1 + gpu2", "gpu + gpu1 + gpu2 + gpu3")
+
+    def with_gpus(self, gpus: int | None) -> Config:
+        content = yaml.safe_load((FOLDER / "gpu.yaml").read_text())
+        return load_config(content | {"gpus": gpus})
+
+    def test_sets_of_more_gpus_than_there_are_are_left_out_everywhere(self) -> None:
+        config = self.with_gpus(2)
+        assert left_out(config) == self.SETS[2:]
+        assert not set(self.SETS[2:]) & {cell.device_set for cell in cells(config)}
+        assert {"gpu", "gpu + gpu1", "gpu + cpu"} <= {cell.device_set for cell in cells(config)}
+        assert calibration_source(config, "gpu") == "gpu + 4 x cpu"
+        assert not {text for _, text in calibrations(config)} & set(self.SETS[2:])
+
+    @pytest.mark.parametrize("gpus", [4, None], ids=["four", "a cluster that is not counted"])
+    def test_nothing_is_left_out_where_there_are_enough(self, gpus: int | None) -> None:
+        assert not left_out(self.with_gpus(gpus))
+        assert set(self.SETS) <= {cell.device_set for cell in cells(self.with_gpus(gpus))}
+
+    def test_they_are_counted_where_a_study_needs_them_and_no_cluster_is_named(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("pipeline.config.visible_gpus", lambda: 3)
+        assert with_gpus_counted(self.with_gpus(None)).gpus == 3
+        assert with_gpus_counted(self.with_gpus(1)).gpus == 1
+        assert with_gpus_counted(Config()).gpus is None
+        elsewhere = self.with_gpus(None).model_copy(update={"scheduler": "tcp://elsewhere:8786"})
+        assert with_gpus_counted(elsewhere).gpus is None
+
+    def test_a_machine_without_one_refuses_the_study_in_a_sentence(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("pipeline.config.visible_gpus", lambda: 0)
+        with pytest.raises(InputError, match=r"measure gpu, .* but there is no GPU here: run the study where one is"):
+            with_gpus_counted(self.with_gpus(None))
 
 
 class TestGrid:
@@ -178,5 +252,6 @@ class TestCalibration:
             ("5:1", "3 x cpu@0.45"),
             ("5:2", "3 x cpu@0.45"),
             (config.accuracy.network, config.accuracy.device_set),
+            (config.miscalibration.network, config.miscalibration.device_set),
         }
         assert set(calibrations(config)) == wanted

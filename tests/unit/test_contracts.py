@@ -23,6 +23,16 @@ def test_a_cell_a_grid_a_calibration_and_accuracies_are_accepted(grid: xr.Datase
     contracts.validate_timing(grid)
     contracts.validate_calibration(synthetic.calibration())
     contracts.validate_accuracy(synthetic.accuracy())
+    contracts.validate_miscalibration(synthetic.miscalibration())
+
+
+def test_wrong_calibrations_say_which_device_was_misjudged():
+    store = synthetic.miscalibration()
+    del store.attrs["misjudged_device"]
+    with pytest.raises(
+        InputError, match=r"^x\.zarr is not of wrong calibrations: attribute misjudged_device is missing"
+    ):
+        contracts.validate_miscalibration(store, "x.zarr")
 
 
 def test_a_grid_without_what_only_a_measurement_has_is_a_timing_grid(grid: xr.Dataset):

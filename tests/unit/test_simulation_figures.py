@@ -72,7 +72,8 @@ def test_a_grid_unlike_the_measured_one_still_gives_a_figure_and_a_sentence(timi
 
 
 @pytest.mark.parametrize("name", SIMULATED)
-def test_nothing_measured_leaves_what_was_simulated(simulation, name: str, tmp_path: Path):
+def test_nothing_measured_leaves_what_was_simulated(name: str, tmp_path: Path):
+    simulation = synthetic.simulation(device_sets=synthetic.SETS_WITH_GPUS)
     index = CellIndex("50:500", 32, "cpu@0.45", "loopback", "single")
     grid = combine([synthetic.cell(index)], [index])
     figure = FIGURES[name].draw(simulation, grid)

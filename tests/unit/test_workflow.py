@@ -25,7 +25,7 @@ class TestCode:
             "pipeline.cli.benchmark"
         )
 
-    @pytest.mark.parametrize("command", ["data", "calibrate", "benchmark", "accuracy"])
+    @pytest.mark.parametrize("command", ["data", "calibrate", "benchmark", "accuracy", "miscalibration"])
     def test_a_measurement_does_not_depend_on_figures_or_help_texts(self, command: str) -> None:
         found = names_of(f"pipeline.cli.{command}")
         assert not [name for name in found if name.startswith("analysis/")]

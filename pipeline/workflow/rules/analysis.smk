@@ -7,6 +7,7 @@ rule figures:
         calibration=rules.calibration.output.store,
         simulation=rules.simulation.output.store,
         captions=expand(FOLDER / "report" / "{name}.rst", name=FIGURES),
+        miscalibration=rules.miscalibration.output.store,
     output:
         headline=report(f"{OUT}/figures/headline.html", caption="../report/headline.rst", category="Headline"),
         figures=[

@@ -7,13 +7,23 @@ from shlex import quote
 
 import yaml
 
-from pipeline.config import calibration_source, calibrations, groups, load_config, slug
+from pipeline.config import (
+    calibration_source,
+    calibrations,
+    device_sets,
+    gpus_needed,
+    groups,
+    left_out,
+    load_config,
+    slug,
+    with_gpus_counted,
+)
 from pipeline.errors import InputError
 from pipeline.workflow import session
 from pipeline.workflow.code import code_digest
 
 try:
-    STUDY = load_config(config)
+    STUDY = with_gpus_counted(load_config(config))
 except InputError as error:
     print(f"Error: {error}", file=sys.stderr)
     sys.exit(2)
@@ -22,10 +32,12 @@ config.update(STUDY.model_dump(mode="json"))
 session.adopt_jobs()
 if workflow.is_main_process:
     session.clear_after_kill()
+    if left_out(STUDY):
+        print(f"Left out, as there are {STUDY.gpus} GPUs: {', '.join(left_out(STUDY))}.", file=sys.stderr)
 
 OUT = STUDY.outputs
 LOGS = f"{OUT}/logs"
-ENVIRONMENT = "../../../envs/cpu.yaml"
+ENVIRONMENT = f"../../../envs/{'gpu' if any(map(gpus_needed, device_sets(STUDY))) else 'cpu'}.yaml"
 
 FOLDER = Path(workflow.basedir, "pipeline", "workflow")
 

@@ -1,0 +1,32 @@
+rule miscalibration:
+    message:
+        "Timing plans from a calibration that misjudges a device."
+    input:
+        images=rules.data.output.images,
+        calibration=calibration_of(STUDY.miscalibration.network, STUDY.miscalibration.device_set),
+    output:
+        store=directory(f"{OUT}/miscalibration.zarr"),
+    log:
+        f"{LOGS}/miscalibration.log",
+    params:
+        options=options(
+            network=STUDY.miscalibration.network,
+            batch_size=STUDY.miscalibration.batch_size,
+            devices=STUDY.miscalibration.device_set,
+            device=STUDY.miscalibration.device,
+            error=STUDY.miscalibration.errors,
+            strategy=STUDY.miscalibration.strategies,
+            warmup=STUDY.timing.warmup,
+            repetitions=STUDY.timing.repetitions,
+            seed=STUDY.timing.seed,
+            learning_rate=STUDY.training.learning_rate,
+            momentum=STUDY.training.momentum,
+            scheduler=STUDY.scheduler,
+        ),
+        code=code_digest("pipeline.cli.miscalibration"),
+    threads: workflow.cores
+    conda:
+        ENVIRONMENT
+    shell:
+        "exec python -m pipeline miscalibration {params.options} --data {input.images:q}"
+        " --calibration {input.calibration:q} --output {output.store:q} 2> >(tee -i {log:q} >&2)"
