@@ -28,6 +28,10 @@ include: "pipeline/workflow/rules/analysis.smk"
 report: "pipeline/workflow/report/study.rst"
 
 
+onstart:
+    progress.follow(parts_to_do())
+
+
 rule all:
     default_target: True
     input:

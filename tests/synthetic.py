@@ -126,19 +126,30 @@ def timing(wanted: Sequence[CellIndex] | None = None) -> xr.Dataset:
     return combine([cell(index) for index in wanted], wanted)
 
 
-def accuracy(epochs: int = 6, steps: int = 60) -> xr.Dataset:
+def accuracy(epochs: int = 6, steps: int = 120, seeds: int = 3) -> xr.Dataset:
+    """Learning curves of several seeds that rounding, growing step by step, drives apart."""
     generator = np.random.default_rng(1)
     strategies = ("single", "paper", "kernel")
-    learned = 0.62 - 0.5 * np.exp(-np.arange(epochs + 1) / 2.0)
-    losses = 1.2 + 1.1 * np.exp(-np.arange(1, steps + 1) / 25) + 0.05 * generator.standard_normal(steps)
-    rounding = 1e-7 * np.arange(1, steps + 1) * np.array([0, 1.0, 1.6])[:, None]
+    step, epoch = np.arange(steps), np.arange(1, epochs + 1)
+    learned_SE = 0.62 - 0.5 * np.exp(-epoch / 2.0) + 0.01 * np.arange(seeds)[:, None]
+    single_SL = 1.2 + 1.1 * np.exp(-step / 25) + 0.05 * generator.standard_normal((seeds, steps))
+    rounding_L = 1e-7 * (step + 1)
+    apart_ST = np.array([0, 1.0, 1.6]) * generator.uniform(0.5, 1, (seeds, 3))
     dataset = xr.Dataset(
         {
-            "accuracy": (("strategy", "epoch"), np.stack([learned, learned, learned + 0.0005])),
-            "loss": (("strategy", "step"), losses * (1 + rounding * generator.random((3, steps)))),
+            "accuracy": (
+                ("seed", "strategy", "epoch"),
+                np.stack([learned_SE, learned_SE, learned_SE + 0.0005], axis=1),
+            ),
+            "loss": (
+                ("seed", "strategy", "step"),
+                single_SL[:, None] * (1 + apart_ST[..., None] * rounding_L),
+            ),
+            "control_accuracy": (("seed", "epoch"), learned_SE - 0.0005),
+            "control_loss": (("seed", "step"), single_SL * (1 + rounding_L)),
         },
-        {"strategy": np.array(strategies, object), "epoch": np.arange(epochs + 1), "step": np.arange(1, steps + 1)},
-        {**PROVENANCE, "network": "50:500", "device_set": "4 x cpu@0.45", "batch_size": 32},
+        {"seed": np.arange(seeds), "strategy": np.array(strategies, object), "epoch": epoch, "step": step},
+        {**PROVENANCE, "network": "50:500", "device_set": "4 x cpu@0.45", "batch_size": 32, "test_images": 2000},
     )
     return describe(dataset)
 

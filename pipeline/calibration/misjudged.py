@@ -6,7 +6,15 @@ import xarray as xr
 
 from pipeline.errors import InputError
 
-_OF_THE_DEVICE = ("forward_time", "backward_time", "update_time")
+_OF_THE_DEVICE = (
+    "forward_time",
+    "backward_time",
+    "input_gradient_time",
+    "forward_time_alone",
+    "backward_time_alone",
+    "update_overhead",
+    "update_time",
+)
 
 
 def misjudged(calibration: xr.Dataset, device: int, error: float) -> xr.Dataset:

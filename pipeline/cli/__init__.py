@@ -27,6 +27,7 @@ from pipeline.cli import (
 )
 from pipeline.errors import InputError, PipelineError
 from pipeline.workflow.session import end_with_snakemake
+from pipeline.workflow.usage import noted_usage
 
 app = typer.Typer(
     name="python -m pipeline",
@@ -55,7 +56,7 @@ app.command()(results.notebook)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; `arguments` are those of the process if not given."""
     end_with_snakemake()
-    with warnings.catch_warnings():
+    with noted_usage(), warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
             app(arguments, prog_name="python -m pipeline")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,10 +20,15 @@ from pipeline.cli.options import (
     MomentumOption,
     NetworkOption,
     SchedulerOption,
-    SeedOption,
 )
 from pipeline.cli.progress import Progress
-from pipeline.cli.ranks import checked_strategy, cluster, costs_of, optimizer_of
+from pipeline.cli.ranks import checked_strategy, cluster, costs_of, device_set_of, optimizer_of
+from pipeline.errors import InputError
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from pipeline.datasets import StoredImages
 
 
 def accuracy(
@@ -39,33 +46,65 @@ def accuracy(
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the training images.")] = 1,
     learning_rate: LearningRateOption = 0.01,
     momentum: MomentumOption = 0.9,
-    seed: SeedOption = 0,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option("--seed", help="Of the initial weights and of the order of the images; repeat for several, or 0."),
+    ] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option("--keep", help="Folder for each finished training: stopped, the same command goes on from there."),
+    ] = None,
 ) -> None:
-    """Train the same network by several strategies and compare how well they classify."""
+    """Train the same network by several strategies, for several seeds, and compare how well they classify."""
     from pipeline.accuracy import compare_accuracy
     from pipeline.networks import network as build
+    from pipeline.results.kept import Kept
     from pipeline.results.stores import write_store
 
-    strategies = [checked_strategy(name) for name in strategy]
-    with prepared_images(data, image_size, train_images, test_images) as (train, test):
-        model = build(network, classes=len(train.classes), image_shape=train.image_shape, seed=seed)
-        with cluster(devices, scheduler, network) as (client, members):
-            compared = compare_accuracy(
-                model,
-                train,
-                test,
-                client,
-                members=members,
-                network=network,
-                batch_size=batch_size,
-                strategies=strategies,
-                epochs=epochs,
-                seed=seed,
-                optimizer=optimizer_of(learning_rate, momentum),
-                calibration=costs_of(calibration, network, model, train, client, members, batch_size),
-                progress=lambda name: Progress(f"{name} {network}", epochs * -(-len(train) // batch_size)),
-            )
+    strategies, seeds = [checked_strategy(name) for name in strategy], seed or [0]
+    given: dict[str, list[object]] = {"--strategy": [*strategies], "--seed": [*seeds]}
+    for option, values in given.items():
+        if twice := [one for one in values if values.count(one) > 1]:
+            raise InputError(f"{option} {twice[0]} is given twice: give each once")
+    with (
+        prepared_images(data, image_size, train_images, test_images) as (train, test),
+        cluster(devices, scheduler, network) as (client, members),
+    ):
+        first = build(network, classes=len(train.classes), image_shape=train.image_shape)
+        costs = costs_of(calibration, network, first, train, client, members, batch_size)
+        made_from = [
+            network, batch_size, device_set_of(members), epochs, learning_rate, momentum, len(train), len(test)
+        ]  # fmt: skip
+        compared = compare_accuracy(
+            lambda one: build(network, classes=len(train.classes), image_shape=train.image_shape, seed=one),
+            train,
+            test,
+            client,
+            members=members,
+            network=network,
+            batch_size=batch_size,
+            strategies=strategies,
+            epochs=epochs,
+            seeds=seeds,
+            optimizer=optimizer_of(learning_rate, momentum),
+            calibration=costs,
+            kept=Kept(keep, _origin(made_from, train, costs)) if keep is not None else None,
+            progress=lambda name: Progress(name, epochs * -(-len(train) // batch_size)),
+        )
     write_store(compared, output)
     for name in strategies:
-        last = compared.sel(strategy=name).isel(epoch=-1)
-        print(f"{name}: test accuracy {100 * float(last.accuracy):.1f} % after epoch {int(last.epoch)}")
+        last = 100 * compared.accuracy.sel(strategy=name).isel(epoch=-1)
+        spread = f" ({float(last.min()):.1f} to {float(last.max()):.1f} % over {len(seeds)} seeds)"
+        print(
+            f"{name}: test accuracy {float(last.mean()):.1f} % after epoch {epochs}{spread if len(seeds) > 1 else ''}"
+        )
+
+
+def _origin(choices: list[object], images: StoredImages, calibration: xr.Dataset) -> str:
+    """A digest of all that a training depends on but its seed and strategy: choices, images, calibration and code."""
+    from pipeline.workflow.code import code_digest
+
+    with images.path.open("rb") as file:
+        pixels = hashlib.file_digest(file, "sha256").hexdigest()
+    content = [choices, pixels, calibration.to_dict(), code_digest("pipeline.accuracy")]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

@@ -63,6 +63,7 @@ def figures(
     from pipeline.analysis.figures import write_figures
     from pipeline.analysis.sections import write_page
     from pipeline.analysis.tables import write_headline
+    from pipeline.analysis.usage import write_usage
     from pipeline.results.stores import open_store
 
     found = {name: open_store(outputs / f"{name}.zarr", check) for name, check in _checks(outputs).items()}
@@ -73,7 +74,7 @@ def figures(
     folder = output or outputs / "figures"
     written = write_figures(found, folder)
     written += write_headline(found["timing"], folder, simulation=found.get("simulation"))
-    written.append(write_page(folder))
+    written += [write_page(folder), write_usage(outputs, folder)]
     print(f"{len(written)} files written to {folder}.")
 
 

@@ -29,8 +29,9 @@ device_set, link, strategy)` flags cells whose repetitions spread much. A simula
     link_time(source, destination, message_bytes, repetition)  link_latency, link_bandwidth(source, destination)
     turn_time(turn_bytes, repetition)
 
-**Accuracy** (`accuracy.zarr`): accuracy(strategy, epoch) and loss(strategy, step); `network`, `device_set` and `data`
-among the attributes.
+**Accuracy** (`accuracy.zarr`): accuracy(seed, strategy, epoch), loss(seed, strategy, step), and of a control, `single`
+from initial weights that are one rounding away, control_accuracy(seed, epoch) and control_loss(seed, step); `network`,
+`device_set`, `data` and `test_images` among the attributes.
 
 **Miscalibration** (`miscalibration.zarr`): cells that were planned with a wrong calibration and ran as they are, over
 `network`, `batch_size`, `device_set`, `link`, `strategy` and `error`, the relative error of the judged time of one
@@ -149,8 +150,10 @@ CALIBRATION: Mapping[str, Variable] = {
 }
 
 ACCURACY: Mapping[str, Variable] = {
-    "accuracy": Variable(("strategy", "epoch"), "1", "fraction of the test images classified correctly"),
-    "loss": Variable(("strategy", "step"), "1", "training loss of the step"),
+    "accuracy": Variable(("seed", "strategy", "epoch"), "1", "fraction of the test images classified correctly"),
+    "loss": Variable(("seed", "strategy", "step"), "1", "training loss of the step"),
+    "control_accuracy": Variable(("seed", "epoch"), "1", "accuracy of single from weights one rounding away"),
+    "control_loss": Variable(("seed", "step"), "1", "training loss of single from weights one rounding away"),
 }
 
 MISCALIBRATION: Mapping[str, Variable] = {
@@ -177,6 +180,7 @@ COORDINATES: Mapping[str, tuple[str, str]] = {
     "turn_bytes": ("bytes", "size of a message from each rank to every other"),
     "calibration": ("1", "one network calibrated on one device set"),
     "error": ("1", "relative error of the judged time of a device"),
+    "seed": ("1", "seed of the initial weights and of the order of the images"),
     "epoch": ("1", "passes over the training data"),
     "step": ("1", "training steps taken"),
 }
@@ -249,10 +253,9 @@ def validate_calibration(dataset: xr.Dataset, source: str = "the data set") -> N
 def validate_accuracy(dataset: xr.Dataset, source: str = "the data set") -> None:
     """Raise InputError, in one sentence that names `source`, unless the data set holds accuracies."""
     what = f"{source} holds no accuracies"
-    _validate(
-        dataset, {name: v.dims for name, v in ACCURACY.items()}, ACCURACY, what, coordinates=("strategy", "epoch")
-    )
-    for name in ("network", "device_set", "data"):
+    dims = {name: variable.dims for name, variable in ACCURACY.items()}
+    _validate(dataset, dims, ACCURACY, what, coordinates=("seed", "strategy", "epoch"))
+    for name in ("network", "device_set", "data", "test_images"):
         if name not in dataset.attrs:
             raise InputError(f"{what}: attribute {name} is missing.")
 

@@ -20,6 +20,8 @@ import torch
 import xarray as xr
 import yaml
 
+from pipeline.analysis.usage import usage
+from pipeline.config import load_config
 from pipeline.results.contracts import (
     NOT_PLANNED,
     OK,
@@ -42,6 +44,7 @@ STUDY: dict[str, Any] = {
     },
     "accuracy": {
         "network": "4:8", "batch_size": 32, "device_set": "2 x cpu", "epochs": 1, "train_images": 96, "test_images": 64,
+        "strategies": ["single", "kernel"], "seeds": [3, 4],
     },
     "miscalibration": {
         "network": "4:8", "batch_size": 32, "device_set": "2 x cpu", "errors": [0, 0.5], "strategies": ["kernel"],
@@ -90,7 +93,9 @@ class Study:
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     """A finished study."""
     study = Study(tmp_path_factory.mktemp("study"))
-    study.run()
+    said = study.run()
+    assert "Done: 0 of 1 calibrations, 0 of 2 cells, 0 of 6 trainings, 0 of 8 other jobs; about" in said, said
+    assert "Done: 1 of 1 calibrations, 2 of 2 cells, 6 of 6 trainings," in said, said
     return study
 
 
@@ -106,6 +111,7 @@ def test_one_command_makes_stores_figures_report_and_notebook(study: Study) -> N
     calibration = open_store(outputs / "calibration.zarr", validate_calibration)
     assert calibration.device_label.values.tolist() == [["cpu", "cpu"]], "one calibration serves both device sets"
     accuracy = open_store(outputs / "accuracy.zarr", validate_accuracy)
+    assert accuracy.seed.values.tolist() == [3, 4]
     xr.testing.assert_allclose(
         accuracy.loss.sel(strategy="single", drop=True), accuracy.loss.sel(strategy="kernel", drop=True), rtol=1e-4
     )
@@ -120,7 +126,14 @@ def test_one_command_makes_stores_figures_report_and_notebook(study: Study) -> N
             store.attrs
         )
     assert timing.attrs["data"] == "digits (scikit-learn)"
-    assert "<html" in (outputs / "report.html").read_text()
+    noted = usage(outputs, load_config(outputs / "configuration.yaml"))
+    assert noted["stage"].tolist() == ["calibration"] * 1 + ["timing"] * 2 + ["simulation", "accuracy"]
+    assert (noted["wall_s"] > 1).all()
+    # A driver and workers that have imported torch hold more than that, and all of it is far from a real study's.
+    assert noted["peak_memory_gib"].between(0.2, 8).all()
+    page = (outputs / "report.html").read_text()
+    assert "<html" in page
+    assert f"took {noted['wall_s'].sum():.0f} s of wall time" in page
     assert (outputs / "analysis.ipynb").exists()
     assert {file.suffix for file in (outputs / "figures").iterdir()} >= {".svg", ".png"}
 
@@ -151,7 +164,8 @@ def test_a_changed_cell_alone_is_measured_anew_even_if_that_run_is_stopped(
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive, "processes of the stopped run go on"
     assert not cell.exists()
-    study.run("timing")
+    said = study.run("timing")
+    assert "Done: 0 of 1 cells, 0 of" in said, "what is done already was counted"
     assert {file for file, written in study.cells.items() if before[file] != written} == {cell}
     timing = open_store(study.folder / "outputs" / "timing.zarr", validate_timing)
     assert timing.step_time.sel(strategy="kernel").count() == repetitions

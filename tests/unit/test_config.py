@@ -84,6 +84,8 @@ BAD = {
     "an unknown strategy": ({"experiments": {"x": ONE | {"strategies": ["sinle"]}}}, "'sinle'", "'single', 'ddp'"),
     "a width of 0": ({"experiments": {"x": ONE | {"networks": ["5:0"]}}}, "'5:0'", "at least 1"),
     "an unknown network": ({"accuracy": {"network": "resnet81"}}, "accuracy.network", "'resnet18'"),
+    "a seed twice": ({"accuracy": {"seeds": [0, 1, 0]}}, "accuracy.seeds", "0 stands there twice"),
+    "no seed": ({"accuracy": {"seeds": []}}, "accuracy.seeds", "at least 1"),
     "a network without quotes": ({"experiments": {"x": ONE | {"networks": [496]}}}, "not 496", "a bare 8:16"),
     "a section that is a number": ({"timing": 3}, "timing in the configuration is 3", ""),
     "text for a number": ({"timing": {"warmup": "two"}}, "timing.warmup", "'two'"),

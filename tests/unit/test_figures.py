@@ -160,11 +160,6 @@ def test_findings_say_the_numbers_of_the_stores():
     calibration = FIGURES["calibration"].say(synthetic.calibration())
     assert "3.48 s on ``cpu``, 6.96 s on ``cpu@0.5`` (emulated)" in calibration
     assert "0.1 ms latency and 2 GB/s" in calibration
-    accuracy = synthetic.accuracy()
-    accuracy["accuracy"][:] = [[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]] * 3
-    accuracy["accuracy"][1, 2] += 0.0125
-    assert "``single`` 70.00%" in FIGURES["accuracy"].say(accuracy)
-    assert "at most 1.25 percentage points" in FIGURES["accuracy"].say(accuracy)
     grid = synthetic.timing(synthetic.indices(("50:500", "150:800"), (32,), ("cpu", "2 x cpu")))
     grid["convolution_time"][:] = grid["step_time"] * xr.DataArray([0.6, 0.75], dims="network")
     said = FIGURES["convolution_share"].say(grid)

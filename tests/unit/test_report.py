@@ -17,6 +17,7 @@ from pipeline.analysis.figures import FIGURES, write_figures
 from pipeline.analysis.report import execute_notebook, write_report
 from pipeline.analysis.sections import SECTIONS, caption, heading, write_page
 from pipeline.analysis.tables import write_headline
+from pipeline.analysis.usage import NOT_NOTED, write_usage
 from pipeline.analysis.wording import sentences_of
 from pipeline.errors import InputError, RunError
 from pipeline.results.stores import write_store
@@ -36,7 +37,7 @@ rule figures:
     output:
         [report(f"results/figures/{{n}}.svg", caption=CAPTIONS + f"{{n}}.rst", category="Figures") for n in NAMES],
         report("results/figures/headline.html", caption=CAPTIONS + "headline.rst", category="Headline"),
-        expand("results/figures/{{n}}.rst", n=["headline", "study", *NAMES]),
+        expand("results/figures/{{n}}.rst", n=["headline", "study", "usage", *NAMES]),
     shell: "cp {{input}}/* results/figures/"
 rule report:
     input: rules.figures.output
@@ -58,6 +59,7 @@ def test_a_rule_of_the_running_workflow_writes_the_report_with_every_question_fi
     write_figures(stores, tmp_path / "made")
     write_headline(stores["timing"], tmp_path / "made", simulation=stores["simulation"])
     write_page(tmp_path / "made")
+    write_usage(tmp_path, tmp_path / "made")
     (tmp_path / "Snakefile").write_text(SNAKEFILE)
     command = [sys.executable, "-m", "snakemake", "--cores", "1", "--config", "outputs=results"]
     environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent), "XDG_CACHE_HOME": str(tmp_path / "cache")}
@@ -70,6 +72,7 @@ def test_a_rule_of_the_running_workflow_writes_the_report_with_every_question_fi
     assert "{{" not in page.split("Distributed training of CNNs", 1)[1].split("</body>", 1)[0]
     for section in SECTIONS:
         assert heading(section) in page
+    assert NOT_NOTED in page
     for name, entry in FIGURES.items():
         for sentence in sentences_of(entry.say(*(stores[store] for store in entry.stores))):
             words = max(sentence.split("``"), key=len)

@@ -1,13 +1,14 @@
 rule accuracy:
     message:
-        "Comparing the accuracy of one device and of the split network."
+        "Comparing the accuracy of one device and of the split network, seed by seed."
     input:
         images=rules.data.output.images,
         calibration=calibration_of(STUDY.accuracy.network, STUDY.accuracy.device_set),
     output:
         store=directory(f"{OUT}/accuracy.zarr"),
     log:
-        f"{LOGS}/accuracy.log",
+        text=f"{LOGS}/accuracy.log",
+        usage=f"{LOGS}/accuracy.usage.json",
     params:
         options=options(
             network=STUDY.accuracy.network,
@@ -17,15 +18,17 @@ rule accuracy:
             epochs=STUDY.accuracy.epochs,
             train_images=STUDY.accuracy.train_images,
             test_images=STUDY.accuracy.test_images,
-            seed=STUDY.accuracy.seed,
+            seed=STUDY.accuracy.seeds,
             learning_rate=STUDY.training.learning_rate,
             momentum=STUDY.training.momentum,
             scheduler=STUDY.scheduler,
+            keep=f"{OUT}/accuracy",
         ),
         code=code_digest("pipeline.cli.accuracy"),
     threads: workflow.cores
     conda:
         ENVIRONMENT
     shell:
-        "exec python -m pipeline accuracy {params.options} --data {input.images:q} --calibration {input.calibration:q}"
-        " --output {output.store:q} 2> >(tee -i {log:q} >&2)"
+        "PIPELINE_USAGE={log.usage:q}"
+        " exec python -m pipeline accuracy {params.options} --data {input.images:q} --calibration {input.calibration:q}"
+        " --output {output.store:q} 2> >(tee -i {log.text:q} >&2)"

@@ -8,6 +8,7 @@ rule figures:
         simulation=rules.simulation.output.store,
         captions=expand(FOLDER / "report" / "{name}.rst", name=FIGURES),
         miscalibration=rules.miscalibration.output.store,
+        record=rules.configuration.output.record,
     output:
         headline=report(f"{OUT}/figures/headline.html", caption="../report/headline.rst", category="Headline"),
         figures=[
@@ -20,14 +21,14 @@ rule figures:
             for name in FIGURES
         ],
         images=expand(f"{OUT}/figures/{{name}}.png", name=FIGURES),
-        findings=expand(f"{OUT}/figures/{{name}}.rst", name=["headline", *FIGURES]),
+        findings=expand(f"{OUT}/figures/{{name}}.rst", name=["headline", "usage", *FIGURES]),
         page=f"{OUT}/figures/study.rst",
         tables=multiext(f"{OUT}/figures/headline", ".csv", ".md"),
     log:
         f"{LOGS}/figures.log",
     params:
         study=subpath(input.timing, parent=True),
-        code=code_digest("pipeline.analysis.sections") + code_digest("pipeline.analysis.tables"),
+        code="".join(code_digest(f"pipeline.analysis.{name}") for name in ("sections", "tables", "usage")),
     conda:
         ENVIRONMENT
     shell:

@@ -6,7 +6,8 @@ rule calibrate:
     output:
         calibration=f"{OUT}/calibration/{{calibration}}.zarr.zip",
     log:
-        f"{LOGS}/calibration/{{calibration}}.log",
+        text=f"{LOGS}/calibration/{{calibration}}.log",
+        usage=f"{LOGS}/calibration/{{calibration}}.usage.json",
     params:
         network=lambda wildcards: CALIBRATIONS[wildcards.calibration][0],
         devices=lambda wildcards: CALIBRATIONS[wildcards.calibration][1],
@@ -21,8 +22,9 @@ rule calibrate:
     conda:
         ENVIRONMENT
     shell:
-        "exec python -m pipeline calibrate --force --network {params.network:q} --devices {params.devices:q} {params.options}"
-        " --data {input.images:q} --output {output.calibration:q} 2> >(tee -i {log:q} >&2)"
+        "PIPELINE_USAGE={log.usage:q}"
+        " exec python -m pipeline calibrate --force --network {params.network:q} --devices {params.devices:q} {params.options}"
+        " --data {input.images:q} --output {output.calibration:q} 2> >(tee -i {log.text:q} >&2)"
 
 
 rule calibration:

@@ -19,8 +19,9 @@ from pipeline.config import (
     with_gpus_counted,
 )
 from pipeline.errors import InputError
-from pipeline.workflow import session
+from pipeline.workflow import progress, session
 from pipeline.workflow.code import code_digest
+from pipeline.workflow.parts import parts_of
 
 try:
     STUDY = with_gpus_counted(load_config(config))
@@ -55,6 +56,12 @@ def options(**values):
     return " ".join(f"--{name.replace('_', '-')} {quote(str(one))}" for name, one in given)
 
 
+def parts_to_do():
+    """What the jobs of this run will make, job by job."""
+    jobs = workflow.dag.needrun_jobs()
+    return [part for job in jobs for part in parts_of(STUDY, job.rule.name, job.wildcards_dict, list(job.output))]
+
+
 def calibration_of(network, device_set):
     """The file of the calibration that serves the device set."""
     source = calibration_source(STUDY, device_set)
@@ -63,11 +70,8 @@ def calibration_of(network, device_set):
 
 def simulation_calibrations():
     """The files of all calibrations of the networks that are simulated."""
-    return [
-        f"{OUT}/calibration/{name}.zarr.zip"
-        for name, (network, _) in CALIBRATIONS.items()
-        if STUDY.simulation.networks is None or network in STUDY.simulation.networks
-    ]
+    networks = STUDY.simulation.networks or {cell.network for group in GROUPS.values() for cell in group.cells}
+    return [f"{OUT}/calibration/{name}.zarr.zip" for name, (network, _) in CALIBRATIONS.items() if network in networks]
 
 
 def group_calibration(wildcards):

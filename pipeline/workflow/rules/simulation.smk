@@ -7,7 +7,8 @@ rule simulation:
     output:
         store=directory(f"{OUT}/simulation.zarr"),
     log:
-        f"{LOGS}/simulation.log",
+        text=f"{LOGS}/simulation.log",
+        usage=f"{LOGS}/simulation.usage.json",
     params:
         calibrations=lambda wildcards, input: options(calibration=tuple(input.calibrations)),
         code=code_digest("pipeline.cli.simulate"),
@@ -15,5 +16,6 @@ rule simulation:
     conda:
         ENVIRONMENT
     shell:
-        "exec python -m pipeline simulate {params.calibrations} --config {input.record:q} --output {output.store:q}"
-        " 2> >(tee -i {log:q} >&2)"
+        "PIPELINE_USAGE={log.usage:q}"
+        " exec python -m pipeline simulate {params.calibrations} --config {input.record:q} --output {output.store:q}"
+        " 2> >(tee -i {log.text:q} >&2)"

@@ -7,7 +7,8 @@ rule benchmark:
     output:
         cells=directory(f"{OUT}/timing/{{group}}"),
     log:
-        f"{LOGS}/timing/{{group}}.log",
+        text=f"{LOGS}/timing/{{group}}.log",
+        usage=f"{LOGS}/timing/{{group}}.usage.json",
     params:
         group=lambda wildcards: str(GROUPS[wildcards.group]),
         options=group_options,
@@ -16,8 +17,9 @@ rule benchmark:
     conda:
         ENVIRONMENT
     shell:
-        "exec python -m pipeline benchmark {params.options} --data {input.images:q}"
-        " --calibration {input.calibration:q} --output {output.cells:q} 2> >(tee -i {log:q} >&2)"
+        "PIPELINE_USAGE={log.usage:q}"
+        " exec python -m pipeline benchmark {params.options} --data {input.images:q}"
+        " --calibration {input.calibration:q} --output {output.cells:q} 2> >(tee -i {log.text:q} >&2)"
 
 
 rule timing:

@@ -1,0 +1,106 @@
+"""The comparison of learning curves, as the workflow runs it: real trainings, stopped and taken up again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import xarray as xr
+
+from pipeline.accuracy import CONTROL
+from pipeline.analysis import learning
+from pipeline.config import STRATEGIES
+from pipeline.datasets import StoredImages, prepare
+from pipeline.networks import network
+from pipeline.results.contracts import validate_accuracy
+from pipeline.results.stores import open_store
+from pipeline.run.batches import batch_indices
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 100
+EARLY = 20
+"""Later a network of four kernels may jump: one of them crossing zero by rounding is a quarter of its first layer."""
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def command(folder: Path, strategies: tuple[str, ...], *options: str) -> list[str]:
+    """100 steps of a tiny network on the digits of scikit-learn, seed 0; results in folder/accuracy.zarr."""
+    given = ["accuracy", "--network", "4:8", "--data", "digits", "--devices", "cpu + cpu@0.5", "--batch-size", "12"]
+    given += ["--train-images", "300", "--epochs", "4", "--test-images", "100", "--seed", "0"]
+    given += [part for name in strategies for part in ("--strategy", name)]
+    return [sys.executable, "-m", "pipeline", *given, "--output", str(folder / "accuracy.zarr"), *options]
+
+
+def run(folder: Path, strategies: tuple[str, ...], *options: str) -> xr.Dataset:
+    done = subprocess.run(
+        command(folder, strategies, *options), capture_output=True, text=True, check=False, env=environment(folder)
+    )
+    assert done.returncode == 0, done.stderr
+    return open_store(folder / "accuracy.zarr", validate_accuracy)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> xr.Dataset:
+    return run(tmp_path_factory.mktemp("all"), STRATEGIES, "--seed", "1")
+
+
+def test_losses_of_all_strategies_differ_by_no_more_than_rounding_explains(compared: xr.Dataset) -> None:
+    assert dict(compared.sizes) == {"seed": 2, "strategy": len(STRATEGIES), "epoch": 4, "step": STEPS}
+    apart = learning.loss_difference(compared).isel(step=slice(EARLY))
+    assert apart.max() <= learning.rounding_bound(compared, EARLY), apart.max(["seed", "step"])
+
+
+def test_each_seed_has_its_own_initial_weights_and_order_of_images(compared: xr.Dataset, tmp_path: Path) -> None:
+    prepare("digits", tmp_path / "digits.zarr.zip", root=tmp_path)
+    images = StoredImages(tmp_path / "digits.zarr.zip", "train", 300)
+    for seed in (0, 1):
+        model = network("4:8", image_shape=images.image_shape, seed=seed)
+        ((first,),) = batch_indices(len(images), 12, epochs=1, max_steps=1, shuffle=True, seed=seed)
+        x_BCHW, y_B = images.batch(first)
+        loss = torch.nn.functional.cross_entropy(model(x_BCHW), y_B).item()
+        assert compared.loss.sel(seed=seed, strategy="kernel")[0].item() == pytest.approx(loss, rel=1e-5)
+
+
+def test_the_bound_is_tight_enough_to_tell_a_learning_rate_that_is_one_percent_off(
+    compared: xr.Dataset, tmp_path: Path
+) -> None:
+    other = run(tmp_path, ("single",), "--learning-rate", "0.0101")
+    single, changed = (one.loss.sel(seed=0, strategy="single")[:EARLY] for one in (compared, other))
+    assert (abs(changed - single) / single).max() > learning.rounding_bound(compared, EARLY)
+
+
+def test_a_killed_comparison_loses_no_finished_training(tmp_path: Path) -> None:
+    kept, strategies = tmp_path / "kept", ("single", "kernel")
+    prepared, costs = str(tmp_path / "digits.zarr.zip"), str(tmp_path / "calibration.zarr.zip")
+    calibrate = ["calibrate", "--network", "4:8", "--devices", "cpu + cpu@0.5", "--batch-size", "12"]
+    for first in (["data", "digits", "--output", prepared], [*calibrate, "--data", prepared, "--output", costs]):
+        subprocess.run([sys.executable, "-m", "pipeline", *first], check=True, env=environment(tmp_path))
+    options = ("--keep", str(kept), "--calibration", costs, "--data", prepared)
+    with subprocess.Popen(command(tmp_path, strategies, *options), env=environment(tmp_path)) as process:
+        deadline = time.monotonic() + 60
+        while not files(kept):
+            assert time.monotonic() < deadline, "no training was finished"
+            time.sleep(0.02)
+        process.kill()
+    before = files(kept)
+    compared = run(tmp_path, strategies, *options)
+    after = files(kept)
+    assert {name: after[name] for name in before} == before, "a finished training was made again"
+    assert set(after) == {f"seed-0/{name}" for name in (*strategies, CONTROL)}
+    assert compared.loss.notnull().all()
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """The package on the path, and no calibration of an earlier run."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")}
+
+
+def files(folder: Path) -> dict[str, int]:
+    """The finished trainings, and the file that each is: one that is written anew is another."""
+    found = folder.rglob("[!.]*.zarr.zip")
+    return {str(path.relative_to(folder)).removesuffix(".zarr.zip"): path.stat().st_ino for path in found}
