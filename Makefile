@@ -10,6 +10,7 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo 'make reproduce   the whole study: measurements, figures, report and notebook into outputs/'
+	@echo '                 (SNAKEMAKE_ARGS="--config data=FOLDER" for other images)'
 	@echo 'make test        the tests (PYTEST_ARGS="-k name" for some of them)'
 	@echo 'make lint        style, formatting, types and workflow'
 	@echo 'make clean       remove results and caches (outputs/reference stays); make distclean: the environment too'
@@ -23,7 +24,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 reproduce: $(STAMP)
-	PATH="$(abspath $(VENV))/bin:$$PATH" snakemake --cores $(CORES)
+	PATH="$(abspath $(VENV))/bin:$$PATH" snakemake --cores $(CORES) $(SNAKEMAKE_ARGS)
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)

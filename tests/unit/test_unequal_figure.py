@@ -9,9 +9,9 @@ import pytest
 import xarray as xr
 
 from pipeline.analysis import style
-from pipeline.analysis.figures import FIGURES, no_errors
+from pipeline.analysis.figures import FIGURES
 from pipeline.analysis.unequal_figure import gains, lost, payback
-from pipeline.results.contracts import CellIndex, validate_miscalibration
+from pipeline.results.contracts import CellIndex
 from pipeline.results.stores import combine, combine_calibrations
 from tests import synthetic
 from tests.unit.test_figures import texts
@@ -103,18 +103,21 @@ ALONE = CellIndex("50:500", 32, "cpu", "loopback", "single")
 def test_without_a_pair_the_figure_and_the_sentence_say_so(calibration: xr.Dataset, strategy: str, tmp_path: Path):
     index = ALONE if strategy == "single" else ALONE._replace(device_set="2 x cpu", strategy=strategy)
     grid = combine([synthetic.cell(index)], [index])
-    figure = FIGURES["unequal"].draw(grid, calibration, no_errors())
+    wrong = synthetic.miscalibration(errors=(-0.5, 0.5))
+    figure = FIGURES["unequal"].draw(grid, calibration, wrong)
     style.save(figure, tmp_path / "unequal")
     assert "No strategy was measured beside equal shares" in texts(figure)
-    assert "No strategy was measured beside equal shares" in FIGURES["unequal"].say(grid, calibration, no_errors())
+    assert "No strategy was measured beside equal shares" in FIGURES["unequal"].say(grid, calibration, wrong)
 
 
-def test_without_wrong_calibrations_the_rest_is_drawn(timing: xr.Dataset, calibration: xr.Dataset, tmp_path: Path):
-    validate_miscalibration(no_errors())
-    figure = FIGURES["unequal"].draw(timing, calibration, no_errors())
+def test_without_the_right_calibration_to_compare_with_the_rest_is_drawn(
+    timing: xr.Dataset, calibration: xr.Dataset, tmp_path: Path
+):
+    wrong = synthetic.miscalibration(errors=(-0.5, 0.5))
+    figure = FIGURES["unequal"].draw(timing, calibration, wrong)
     style.save(figure, tmp_path / "unequal")
     assert "not measured" in texts(figure)
-    assert "is wrong in the calibration" not in FIGURES["unequal"].say(timing, calibration, no_errors())
+    assert "is wrong in the calibration" not in FIGURES["unequal"].say(timing, calibration, wrong)
 
 
 def test_wrong_calibrations_without_a_right_one_are_not_compared():
