@@ -94,6 +94,7 @@ def _with_timeline(result: xr.Dataset, compute: np.ndarray, exchange: np.ndarray
     result = result.assign_coords(instruction=np.arange(len(parts)))
     for column, name in enumerate(("instruction_name", "instruction_kind", "instruction_phase")):
         result[name] = ("instruction", np.array([part[column] for part in parts], object))
+    result["instruction_master_bytes"] = ("instruction", [3e6 if part[1] == "exchange" else 0.0 for part in parts])
     result["instruction_bytes"] = ("instruction", [4e6 if part[1] == "exchange" else 0.0 for part in parts])
     result["instruction_start"] = (("instruction", "device"), start * scale)
     result["instruction_end"] = (("instruction", "device"), end * scale)

@@ -145,9 +145,11 @@ def waterfall_finding(timing: xr.Dataset) -> str:
         for place, strategy in enumerate(map(str, cells["strategy"].values)):
             median, moved = cells["median"].values[place], cells["moved"].values[place] / 1e6
             against = f" ({change(cells, place):+.1%})" if place else ""
-            sent = f", {moved:.3g} MB moved" if place and np.isfinite(moved) else ""
+            sent = f", {moved:.3g} MB" if place and np.isfinite(moved) else ""
             steps.append(f"``{strategy}`` {median:.3g} s{against}{sent}")
-        sentences.append(f"{what}, each against the one before: {'; '.join(steps)}.")
+        sentences.append(
+            f"{what}, each step against the one before, with what goes through the master's link: {'; '.join(steps)}."
+        )
     return listed(sentences, "No strategy from ``paper`` to ``auto`` was measured on several devices.")
 
 
@@ -158,7 +160,11 @@ def _from_paper(cells: xr.Dataset, what: str) -> str:
     literal, later = cells.sel(strategy="paper"), cells.isel(strategy=slice(names.index("paper") + 1, None))
     best = later.isel(strategy=int(np.nanargmin(later["median"].values)))
     moved = [one["moved"].item() / 1e6 for one in (literal, best)]
-    less = f", and moves {moved[1]:.3g} instead of {moved[0]:.3g} MB" if np.isfinite(moved).all() else ""
+    less = (
+        f", and sends {moved[1]:.3g} instead of {moved[0]:.3g} MB through the master's link"
+        if np.isfinite(moved).all()
+        else ""
+    )
     return (
         f"Against the literal method our best, ``{best['strategy'].item()}``, changes the step by "
         f"{best['median'].item() / literal['median'].item() - 1:+.1%}{less}: {what}."

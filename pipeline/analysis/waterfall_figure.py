@@ -35,7 +35,7 @@ _SAVED = Look("#e9ecef")
 
 
 def step_by_step(timing: xr.Dataset, *, store: str = "timing.zarr") -> Figure:
-    """Measured step times, and beside them the megabytes that move, a row per showcase set, a bar per strategy."""
+    """Measured step times beside the megabytes through the master's link: a row per set, a bar per strategy."""
     title, source = "What each idea brings, step by step", source_line(timing, store)
     sets = [s for s in selection.showcase_sets(timing) if waterfall(timing, s) is not None]
     if not sets:
@@ -81,11 +81,11 @@ def waterfall(timing: xr.Dataset, device_set: str) -> xr.Dataset | None:
 
 
 def _moved(cell: xr.Dataset) -> float:
-    """Bytes that the exchange instructions of a step move between devices; NaN where none was recorded."""
-    if "instruction_bytes" not in cell:
+    """Bytes that the exchanges of a step move through the master's link; NaN where none was recorded."""
+    if "instruction_master_bytes" not in cell:
         return np.nan
-    exchanged = cell["instruction_bytes"].where(cell["instruction_kind"] == "exchange")
-    return float(exchanged.sum().item()) if cell["instruction_bytes"].notnull().any() else np.nan
+    exchanged = cell["instruction_master_bytes"].where(cell["instruction_kind"] == "exchange")
+    return float(exchanged.sum().item()) if cell["instruction_master_bytes"].notnull().any() else np.nan
 
 
 def change(cells: xr.Dataset, place: int) -> float:
@@ -121,7 +121,7 @@ def _megabytes(axis: Axes, cells: xr.Dataset) -> None:
         text = f"{moved[y]:.3g}" if known else "not recorded"
         axis.annotate(text, (moved[y] if known else 0, y), (4, 0), textcoords="offset points", va="center", size=7.5,
                       color=INK if known else MUTED)  # fmt: skip
-    axis.set_title("moved between all devices")
+    axis.set_title("through the master's link")
     _finish(axis, cells, "data per step / MB")
     axis.tick_params(labelleft=False)
 

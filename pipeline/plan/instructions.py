@@ -158,6 +158,11 @@ class Exchange:
         """Elements that travel between different ranks."""
         return int(self.traffic.sent[1].sum()) * self.spec.rest
 
+    @property
+    def master_elements(self) -> int:
+        """Elements that the master, rank 0, sends to other ranks or receives from them."""
+        return int(self.traffic.sent[1][0] + self.traffic.received[1][0]) * self.spec.rest
+
 
 @dataclass(frozen=True, kw_only=True)
 class Update:

@@ -20,6 +20,8 @@ class InstructionLabel(NamedTuple):
     """``forward``, ``backward`` or ``update``."""
     elements: int
     """Numbers that travel between ranks."""
+    master_elements: int = 0
+    """Of these, the ones that the master sends or receives."""
 
 
 DDP_LABELS = (
@@ -40,7 +42,9 @@ def instruction_labels(graph: Graph, plan: Plan, batch_size: int) -> list[Instru
 def label_of(instruction: Instruction) -> InstructionLabel:
     """One instruction in words."""
     if isinstance(instruction, Exchange):
-        return InstructionLabel(instruction.name, "exchange", instruction.direction, instruction.elements)
+        return InstructionLabel(
+            instruction.name, "exchange", instruction.direction, instruction.elements, instruction.master_elements
+        )
     if isinstance(instruction, Compute):
         return InstructionLabel(instruction.name, "compute", instruction.direction, 0)
     return InstructionLabel(instruction.name, "update", "update", 0)

@@ -10,7 +10,8 @@ whatever does not exist: a rank that took no part in an instruction, a repetitio
     compute_time, exchange_time, idle_time(device, repetition)
     predicted_step_time()  status(): "ok", "out of memory: ...", "failed: ..."
     device_label, device_throughput, share, peak_memory(device)
-    instruction_name, instruction_kind, instruction_phase, instruction_bytes(instruction)
+    instruction_name, instruction_kind, instruction_phase, instruction_bytes,
+    instruction_master_bytes(instruction)
     instruction_start, instruction_end(instruction, device): timeline of the last repetition, from the step's start
     predicted_start, predicted_end(instruction, device): the planner's (NaN under `ddp`)  predicted_memory(device)
 
@@ -105,6 +106,9 @@ CELL: Mapping[str, Variable] = {
     "instruction_kind": Variable(("instruction",), "1", "compute, exchange or update", text=True, measured=True),
     "instruction_phase": Variable(("instruction",), "1", "forward, backward or update", text=True, measured=True),
     "instruction_bytes": Variable(("instruction",), "bytes", "bytes moved between ranks", measured=True),
+    "instruction_master_bytes": Variable(
+        ("instruction",), "bytes", "bytes that the master sends and receives", measured=True
+    ),
     "instruction_start": Variable(("instruction", "device"), "s", "start since the step's start", measured=True),
     "instruction_end": Variable(("instruction", "device"), "s", "end since the step's start", measured=True),
     "predicted_start": Variable(("instruction", "device"), "s", "predicted start since the step's", measured=True),

@@ -52,8 +52,10 @@ def label_variables(labels: Sequence[InstructionLabel], itemsize: int) -> dict[s
         f"instruction_{field}": ("instruction", np.array([getattr(label, field) for label in labels], dtype=object))
         for field in ("name", "kind", "phase")
     }
-    sizes = np.array([float(label.elements * itemsize) for label in labels])
-    return {**columns, "instruction_bytes": ("instruction", sizes)}
+    for name in ("elements", "master_elements"):
+        sizes = np.array([float(getattr(label, name) * itemsize) for label in labels])
+        columns[f"instruction_{name.replace('elements', 'bytes')}"] = ("instruction", sizes)
+    return columns
 
 
 def busy_times(

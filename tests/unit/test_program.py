@@ -217,3 +217,14 @@ def test_what_the_model_does_in_place_is_done_so_within_a_segment(in_place: bool
     assert found == {
         "conv1": False, "relu": in_place, "conv2": False, "iadd": not kernel, "relu_1": in_place, "mean": False
     }  # fmt: skip
+
+
+def test_the_master_of_the_literal_method_carries_every_byte_and_that_of_kernel_only_some() -> None:
+    graph = trace(network("4:8"), torch.zeros(2, 3, 32, 32))
+    for strategy, all_of_it in (("paper", True), ("kernel", False)):
+        plan = plan_network(graph, strategy, batch_size=8, labels=["cpu"] * 3, shares=[1 / 3] * 3)  # type: ignore[arg-type]
+        exchanges = [one for one in compile_program(graph, plan, 8).instructions if isinstance(one, Exchange)]
+        moved = [(one.master_elements, one.elements) for one in exchanges]
+        assert sum(whole for _, whole in moved) > 0
+        assert all(part <= whole for part, whole in moved)
+        assert (sum(part for part, _ in moved) == sum(whole for _, whole in moved)) == all_of_it

@@ -212,14 +212,14 @@ def test_the_waterfall_tells_times_and_megabytes_against_the_step_before(timing)
         grid["step_time"].loc[{"strategy": strategy}] = seconds
         exchanges = grid["instruction_kind"].sel(strategy=strategy) == "exchange"
         each = xr.where(exchanges, 1e6 * megabytes / exchanges.sum("instruction"), 7.0)
-        grid["instruction_bytes"].loc[{"strategy": strategy}] = each.transpose(
-            *grid["instruction_bytes"].sel(strategy=strategy).dims
+        grid["instruction_master_bytes"].loc[{"strategy": strategy}] = each.transpose(
+            *grid["instruction_master_bytes"].sel(strategy=strategy).dims
         )
     said = FIGURES["waterfall"].say(grid)
-    assert "``kernel``, changes the step by -25.0%, and moves 60 instead of 300 MB: 500:1500, batch 32, on" in said
+    assert "sends 60 instead of 300 MB through the master's link: 500:1500, batch 32, on" in said
     assert "\n- 500:1500, batch 32, on ``4 x cpu@0.45`` (emulated), each" in said
-    assert "``single`` 8 s; ``paper`` 4 s (-50.0%), 300 MB moved; ``kernel`` 3 s (-25.0%), 60 MB moved" in said
-    assert "``batch`` 3.3 s (+10.0%), 90 MB moved" in said
+    assert "``single`` 8 s; ``paper`` 4 s (-50.0%), 300 MB; ``kernel`` 3 s (-25.0%), 60 MB" in said
+    assert "``batch`` 3.3 s (+10.0%), 90 MB" in said
     times, moved = FIGURES["waterfall"].draw(grid).axes[:2]
     colors = {to_hex(style.STRATEGIES[name].color): name for name in ("single", "paper", "kernel", "batch")}
     bars = {colors[to_hex(bar.get_facecolor())]: bar for bar in times.patches if to_hex(bar.get_facecolor()) in colors}
