@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 
+from pipeline.graph.trace import trace
+from pipeline.networks import network
 from pipeline.plan.costs import Costs
 from tests import synthetic
 
@@ -30,7 +33,7 @@ def test_time_is_a_line_over_the_images(calibration: xr.Dataset) -> None:
     assert _seconds(costs, "conv2", 0.5, 0) == 0
 
 
-def test_the_least_of_the_repetitions_counts(calibration: xr.Dataset) -> None:
+def test_a_disturbed_repetition_does_not_count(calibration: xr.Dataset) -> None:
     disturbed = calibration.copy(deep=True)
     disturbed.backward_time[..., 1] *= 3
     assert Costs.of(disturbed).whole_steps(16) == pytest.approx(Costs.of(calibration).whole_steps(16))
@@ -72,3 +75,45 @@ def test_devices_of_one_label_that_hardly_differ_are_taken_to_be_equal(calibrati
     assert steps("cpu", 1.04) == pytest.approx([1.02 * alone] * 2)
     assert steps("cpu", 1.2) == pytest.approx([alone, 1.2 * alone])
     assert steps("gpu", 1.04) == pytest.approx([alone, 1.04 * alone])
+
+
+def test_a_segment_takes_the_part_that_it_was_measured_to_take_alone(calibration: xr.Dataset) -> None:
+    quieter = calibration.copy(deep=True)
+    quieter["device_label"] = ("device", np.array(["cpu", "cpu"], dtype=object))
+    quieter.backward_time_alone.loc[{"segment": "conv2"}] *= 0.6
+    quieter.forward_time_alone.loc[{"segment": "conv2"}] *= 1.5  # no device is slower when it is alone
+    quieter.backward_time_alone[1] = np.nan  # the first of a kind stands for the others
+    quieter.forward_time_alone[1] = np.nan
+    costs = Costs.of(quieter)
+    assert costs.alone_part("conv2", "backward") == pytest.approx([0.6, 0.6])
+    assert costs.alone_part("conv2", "forward") == pytest.approx([1.0, 1.0])
+    assert costs.alone_part("conv1", "backward") == pytest.approx([1.0, 1.0])
+
+
+def test_a_divided_backward_pass_is_divided_as_it_was_measured(calibration: xr.Dataset) -> None:
+    assert Costs.of(calibration).input_part_of("conv2") == pytest.approx(0.5)
+    uneven = calibration.copy(deep=True)
+    uneven.input_gradient_time.loc[{"segment": "conv2"}] *= 1.4
+    uneven.input_gradient_time.loc[{"segment": "conv1"}] = np.nan  # nothing before it needs a gradient
+    assert Costs.of(uneven).input_part_of("conv2") == pytest.approx(0.7)
+    assert Costs.of(uneven).input_part_of("conv1") == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("ranks", "crowding"), [(2, 1.0), (4, 3.0)])
+def test_messages_of_many_ranks_at_once_crowd_the_links(ranks: int, crowding: float) -> None:
+    graph = trace(network("4:8"), torch.zeros(2, 3, 32, 32))
+    together = synthetic.calibration_of(graph, ["cpu"] * ranks)
+    apart = together.link_bandwidth.values[0, 1]
+    moved = float(np.diff(together.turn_bytes.values)[0]) * (ranks - 1)
+    turn = 1e-3
+    together.turn_time[0], together.turn_time[1] = turn, turn + 3 * moved / apart
+    costs = Costs.of(together)
+    assert costs.turn == pytest.approx([turn] * ranks)
+    assert costs.crowding == pytest.approx([crowding] * ranks)
+
+
+def test_one_device_has_nobody_to_wait_for(calibration: xr.Dataset) -> None:
+    lonely = calibration.isel(device=[0], source=[0], destination=[0])
+    lonely["turn_time"] = lonely.turn_time * np.nan
+    assert Costs.of(lonely).turn == pytest.approx([0.0])
+    assert Costs.of(lonely).crowding == pytest.approx([1.0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from pipeline.graph.trace import Graph, trace
 from pipeline.networks import network
 from pipeline.plan import prediction
 from pipeline.plan.costs import Costs
-from pipeline.plan.instructions import Exchange
+from pipeline.plan.instructions import Compute, Exchange
 from pipeline.plan.layouts import kernels, master
 from pipeline.plan.prediction import Links, predict_step, predict_timeline
 from pipeline.plan.program import compile_program
@@ -129,3 +131,51 @@ def test_a_receiving_port_takes_one_exchange_after_the_other(graph: Graph, late:
     followed, summed = _gathers(costs_of(graph, [1e10] * 4), links, 4, late)
     assert followed[0] == pytest.approx(max(6.0, late))
     assert summed[0] == pytest.approx(followed[0])
+
+
+def _busy(graph: Graph, strategy: str, costs: Costs, links: Links | None = None) -> tuple[np.ndarray, list[object]]:
+    """How long each instruction takes on each rank in s, (instruction, rank), and the instructions."""
+    labels = [f"device {rank}" for rank in range(costs.devices)]
+    plan = plan_network(graph, strategy, batch_size=BATCH, labels=labels, costs=costs)  # type: ignore[arg-type]
+    program = compile_program(graph, plan, BATCH)
+    timeline = predict_timeline(graph, plan, program, costs, links=links)[0]
+    return timeline[..., 1] - timeline[..., 0], list(program.instructions)
+
+
+def test_who_computes_while_the_others_wait_does_so_alone(graph: Graph) -> None:
+    costs = costs_of(graph, [1e10] * 2)
+    beside, instructions = _busy(graph, "paper", costs)
+    alone, _ = _busy(graph, "paper", replace(costs, alone=costs.alone * 0.5))
+    computations = [place for place, one in enumerate(instructions) if isinstance(one, Compute) and one.steps]
+    for place in computations:
+        factor = 0.5 if instructions[place].ranks == (0,) else 1.0  # type: ignore[attr-defined]
+        assert alone[place] == pytest.approx(factor * beside[place], nan_ok=True)
+    assert {len(instructions[place].ranks) for place in computations} == {1, 2}  # type: ignore[attr-defined]
+
+
+def test_a_divided_backward_pass_takes_its_two_parts_of_the_whole(graph: Graph) -> None:
+    costs = costs_of(graph, [1e10] * 2)
+    times, instructions = _busy(graph, "kernel", replace(costs, input_part=np.full_like(costs.input_part, 0.7)))
+    of = {one.gradients: times[place] for place, one in enumerate(instructions)
+          if isinstance(one, Compute) and one.gradients != "all"}  # fmt: skip
+    assert of["inputs"] / of["parameters"] == pytest.approx([7 / 3] * 2)
+
+
+def test_who_waits_for_a_rank_that_has_computed_waits_for_its_turn(graph: Graph) -> None:
+    costs, links = costs_of(graph, [1e9] * 2), Links.uniform(np.array([0.0]), np.array([1e12]))
+    (quick, instructions), turn = _busy(graph, "kernel", costs, links), 1e-4
+    slow, _ = _busy(graph, "kernel", replace(costs, turn=np.full(2, turn)), links)
+    first = next(place for place, one in enumerate(instructions) if isinstance(one, Exchange))
+    gathers = [place for place, one in enumerate(instructions) if isinstance(one, Exchange) and not one.deferred]
+    assert slow[first] == pytest.approx(quick[first]), "nobody has computed before the images travel"
+    assert (slow[gathers[1]] - quick[gathers[1]]) == pytest.approx([turn] * 2)
+
+
+def test_three_ranks_that_send_at_once_crowd_the_measured_links_but_not_assumed_ones(graph: Graph) -> None:
+    costs = costs_of(graph, [1e10] * 3, latency=0.0, bandwidth=1e8)
+    crowded = replace(costs, crowding=np.full(3, 2.0))
+    place = 2  # images, first segment, and then all gather what all have
+    for links, factor in ((None, 2.0), (Links.uniform(np.array([0.0]), np.array([1e8])), 1.0)):
+        usual, instructions = _busy(graph, "kernel", costs, links)
+        assert isinstance(instructions[place], Exchange)
+        assert _busy(graph, "kernel", crowded, links)[0][place] == pytest.approx(factor * usual[place], rel=1e-6)

@@ -53,6 +53,7 @@ def test_an_emulated_device_stretches_its_processor_time(speed: float) -> None:
                 pass
     stretched, used = time.perf_counter() - wall, time.thread_time() - busy
     assert stretched >= 0.95 * used / speed
+    assert throttle.charged == pytest.approx(used / speed, rel=0.05)
 
 
 def test_a_device_of_full_speed_does_not_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
