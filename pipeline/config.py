@@ -137,7 +137,7 @@ class Accuracy(Section):
     """Seeds, each of the initial weights and of the order of the images."""
     epochs: Positive = 3
     """Passes over the training images."""
-    train_images: Positive | None = 3_200
+    train_images: Positive | None = 2_400
     """Most training images used; null takes all."""
     test_images: Positive | None = 2_000
     """Most test images used; null takes all."""
@@ -257,7 +257,7 @@ def _default_experiments() -> dict[str, Experiment]:
         ),
         "ideas": Experiment(
             question="9. What does each idea bring, from paper to auto, on unequal devices?",
-            networks=small,
+            networks=small[:1],
             batch_sizes=batch_sizes,
             device_sets=("cpu + cpu@0.5",),
             strategies=("equal", "paper", "kernel", "batch", "auto"),
