@@ -379,7 +379,8 @@ def with_gpus_counted(config: Config) -> Config:
     Raises:
         InputError: It needs a GPU, and none is visible.
     """
-    sets = (text for experiment in config.experiments.values() for text in experiment.device_sets)
+    listed = (text for experiment in config.experiments.values() for text in experiment.device_sets)
+    sets = (*listed, config.accuracy.device_set, config.miscalibration.device_set)
     if config.gpus is not None or config.scheduler is not None or not any(map(gpus_needed, sets)):
         return config
     return load_config(config.model_dump(mode="json") | {"gpus": visible_gpus()})

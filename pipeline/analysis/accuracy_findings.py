@@ -53,10 +53,10 @@ def _beside_seeds(accuracy: xr.Dataset) -> str:
 def _beside_rounding(accuracy: xr.Dataset) -> str:
     steps = min(FIRST_STEPS, accuracy.sizes["step"])
     losses, control = loss_difference(accuracy).isel(step=slice(steps)), control_loss_difference(accuracy)
-    most = losses.max(["seed", "step"])
+    most = losses.max(["seed", "step"], skipna=False)  # a loss that is no number is no agreement
     each = ", ".join(f"``{s}`` {most.sel(strategy=s).item():.1e}" for s in map(str, most["strategy"].values))
-    early, bound = losses.isel(step=slice(_BEFORE_AMPLIFIED)).max().item(), rounding_bound(accuracy, steps)
-    verdict = "is" if most.max().item() <= bound else "is more than"
+    early, bound = losses.isel(step=slice(_BEFORE_AMPLIFIED)).max(skipna=False).item(), rounding_bound(accuracy, steps)
+    verdict = "is" if most.max(skipna=False).item() <= bound else "is more than"
     return (
         f"Losses differ from those of ``single`` by at most {early:.1e} (relative) in the first "
         f"{min(_BEFORE_AMPLIFIED, steps)} steps, where float32 resolves {np.finfo(np.float32).eps:.1e}; in the first "

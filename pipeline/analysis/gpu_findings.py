@@ -62,7 +62,7 @@ def _measured(timing: xr.Dataset) -> list[str]:
                     f"``{best['strategy'].item()}`` is {best['speedup'].item():.2f} times as fast as one GPU (95 % "
                     f"interval {best['speedup_low'].item():.2f} to {best['speedup_high'].item():.2f})."
                 )
-    return sentences or ["GPUs were measured one at a time only: several are not on this machine."]
+    return sentences or ["No split over several GPUs was measured."]
 
 
 def _beside(gain: xr.Dataset) -> str:

@@ -88,13 +88,16 @@ def showcase(timing: xr.Dataset) -> dict[str, str | int] | None:
 
 
 def showcase_sets(timing: xr.Dataset) -> list[str]:
-    """The largest set of equal devices and the largest of unequal ones, where there are such with several devices."""
-    chosen: dict[bool, str] = {}
+    """The set of equal devices and the one of unequal ones on which most strategies ran, of several the largest."""
+    chosen: dict[bool, tuple[int, str]] = {}
     for device_set in device_sets(timing):
         labels = device_labels(timing, device_set)
         if len(labels) > 1 and networks(timing, [device_set]):
-            chosen[len(set(labels)) > 1] = device_set
-    return [chosen[unequal] for unequal in sorted(chosen)]
+            ran = int((timing["status"].sel(device_set=device_set) == OK).any(["network", "batch_size", "link"]).sum())
+            unequal = len(set(labels)) > 1
+            if unequal not in chosen or ran >= chosen[unequal][0]:
+                chosen[unequal] = ran, device_set
+    return [chosen[unequal][1] for unequal in sorted(chosen)]
 
 
 def links(grid: xr.Dataset) -> list[str]:

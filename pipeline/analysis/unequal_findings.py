@@ -18,7 +18,7 @@ def unequal_finding(timing: xr.Dataset, calibration: xr.Dataset, miscalibration:
         sentences = [_most(found), *(_pair(found.sel(device_set=one), paid.sel(device_set=one)) for one in pairs)]
     losses = lost(miscalibration)
     if losses is not None:
-        sentences += [_wrong(losses.sel(strategy=name)) for name in losses["strategy"].values]
+        sentences += filter(None, (_wrong(losses.sel(strategy=name)) for name in losses["strategy"].values))
     return listed(sentences, NOTHING)
 
 
@@ -64,6 +64,8 @@ def _wrong(losses: xr.Dataset) -> str:
                 f"{cell['loss'].item():+.0%} ({cell['low'].item():+.0%} to {cell['high'].item():+.0%}, simulated "
                 f"{cell['simulated'].item():+.0%}) at {error:+.0%}"
             )
+    if not told:
+        return ""
     return (
         f"Where the time of ``{losses.attrs['device']}`` is wrong in the calibration, {losses.attrs['network']}, batch "
         f"{losses.attrs['batch_size']}, on {named(losses.attrs['device_set'])}: the step of "

@@ -20,7 +20,7 @@ def usage(outputs: Path, study: Config) -> pd.DataFrame:
     """A row for each measuring job of the study that has noted its usage in `outputs`/logs, stage by stage."""
     jobs = [("calibration", f"{slug(network)}/{slug(devices)}") for network, devices in calibrations(study)]
     jobs += [("timing", group) for group in groups(study)]
-    jobs += [("simulation", ""), ("accuracy", "")]
+    jobs += [("miscalibration", ""), ("simulation", ""), ("accuracy", "")]
     rows = []
     for stage, job in jobs:
         file = outputs / "logs" / (f"{stage}/{job}.usage.json" if job else f"{stage}.usage.json")

@@ -172,6 +172,7 @@ def _dataset(
         ),
     )
     dataset.attrs["image_shape"] = json.dumps(task.graph.input_shape)
+    dataset.attrs["turn_ranks"] = ranks
     dataset.attrs["channels_last"] = int(measured[0].channels_last)
     dataset.attrs["classes"] = task.graph[task.graph.outputs[0]].channels
     return dataset

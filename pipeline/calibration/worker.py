@@ -39,6 +39,8 @@ from pipeline.run.transport import Transport
 _LEAST_UPDATED, _MOST_UPDATED = 1_000_000, 16_000_000
 """Trained parameters that the update is measured with, between these as many as the network has."""
 _LINK_REPETITIONS = 5
+_LEAST_REPETITIONS = 3
+"""Of what is not measured again where it is uncertain."""
 _CERTAIN = 0.02
 """What is uncertain by less than this part of a whole step is not measured again."""
 _DIRECTIONS, _PARTS = 2, 3
@@ -133,7 +135,7 @@ def measure_rank(context: RankContext, task: Task) -> Measurement:
     update = _measure_update(context, task)
     transport = Transport(context)  # what a training's messages go through: shared memory on one host, else sockets
     links = measure_links(context, transport, max(task.repetitions, _LINK_REPETITIONS))
-    turns = measure_turns(context, transport, task.repetitions)
+    turns = measure_turns(context, transport, max(task.repetitions, _LEAST_REPETITIONS))
     # What torch has set up for its operations by now stays in the process, as it will in training.
     del segments, model
     return Measurement(
@@ -169,8 +171,8 @@ class _Segments:
             self.times[:, :, -1, :, :_DIRECTIONS].sum(axis=-1), axis=-1
         )  # (segment, share, repetition), NaN last
         step = float(np.nansum(least[:, -1, 0] * np.array(task.weights)))
-        # Noise only adds to a time: where the two least agree, they are likely to be right.
-        doubt = least[..., 1] - least[..., 0] if least.shape[-1] > 1 else np.zeros(least.shape[:-1])
+        # The median counts; noise only adds to a time, so it is in doubt as far as it lies above the least.
+        doubt = 2 * (np.nanmedian(least, axis=-1) - least[..., 0])
         # As if the rest of the step were done at the same share.
         relative = doubt * np.array(task.weights)[:, None] / (step * np.array(task.fractions))
         relative = np.nan_to_num(relative, nan=np.inf)
@@ -397,7 +399,8 @@ def _timed(context: RankContext, throttle: Throttle, work: Callable[[], object])
     work()
     if context.torch_device.type == "cuda":
         torch.cuda.synchronize(context.torch_device)
-    return throttle.charged - charged if throttle.slows else time.perf_counter() - start
+    told = throttle.slows and context.torch_device.type == "cpu"
+    return throttle.charged - charged if told else time.perf_counter() - start
 
 
 def _measure_update(context: RankContext, task: Task) -> NDArray[np.float64]:
@@ -409,7 +412,7 @@ def _measure_update(context: RankContext, task: Task) -> NDArray[np.float64]:
     full = _update_of(context, [max(1, round(scale * size)) for size in sizes])
     empty = _update_of(context, [1] * len(sizes))
     found = []
-    for _ in range(task.repetitions):
+    for _ in range(max(task.repetitions, _LEAST_REPETITIONS)):
         overhead = empty()
         found.append((overhead, max(full() - overhead, 0.0) / (scale * total)))
     return np.array(found)

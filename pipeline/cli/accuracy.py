@@ -106,5 +106,6 @@ def _origin(choices: list[object], images: StoredImages, calibration: xr.Dataset
 
     with images.path.open("rb") as file:
         pixels = hashlib.file_digest(file, "sha256").hexdigest()
-    content = [choices, pixels, calibration.to_dict(), code_digest("pipeline.accuracy")]
+    measured = calibration.drop_attrs()  # the attributes say where it was read from, too
+    content = [choices, pixels, measured.to_dict(), code_digest("pipeline.accuracy")]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

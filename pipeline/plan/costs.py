@@ -229,7 +229,7 @@ def on_grid(curves: Curves, grid: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _typical(repeated: xr.DataArray) -> NDArray[np.float64]:
-    """The median of the repetitions, which one that was disturbed does not change much; NaN where there are none."""
+    """The median of the repetitions, NaN where there are none. What they differ in much is measured more often."""
     median: NDArray[np.float64] = repeated.median("repetition").values
     return median
 
@@ -253,8 +253,9 @@ def _alone(calibration: xr.Dataset, kinds: Sequence[str], times: NDArray[np.floa
     known = np.isfinite(alone) & (beside > 0)
     part = np.where(known, np.minimum(alone / np.where(known, beside, 1.0), 1.0), np.nan)
     for index, kind in enumerate(kinds):
-        measured = next((one for one in range(len(kinds)) if kinds[one] == kind and known[one].any()), index)
-        part[index] = part[measured]
+        others = [one for one in range(len(kinds)) if kinds[one] == kind and known[one].any()]
+        if others and not known[index].any():
+            part[index] = part[others[0]]
     return np.where(np.isfinite(part), part, 1.0)
 
 
@@ -266,10 +267,10 @@ def _turn(calibration: xr.Dataset) -> float:
 
 def _crowding(calibration: xr.Dataset) -> float:
     """How many times as long a byte takes when all ranks send to all, as between two; at least 1."""
-    ranks = calibration.sizes["device"]
+    ranks = int(calibration.attrs.get("turn_ranks", calibration.sizes["device"]))
     medians = calibration.turn_time.transpose("turn_bytes", "repetition").median("repetition").values
-    moving = calibration.link_bandwidth.values[~np.eye(ranks, dtype=bool)]
-    if ranks < CROWD or not np.isfinite(medians).all():
+    moving = calibration.link_bandwidth.values[~np.eye(calibration.sizes["device"], dtype=bool)]
+    if ranks < CROWD or not moving.size or not np.isfinite(medians).all():
         return 1.0
     alone = (ranks - 1) * float(np.diff(calibration.turn_bytes.values)[0]) * float(np.median(1 / moving))
     return max(1.0, float(medians[1] - medians[0]) / alone) if alone > 0 else 1.0

@@ -137,8 +137,8 @@ class _Simulation:
     def __init__(self, graph: Graph, plan: Plan, program: Program, costs: Costs, itemsize: int, links: Links) -> None:
         self._graph, self._plan, self._program, self._costs = graph, plan, program, costs
         self._itemsize, self._links = itemsize, links
-        self._handling = min(float(np.max(costs.latency)), _HANDLING_S)
-        """What each exchange keeps a rank busy in s."""
+        self._handling = np.minimum(self._links.latency.max(axis=(1, 2)), _HANDLING_S)[:, None]
+        """What each exchange keeps a rank busy in s, (case, 1)."""
         shape = (links.cases, program.ranks)
         self._free = np.zeros(shape)
         """When each rank has ended what it does itself."""

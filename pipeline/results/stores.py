@@ -202,14 +202,16 @@ def _dense(cells: Mapping[CellIndex, xr.Dataset]) -> xr.Dataset:
         shape = tuple(sizes[dim] for dim in grid_dims(name))
         arrays[name] = np.full(shape, "", object) if variable.text else np.full(shape, np.nan)
     arrays["status"][...] = NOT_PLANNED
-    # `single` last: it runs on the fastest device alone, so what it calls rank 0 may be another device of the set.
-    for index, cell in sorted(cells.items(), key=lambda item: item[0].strategy == "single"):
+    # Those that leave devices out come last: what they call rank 0 may be another device of the set.
+    for index, cell in sorted(cells.items(), key=lambda item: (item[0].strategy == "single", -item[1].sizes["device"])):
         place = {name: axes[name].index(value) for name, value in index._asdict().items()}
         for name, variable in CELL.items():
             values = cell[name].transpose(*variable.dims).values
             where: tuple[int | slice, ...] = tuple(place[dim] for dim in grid_dims(name) if dim in place)
-            if name == "device_label" and index.strategy == "single" and any(arrays[name][where]):
-                continue
+            if name == "device_label" and any(arrays[name][where]):
+                known = np.count_nonzero(arrays[name][where] != "")
+                if index.strategy == "single" or len(values) < known:
+                    continue
             if name == "device_label":
                 _check_labels(index, arrays[name][where], values)
             arrays[name][(*where, *(slice(size) for size in values.shape))] = values

@@ -82,8 +82,8 @@ def measure_cell(
             client, members, plan, graph, model, dataset,
             recipe=replace(PLAIN, optimizer=optimizer),
             indices=_full_batches(images, batch_size, warmup + repetitions, seed), seed=seed,
-            label=f"{strategy} {network}", link=emulated, synchronised=True, profiled=strategy == "single",
-            keep_weights=False, keep_steps=repetitions,
+            label=f"{strategy} {network}", link=emulated, synchronised=True,
+            profiled=repetitions if strategy == "single" else 0, keep_weights=False, keep_steps=repetitions,
             on_progress=on_progress,
         )  # fmt: skip
     except (RunError, torch.OutOfMemoryError, MemoryError) as error:
@@ -120,7 +120,7 @@ def _cell(
     labels = instruction_labels(graph, plan, plan.batch_size)
     steps, times = stacked(accounts)
     convolution = np.full(repetitions, np.nan)
-    convolution[-1] = accounts[0].convolution_s
+    convolution[repetitions - len(accounts[0].convolutions) :] = accounts[0].convolutions
     relative = times[-1] - steps[-1, 0]
     predicted = np.full(relative.shape, np.nan)
     if plan.strategy != "ddp":

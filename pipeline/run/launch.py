@@ -45,7 +45,7 @@ def run_plan(
     label: str,
     link: Link | None = None,
     synchronised: bool = False,
-    profiled: bool = False,
+    profiled: int = 0,
     keep_weights: bool = True,
     keep_gradients: bool = False,
     keep_steps: int = 16,

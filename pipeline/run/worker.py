@@ -61,8 +61,8 @@ class Job:
     """The link to emulate between the ranks."""
     synchronised: bool = False
     """Whether all ranks begin each step together, as a timing needs."""
-    profiled: bool = False
-    """Whether one more step runs with a timer at every convolution."""
+    profiled: int = 0
+    """How many more steps run with a timer at every convolution."""
     keep_weights: bool = True
     """Whether the trained weights are wanted."""
     keep_gradients: bool = False
@@ -91,8 +91,8 @@ class Account:
     """(step, instruction, 2) of the last steps."""
     peak_memory: int
     """Most memory the rank held during the run, in bytes: resident memory, or on a GPU the allocated one."""
-    convolution_s: float
-    """Time in convolutions of the profiled step; NaN without one."""
+    convolutions: NDArray[np.float64]
+    """(step) time in convolutions of the profiled steps in s."""
     callbacks: tuple[Callback, ...]
     """As they ended."""
 
@@ -129,7 +129,7 @@ def run_rank(context: RankContext, job: Job) -> Account:
         runner.updater.end_epoch(mean)
         if job.callbacks and _ended_by(context, job.callbacks, number, mean, accuracy, time.monotonic() - began):
             break
-    convolution_s = _convolution_time(context, runner, job) if job.profiled else math.nan
+    convolutions = _convolution_times(context, runner, job)
     return Account(
         weights=runner.weights() if job.keep_weights else None,
         gradients=runner.gradients() if job.keep_gradients else None,
@@ -139,7 +139,7 @@ def run_rank(context: RankContext, job: Job) -> Account:
         steps=np.array(runner.clock.steps).reshape(-1, 2),
         times=runner.clock.times,
         peak_memory=peak_memory(context.torch_device),
-        convolution_s=convolution_s,
+        convolutions=convolutions,
         callbacks=job.callbacks,
     )
 
@@ -280,10 +280,13 @@ def _correct(output: Any, y_B: torch.Tensor) -> int:
     return int((pytree.tree_leaves(output)[0].argmax(1).cpu() == y_B).sum())
 
 
-def _convolution_time(context: RankContext, runner: _ProgramRun | _DataParallelRun, job: Job) -> float:
-    """Time in convolutions, forward and backward, of one more step in s."""
-    timer = ConvolutionTimer(context.torch_device)
-    for batch_size, batch in runner.batches(job.indices[-1][-1:]):
+def _convolution_times(context: RankContext, runner: _ProgramRun | _DataParallelRun, job: Job) -> NDArray[np.float64]:
+    """Time in convolutions, forward and backward, of each of the profiled steps in s, (step)."""
+    times = []
+    last = job.indices[-1][len(job.indices[-1]) - job.profiled :]
+    for batch_size, batch in runner.batches(last):
+        timer = ConvolutionTimer(context.torch_device)
         with timer, runner.clock.step(recorded=False):
             runner.step(batch_size, batch, Turn())
-    return timer.seconds / context.device.speed  # the timer does not see the sleep of an emulated device
+        times.append(timer.seconds)
+    return np.array(times) / context.device.speed  # the timer does not see the sleep of an emulated device

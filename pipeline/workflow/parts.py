@@ -23,7 +23,7 @@ _SECONDS_OF_A_CELL = 2.0
 _SECONDS_OF_A_TRAINING = 1.5
 _SECONDS_OF_A_STEP = 0.006
 """What starting processes, planning and sending take, whatever the network."""
-_SECONDS_OF_RULES = {"simulation": 20.0, "figures": 12.0, "data": 7.0, "notebook": 6.0, "report": 4.0}
+_SECONDS_OF_RULES = {"simulation": 40.0, "figures": 12.0, "data": 7.0, "notebook": 6.0, "report": 4.0}
 _SECONDS_OF_OTHERS = 2.0
 _ALL_IMAGES = 50_000
 _CONTROL = "control"
@@ -74,6 +74,8 @@ def parts_of(study: Config, rule: str, wildcards: Mapping[str, str], output: Seq
                 for seed in study.accuracy.seeds
                 for name in names
             ]
+        case "miscalibration":
+            return [_part("other jobs", file, _SECONDS_OF_A_JOB + _miscalibration_s(study))]
         case _:
             return [_part("other jobs", file, _SECONDS_OF_RULES.get(rule, _SECONDS_OF_OTHERS))]
     first = parts[0]
@@ -104,6 +106,15 @@ def _training_s(study: Config, strategy: str) -> float:
     )
     steps = -(-(chosen.train_images or _ALL_IMAGES) // chosen.batch_size)
     return _SECONDS_OF_A_TRAINING + chosen.epochs * steps * _step_s(cell)
+
+
+def _miscalibration_s(study: Config) -> float:
+    chosen, steps = study.miscalibration, study.timing.warmup + study.timing.repetitions
+    cells = [
+        Cell(network=chosen.network, batch_size=chosen.batch_size, device_set=chosen.device_set, link="", strategy=one)
+        for one in chosen.strategies
+    ]
+    return len(chosen.errors) * sum(_SECONDS_OF_A_CELL + steps * _step_s(cell) for cell in cells)
 
 
 def _calibration_s(study: Config, network: str, device_set: str) -> float:

@@ -48,7 +48,9 @@ def noted_usage() -> Iterator[None]:
         sampler.join()
         usage = {"wall_s": round(time.time() - process.create_time(), 3), "peak_memory_bytes": peaks[0]}
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-        Path(file).write_text(json.dumps(usage) + "\n", encoding="utf-8")
+        aside = Path(f"{file}.partial")
+        aside.write_text(json.dumps(usage) + "\n", encoding="utf-8")
+        aside.replace(file)
 
 
 def resident_memory(process: psutil.Process) -> int:

@@ -7,7 +7,8 @@ rule miscalibration:
     output:
         store=directory(f"{OUT}/miscalibration.zarr"),
     log:
-        f"{LOGS}/miscalibration.log",
+        text=f"{LOGS}/miscalibration.log",
+        usage=f"{LOGS}/miscalibration.usage.json",
     params:
         options=options(
             network=STUDY.miscalibration.network,
@@ -28,5 +29,5 @@ rule miscalibration:
     conda:
         ENVIRONMENT
     shell:
-        "exec python -m pipeline miscalibration {params.options} --data {input.images:q}"
-        " --calibration {input.calibration:q} --output {output.store:q} 2> >(tee -i {log:q} >&2)"
+        "PIPELINE_USAGE={log.usage:q} exec python -m pipeline miscalibration {params.options} --data {input.images:q}"
+        " --calibration {input.calibration:q} --output {output.store:q} 2> >(tee -i {log.text:q} >&2)"
