@@ -94,7 +94,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     """A finished study."""
     study = Study(tmp_path_factory.mktemp("study"))
     said = study.run()
-    assert "Done: 0 of 1 calibrations, 0 of 2 cells, 0 of 6 trainings, 0 of 8 other jobs; about" in said, said
+    assert "Done: 0 of 1 calibrations, 0 of 2 cells, 0 of 6 trainings, 0 of 9 other jobs; about" in said, said
     assert "Done: 1 of 1 calibrations, 2 of 2 cells, 6 of 6 trainings," in said, said
     return study
 
@@ -127,7 +127,11 @@ def test_one_command_makes_stores_figures_report_and_notebook(study: Study) -> N
         )
     assert timing.attrs["data"] == "digits (scikit-learn)"
     noted = usage(outputs, load_config(outputs / "configuration.yaml"))
-    assert noted["stage"].tolist() == ["calibration"] * 1 + ["timing"] * 2 + ["simulation", "accuracy"]
+    assert noted["stage"].tolist() == ["calibration"] * 1 + ["timing"] * 2 + [
+        "miscalibration",
+        "simulation",
+        "accuracy",
+    ]
     assert (noted["wall_s"] > 1).all()
     # A driver and workers that have imported torch hold more than that, and all of it is far from a real study's.
     assert noted["peak_memory_gib"].between(0.2, 8).all()

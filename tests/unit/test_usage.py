@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,18 +18,22 @@ from pipeline.workflow.usage import FILE_VARIABLE, noted_usage
 _MIB = 2**20
 
 
-def test_the_memory_of_children_counts_and_the_time_does_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(FILE_VARIABLE, str(tmp_path / "logs" / "job.usage.json"))
+def test_the_memory_of_children_counts_and_the_time_does_too(tmp_path: Path) -> None:
     child = "import time; held = bytearray(300 * 2**20); held[::4096] = b'x' * len(held[::4096]); time.sleep(1.5)"
-    with noted_usage():
-        subprocess.run([sys.executable, "-c", child], check=True)
-    noted = json.loads((tmp_path / "logs" / "job.usage.json").read_text())
-    with_child = noted["peak_memory_bytes"]
-    with noted_usage():
-        pass
-    alone = json.loads((tmp_path / "logs" / "job.usage.json").read_text())["peak_memory_bytes"]
-    assert 300 * _MIB < with_child - alone < 400 * _MIB
-    assert noted["wall_s"] > 1.5
+
+    def noted(work: str) -> dict[str, float]:
+        """What a process of its own notes: what this one holds, and forks, depends on the tests before."""
+        code = (
+            f"import subprocess, sys\nfrom pipeline.workflow.usage import noted_usage\nwith noted_usage():\n    {work}"
+        )
+        environment = os.environ | {FILE_VARIABLE: str(tmp_path / "logs" / "job.usage.json")}
+        subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+        found: dict[str, float] = json.loads((tmp_path / "logs" / "job.usage.json").read_text())
+        return found
+
+    with_child, alone = noted(f"subprocess.run([sys.executable, '-c', {child!r}], check=True)"), noted("pass")
+    assert 300 * _MIB < with_child["peak_memory_bytes"] - alone["peak_memory_bytes"] < 400 * _MIB
+    assert with_child["wall_s"] > 1.5
 
 
 def test_a_job_that_fails_notes_its_usage_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
