@@ -94,14 +94,16 @@ def _compute(context: RankContext, throttle: Throttle) -> float:
     matrix_NN = torch.rand(192, 192, device=context.torch_device)
     on_cpu = context.torch_device.type == "cpu"
     clock = time.thread_time if on_cpu else time.perf_counter
-    before, charged = time.perf_counter(), throttle.charged
-    with throttle.work():
-        start = clock()
-        while clock() - start < _TURN_S * context.device.speed:
-            matrix_NN @ matrix_NN
-            if not on_cpu:
-                torch.cuda.synchronize(context.torch_device)
-    return throttle.charged - charged if throttle.slows else time.perf_counter() - before
+
+    def multiply() -> None:
+        with throttle.work():
+            start = clock()
+            while clock() - start < _TURN_S * context.device.speed:
+                matrix_NN @ matrix_NN
+                if not on_cpu:
+                    torch.cuda.synchronize(context.torch_device)
+
+    return throttle.busy_time(multiply, context.torch_device)
 
 
 def _round_trips(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -352,7 +351,8 @@ def _step_of(
     incoming: dict[Placed, torch.Tensor] = {}
 
     def timed(instruction: Compute) -> float:
-        return _timed(context, execution.throttle, functools.partial(execution.compute, instruction, gradients))
+        work = functools.partial(execution.compute, instruction, gradients)
+        return execution.throttle.busy_time(work, context.torch_device)
 
     def once() -> tuple[float, ...]:
         execution.begin(images, None, training=True)
@@ -389,20 +389,6 @@ def _made_up(execution: Execution, placed: Placed, graph: Graph, images: int) ->
     return arranged(made_up, channels_last=execution.plan.channels_last)
 
 
-def _timed(context: RankContext, throttle: Throttle, work: Callable[[], object]) -> float:
-    """How long ``work`` keeps the device busy, in s.
-
-    An emulated one sleeps longer or shorter than it should, and makes up for it later: what counts is what it is to be
-    busy for.
-    """
-    start, charged = time.perf_counter(), throttle.charged
-    work()
-    if context.torch_device.type == "cuda":
-        torch.cuda.synchronize(context.torch_device)
-    told = throttle.slows and context.torch_device.type == "cpu"
-    return throttle.charged - charged if told else time.perf_counter() - start
-
-
 def _measure_update(context: RankContext, task: Task) -> NDArray[np.float64]:
     """Time of SGD with momentum in s, (repetition, 2): for parameters without a number in them, and per number."""
     trained = {one.name: one.shape for op in task.graph.operations for one in op.parameters if one.trained}
@@ -411,11 +397,9 @@ def _measure_update(context: RankContext, task: Task) -> NDArray[np.float64]:
     scale = min(max(total, _LEAST_UPDATED), _MOST_UPDATED) / total
     full = _update_of(context, [max(1, round(scale * size)) for size in sizes])
     empty = _update_of(context, [1] * len(sizes))
-    found = []
-    for _ in range(max(task.repetitions, _LEAST_REPETITIONS)):
-        overhead = empty()
-        found.append((overhead, max(full() - overhead, 0.0) / (scale * total)))
-    return np.array(found)
+    overheads = [empty() for _ in range(max(task.repetitions, _LEAST_REPETITIONS))]
+    least = min(overheads)  # what disturbed one of them is no work on parameters
+    return np.array([(overhead, max(full() - least, 0.0) / (scale * total)) for overhead in overheads])
 
 
 def _update_of(context: RankContext, sizes: Sequence[int]) -> Callable[[], float]:
@@ -431,4 +415,4 @@ def _update_of(context: RankContext, sizes: Sequence[int]) -> Callable[[], float
             optimizer.step()
 
     work()
-    return functools.partial(_timed, context, throttle, work)
+    return functools.partial(throttle.busy_time, work, context.torch_device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -21,6 +22,9 @@ less, but measurements of them by some per cent, which would make one of them wa
 
 CROWD = 3
 """With so many ranks several links are in use at once."""
+_SECONDS = ("fixed", "per_image", "update", "update_overhead")
+_OF_A_DEVICE = (*_SECONDS, "alone", "turn", "crowding")
+"""Arrays of which the first axis is the device's."""
 _HALF = 0.5
 """The gradients of a convolution's input and of its weights take the same number of operations."""
 
@@ -31,8 +35,8 @@ class Costs:
 
     The time of a *fraction* of a segment (of its kernels, or of a dense layer's input features) is a line over the
     images, ``fixed + images * per_image``: each of the two never falls over the fraction, and is interpolated between
-    the measured ones. The median of the repetitions counts. Devices of one
-    label that hardly differ share the mean of their curves.
+    the measured ones. The median of the repetitions counts. Devices of one label that hardly differ share the mean of
+    their curves.
     """
 
     segments: tuple[str, ...]
@@ -101,18 +105,13 @@ class Costs:
     def only(self, devices: Sequence[int]) -> Costs:
         """The costs of ``devices`` alone, in that order."""
         chosen = list(devices)
+        of_devices: dict[str, Any] = {name: getattr(self, name)[chosen] for name in _OF_A_DEVICE}
         pairs = np.ix_(chosen, chosen) if self.latency.shape != (1, 1) else ...
         return replace(
             self,
-            fixed=self.fixed[chosen],
-            per_image=self.per_image[chosen],
+            **of_devices,
             latency=self.latency[pairs],
             seconds_per_byte=self.seconds_per_byte[pairs],
-            update=self.update[chosen],
-            update_overhead=self.update_overhead[chosen],
-            alone=self.alone[chosen],
-            turn=self.turn[chosen],
-            crowding=self.crowding[chosen],
             memory=None if self.memory is None else self.memory[chosen],
         )
 
@@ -124,29 +123,21 @@ class Costs:
         """
         if any(not np.array_equal(one.fractions, parts[0].fractions, equal_nan=True) for one in parts):
             raise InputError("calibrations that were measured at different shares cannot be joined: calibrate alike")
+        together: dict[str, Any] = {
+            name: np.concatenate([getattr(one, name) for one in parts]) for name in _OF_A_DEVICE
+        }
         return replace(
             parts[0],
-            fixed=np.concatenate([one.fixed for one in parts]),
-            per_image=np.concatenate([one.per_image for one in parts]),
-            update=np.concatenate([one.update for one in parts]),
-            update_overhead=np.concatenate([one.update_overhead for one in parts]),
-            alone=np.concatenate([one.alone for one in parts]),
-            turn=np.concatenate([one.turn for one in parts]),
-            crowding=np.concatenate([one.crowding for one in parts]),
+            **together,
             memory=np.concatenate([one.memory_left for one in parts]),
             latency=np.zeros((1, 1)),
             seconds_per_byte=np.zeros((1, 1)),
         )
 
-    def slowed(self, factor: float) -> Costs:
-        """The same devices if all took ``factor`` times as long to compute."""
-        return replace(
-            self,
-            fixed=self.fixed * factor,
-            per_image=self.per_image * factor,
-            update=self.update * factor,
-            update_overhead=self.update_overhead * factor,
-        )
+    def slowed(self, factor: float | NDArray[np.float64]) -> Costs:
+        """The same devices if all took ``factor`` times as long to compute, or each its own, (device)."""
+        slower: dict[str, Any] = {name: (getattr(self, name).T * factor).T for name in _SECONDS}
+        return replace(self, **slower)
 
     def input_part_of(self, operation: str) -> float:
         """The fraction of an operation's divided backward computation until its input has its gradient."""
@@ -204,12 +195,22 @@ class Costs:
 
     def whole_steps(self, batch_size: int) -> NDArray[np.float64]:
         """Forward and backward of the whole network on each device beside the others in s, (device)."""
-        whole = [np.nanmax(one, axis=2).sum(axis=(1, 2)) for one in (self.fixed, self.per_image)]
-        found: NDArray[np.float64] = whole[0] + batch_size * whole[1]
+        found: NDArray[np.float64] = self._whole(batch_size).sum(axis=(1, 2))
+        return found
+
+    def alone_steps(self, batch_size: int) -> NDArray[np.float64]:
+        """Forward and backward of the whole network on each device while the others wait in s, (device)."""
+        found: NDArray[np.float64] = (self._whole(batch_size) * self.alone).sum(axis=(1, 2))
+        return found
+
+    def _whole(self, batch_size: int) -> NDArray[np.float64]:
+        """Every whole segment in s, (device, segment, direction)."""
+        fixed, per_image = (np.nanmax(one, axis=2) for one in (self.fixed, self.per_image))
+        found: NDArray[np.float64] = fixed + batch_size * per_image
         return found
 
     def throughputs(self, batch_size: int) -> NDArray[np.float64]:
-        """Images per second of the whole network on each device alone, (device)."""
+        """Images per second of the whole network on each device beside the others, (device)."""
         return batch_size / self.whole_steps(batch_size)
 
     def fastest(self, batch_size: int) -> int:

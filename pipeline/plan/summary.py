@@ -80,8 +80,8 @@ def summarise(
     seconds = step(chosen, used)
     speeds = costs.throughputs(batch_size)
     fastest = int(np.argmax(speeds))
-    update = float(costs.update[fastest]) * _trained(graph)
-    alone = float(costs.whole_steps(batch_size)[fastest]) + update
+    update = costs.update_overhead + costs.update * _trained(graph)
+    alone = float((costs.alone_steps(batch_size) + update)[fastest])
     rows, busy, on_master = _rows(graph, plan, chosen, itemsize, used)
     without_links = step(chosen, replace(used, latency=used.latency * 0, seconds_per_byte=used.seconds_per_byte * 0))
     return Summary(
@@ -196,13 +196,7 @@ def _helps(
     for rank in range(min(plan.ranks, _DEVICES_TRIED)):
         scale = np.ones(plan.ranks)
         scale[rank] = 0.5
-        faster_device = replace(
-            costs,
-            fixed=costs.fixed * scale[:, None, None, None],
-            per_image=costs.per_image * scale[:, None, None, None],
-            update=costs.update * scale,
-        )
         what = f"device {plan.devices[rank]} ({plan.labels[rank]}) twice as fast, with the same shares"
-        found.append(Help(change=what, speedup=seconds / step(faster_device, links)))
+        found.append(Help(change=what, speedup=seconds / step(costs.slowed(scale), links)))
     worth = [one for one in found if one.speedup >= _WORTH_SAYING]
     return tuple(sorted(worth, key=lambda one: -one.speedup))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+import torch
 
 from pipeline.cluster.devices import Device
 
@@ -33,6 +35,19 @@ class Throttle:
     def slows(self) -> bool:
         """Whether the device is an emulated one."""
         return self._slowdown > 1
+
+    def busy_time(self, work: Callable[[], object], device: torch.device) -> float:
+        """For how long ``work``, which goes on within ``work()``, keeps ``device`` busy, in s.
+
+        An emulated processor sleeps longer or shorter than it should, and makes up for it later: what counts is what it
+        is to be busy for.
+        """
+        start, charged = time.perf_counter(), self.charged
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        told = self.slows and device.type == "cpu"
+        return self.charged - charged if told else time.perf_counter() - start
 
     @contextmanager
     def work(self) -> Iterator[None]:

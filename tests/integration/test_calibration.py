@@ -54,7 +54,7 @@ def test_a_calibration_keeps_every_repetition_of_every_segment_and_link(calibrat
     assert (made >= 2).all()
     assert (calibration.forward_time.fillna(1) > 0).all()
     assert (calibration.backward_time.fillna(1) > 0).all()
-    assert (calibration.update_time.fillna(1) > 0).all()
+    assert (calibration.update_time.median("repetition") > 0).all()
     apart = calibration.link_time.isel(source=0, destination=1)
     assert (apart > 0).all()
     assert np.isfinite(calibration.link_bandwidth.values[0, 1])

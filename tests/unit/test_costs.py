@@ -117,3 +117,14 @@ def test_one_device_has_nobody_to_wait_for(calibration: xr.Dataset) -> None:
     lonely["turn_time"] = lonely.turn_time * np.nan
     assert Costs.of(lonely).turn == pytest.approx([0.0])
     assert Costs.of(lonely).crowding == pytest.approx([1.0])
+
+
+def test_a_device_alone_is_faster_than_beside_the_others_by_what_was_measured(calibration: xr.Dataset) -> None:
+    quieter = calibration.assign(
+        {name: 0.8 * calibration[name] for name in ("forward_time_alone", "backward_time_alone")}
+    )
+    costs = Costs.of(quieter)
+    assert costs.alone_steps(64) == pytest.approx(0.8 * costs.whole_steps(64))
+    slowed = costs.slowed(np.array([1.0, 2.0]))
+    assert slowed.whole_steps(64) == pytest.approx(costs.whole_steps(64) * [1, 2])
+    assert slowed.update == pytest.approx(costs.update * [1, 2])
