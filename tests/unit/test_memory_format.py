@@ -34,3 +34,13 @@ def test_a_module_goes_to_and_fro_with_its_parameters_in_place() -> None:
     arrange_module(model, channels_last=False)
     assert weight.is_contiguous()
     assert torch.equal(weight, before)
+
+
+def test_a_depthwise_weight_has_the_strides_of_its_order() -> None:
+    """Both orders are the same numbers in memory, but torch's fast kernels go by the strides."""
+    layer = nn.Conv2d(8, 8, 5, padding=2, groups=8)
+    before = layer.weight.detach().clone()
+    for last, strides in ((True, (25, 1, 5, 1)), (False, (25, 25, 5, 1))):
+        arrange_module(layer, channels_last=last)
+        assert layer.weight.stride() == strides
+        assert torch.equal(layer.weight, before)
