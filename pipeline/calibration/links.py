@@ -1,30 +1,47 @@
-"""Measure the links: round trips between every pair of ranks, one pair at a time, then turns of all ranks at once."""
+"""Measure the links: round trips between every pair of ranks, one pair at a time, then turns of all ranks at once.
+
+In a *turn* every rank computes for a while and then sends a message to every other. Beside the message, a turn takes
+the time until the last rank has a core again and until the others see that it is ready, which is more where ranks have
+to share cores; and who has waited is slower at first (*resuming*).
+"""
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from pipeline.calibration.passes import Pass
 from pipeline.cluster.gang import RankContext
 from pipeline.links import Link
 from pipeline.plan.instructions import Exchange, Placed, TensorSpec
 from pipeline.plan.layouts import Layout, kernels, replicated
-from pipeline.run.emulation import Throttle
 from pipeline.run.transport import Transport
 
 LINK_BYTES = (1_024, 1_048_576, 8_388_608)
 """Sizes of the messages that measure a link, ascending."""
 TURN_BYTES = (64, 1_048_576)
 """What each rank sends to every other in a turn, little and much."""
-_TURN_S = 0.01
-"""How long a rank computes between two exchanges."""
-_TURNS, _LEAST_TURNS, _MOST_S = 20, 2, 0.5
+_TURNS = 24
+"""About how many turns a measurement is of."""
+_MOST_RESUMING_S = 1e-3
+"""What is longer than that is noise of long computations."""
+
+
+class Turns(NamedTuple):
+    """What ranks wait for each other in a training step, in s."""
+
+    waiting: NDArray[np.float64]
+    """(message, repetition) what an exchange takes; the same on all ranks. NaN for one rank."""
+    resuming: NDArray[np.float64]
+    """(repetition, direction) what a computation takes longer after an exchange, on this rank. 0 for one rank."""
 
 
 def link_of(time_MR: NDArray[np.float64], sizes: Sequence[int]) -> Link:
@@ -50,60 +67,71 @@ def measure_links(context: RankContext, transport: Transport, repetitions: int) 
     return links
 
 
-def measure_turns(context: RankContext, transport: Transport, repetitions: int) -> NDArray[np.float64]:
-    """What a turn takes beyond the computing of the slowest rank, in s, (message, repetition); NaN for one rank.
-
-    In a turn every rank computes for a while and then sends a message of ``TURN_BYTES`` to every other. Beside the
-    message, a turn takes the time until the last rank has a core again and until the others see that it is ready, which
-    is more where ranks have to share cores.
-    """
-    times = np.full((len(TURN_BYTES), repetitions), np.nan)
+def measure_turns(context: RankContext, transport: Transport, work: Pass, repetitions: int) -> Turns:
+    """Run the computations of ``work`` with and without messages between them, each of ``TURN_BYTES`` to every rank."""
+    found = Turns(np.full((len(TURN_BYTES), repetitions), np.nan), np.zeros((repetitions, 2)))
     if context.group is None:
-        return times
-    for index, size in enumerate(TURN_BYTES):
-        elements = size // 4
-        together = Exchange(
-            name=f"turn of {size} bytes",
-            direction="forward",
-            source=Placed("turn", kernels((elements,) * context.size)),
-            target=Placed("turn", replicated((1,) * context.size)),
-            spec=TensorSpec(shape=(1, elements * context.size), channel_axis=1, images_axis=0),
-        )
-        message = torch.zeros(1, elements, device=context.torch_device)
-        everything = torch.zeros(1, elements * context.size, device=context.torch_device)
-        turns = _LEAST_TURNS
-        for repetition in range(-1, repetitions):
-            context.barrier()
-            computed, start = 0.0, time.perf_counter()
-            throttle = Throttle(context.device)
-            for _ in range(turns):
-                computed += _compute(context, throttle)
-                transport.exchange(together, message, everything)
-            measured = torch.tensor([time.perf_counter() - start, computed], dtype=torch.float64) / turns
-            dist.all_reduce(measured, dist.ReduceOp.MAX, context.group)
-            whole, busy = measured.tolist()
-            if repetition < 0:  # the first time sets up the messages, and tells how many turns there is time for
-                turns = int(np.clip(_MOST_S / whole, _LEAST_TURNS, _TURNS))
-            else:
-                times[index, repetition] = max(whole - busy, 0.0)
-    return times
+        return found
+    turns = [_turn_of(context, transport, size) for size in TURN_BYTES]
+    for repetition in range(-1, repetitions):  # the first time sets up the messages
+        alone = _through(context, work, None)
+        for index, turn in enumerate(turns):
+            together = _through(context, work, turn)
+            if repetition < 0:
+                continue
+            after = together.after_turn
+            found.waiting[index, repetition] = max(together.beside - alone.beside, 0.0) / max(after.sum(), 1)
+            if index == 0:
+                longer = np.clip(together.seconds - alone.seconds, 0.0, _MOST_RESUMING_S / context.device.speed)
+                for way in range(2):
+                    ones = longer[after & (together.backward == way)]
+                    found.resuming[repetition, way] = np.median(ones) if ones.size else 0.0
+    return found
 
 
-def _compute(context: RankContext, throttle: Throttle) -> float:
-    """Multiply matrices for ``_TURN_S`` of the device's time; returns how long it was busy in s."""
-    matrix_NN = torch.rand(192, 192, device=context.torch_device)
-    on_cpu = context.torch_device.type == "cpu"
-    clock = time.thread_time if on_cpu else time.perf_counter
+class _Walk(NamedTuple):
+    """Once through all computations."""
 
-    def multiply() -> None:
-        with throttle.work():
-            start = clock()
-            while clock() - start < _TURN_S * context.device.speed:
-                matrix_NN @ matrix_NN
-                if not on_cpu:
-                    torch.cuda.synchronize(context.torch_device)
+    seconds: NDArray[np.float64]
+    """(computation)."""
+    backward: NDArray[np.bool_]
+    after_turn: NDArray[np.bool_]
+    beside: float
+    """How much longer it took all ranks than the computations of the slowest, in s."""
 
-    return throttle.busy_time(multiply, context.torch_device)
+
+def _through(context: RankContext, work: Pass, turn: Callable[[], None] | None) -> _Walk:
+    """Run all computations, with a turn before as many of them as ``_TURNS`` allows."""
+    assert context.group is not None
+    every = max(1, work.computations // _TURNS)
+    seconds, backward, after = [], [], []
+    context.barrier()
+    start = time.perf_counter()
+    for place, one in enumerate(work.steps()):
+        seconds.append(one.seconds)
+        backward.append(one.part != "forward")
+        after.append(turn is not None and place % every == 0 and place > 0)
+        if turn is not None and (place + 1) % every == 0:
+            turn()
+    took = torch.tensor([time.perf_counter() - start, sum(seconds)], dtype=torch.float64)
+    dist.all_reduce(took, dist.ReduceOp.MAX, context.group)
+    whole, busy = took.tolist()
+    return _Walk(np.array(seconds), np.array(backward), np.array(after), whole - busy)
+
+
+def _turn_of(context: RankContext, transport: Transport, size: int) -> Callable[[], None]:
+    """An exchange in which every rank sends ``size`` bytes to every other."""
+    elements = size // 4
+    together = Exchange(
+        name=f"turn of {size} bytes",
+        direction="forward",
+        source=Placed("turn", kernels((elements,) * context.size)),
+        target=Placed("turn", replicated((1,) * context.size)),
+        spec=TensorSpec(shape=(1, elements * context.size), channel_axis=1, images_axis=0),
+    )
+    message = torch.zeros(1, elements, device=context.torch_device)
+    everything = torch.zeros(1, elements * context.size, device=context.torch_device)
+    return functools.partial(transport.exchange, together, message, everything)
 
 
 def _round_trips(

@@ -73,6 +73,7 @@ def calibrate(
     task = Task(
         model=copy.deepcopy(model).to("meta"),
         graph=graph,
+        cuts=frozenset(chain.operations[0] for chain in chains),
         chains=tuple(chains[index] for index in first),
         weights=tuple(alike.count(index) for index in first),
         images=calibration_images(graph, batch_size or len(example_input)),
@@ -131,6 +132,9 @@ def _dataset(
     made = max(int(np.isfinite(times).any(axis=(0, 1, 2, 3, 5)).sum()), repetitions)
     times = _padded(times, made, axis=4)
     alone = _padded(np.stack([one.alone for one in measured])[:, everywhere], made, axis=2)
+    by_images = _padded(np.stack([one.by_images for one in measured])[:, everywhere], made, axis=2)
+    calls = _padded(np.stack([one.calls for one in measured]), made, axis=1)
+    resuming = _padded(np.stack([one.turns.resuming for one in measured]), made, axis=1)
     update = np.stack([one.update for one in measured])
     segment_dims = ("device", "segment", "share", "images", "repetition")
     dataset = xr.Dataset(
@@ -140,12 +144,18 @@ def _dataset(
             "input_gradient_time": (segment_dims, times[..., 2]),
             "forward_time_alone": (("device", "segment", "repetition"), alone[..., 0]),
             "backward_time_alone": (("device", "segment", "repetition"), alone[..., 1]),
+            "forward_time_by_images": (("device", "segment", "repetition"), by_images[..., 0]),
+            "backward_time_by_images": (("device", "segment", "repetition"), by_images[..., 1]),
+            "forward_call_time": (("device", "repetition"), calls[..., 0]),
+            "backward_call_time": (("device", "repetition"), calls[..., 1]),
+            "forward_resuming_time": (("device", "repetition"), resuming[..., 0]),
+            "backward_resuming_time": (("device", "repetition"), resuming[..., 1]),
             "kernels": (("segment", "share"), measured[0].kernels[everywhere]),
             "update_overhead": (("device", "repetition"), _padded(update[..., 0], made, axis=1)),
             "update_time": (("device", "repetition"), _padded(update[..., 1], made, axis=1)),
             "device_label": ("device", np.array([member.device.label for member in members], dtype=object)),
             "link_time": (("source", "destination", "message_bytes", "repetition"), _padded(link_time, made, axis=3)),
-            "turn_time": (("turn_bytes", "repetition"), _padded(measured[0].turns, made, axis=1)),
+            "turn_time": (("turn_bytes", "repetition"), _padded(measured[0].turns.waiting, made, axis=1)),
             "process_memory": ("device", [float(one.process_memory) for one in measured]),
             "memory_limit": ("device", [float(member.memory) for member in members]),
             "link_latency": (("source", "destination"), latency),

@@ -12,6 +12,12 @@ _OF_THE_DEVICE = (
     "input_gradient_time",
     "forward_time_alone",
     "backward_time_alone",
+    "forward_time_by_images",
+    "backward_time_by_images",
+    "forward_call_time",
+    "backward_call_time",
+    "forward_resuming_time",
+    "backward_resuming_time",
     "update_overhead",
     "update_time",
 )

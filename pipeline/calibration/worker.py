@@ -8,9 +8,9 @@ uncertain by enough to matter for the step.
 from __future__ import annotations
 
 import functools
-import itertools
+import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -20,19 +20,19 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pipeline._torchvision import Importable
-from pipeline.calibration.links import measure_links, measure_turns
+from pipeline.calibration.links import Turns, measure_links, measure_turns
+from pipeline.calibration.passes import PARTS, Pass, call_seconds
 from pipeline.calibration.segments import Chain
 from pipeline.cluster.gang import RankContext
+from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph
-from pipeline.plan.instructions import Compute, Placed, Step
 from pipeline.plan.plan import Plan
-from pipeline.plan.program import activation_spec, is_divided
 from pipeline.plan.strategies import Kind, Mixed, layers_of, plan_network
 from pipeline.plan.ties import Tie
 from pipeline.run.emulation import Throttle
 from pipeline.run.execution import Execution
 from pipeline.run.memory import current_memory
-from pipeline.run.memory_format import arranged, may_have_channels_last
+from pipeline.run.memory_format import may_have_channels_last
 from pipeline.run.transport import Transport
 
 _LEAST_UPDATED, _MOST_UPDATED = 1_000_000, 16_000_000
@@ -40,9 +40,11 @@ _LEAST_UPDATED, _MOST_UPDATED = 1_000_000, 16_000_000
 _LINK_REPETITIONS = 5
 _LEAST_REPETITIONS = 3
 """Of what is not measured again where it is uncertain."""
+_MEASURED_S, _MOST_REPETITIONS = 0.5, 8
+"""Short steps are repeated until so much time is measured, or so often."""
 _CERTAIN = 0.02
 """What is uncertain by less than this part of a whole step is not measured again."""
-_DIRECTIONS, _PARTS = 2, 3
+_DIRECTIONS = 2
 _CLEARLY = 0.95
 """Another order in memory has to save more than measurements err."""
 
@@ -57,6 +59,8 @@ class Task:
     model: nn.Module
     """A skeleton on the meta device: times do not depend on the weights."""
     graph: Graph
+    cuts: frozenset[str]
+    """The operations that segments begin with."""
     chains: tuple[Chain, ...]
     """Segments of different geometry."""
     weights: tuple[int, ...]
@@ -65,7 +69,7 @@ class Task:
     """Ascending numbers of images that each is measured with."""
     fractions: tuple[float, ...]
     repetitions: int
-    """Of everything, in the first pass."""
+    """Of everything, in the first pass; more of short steps."""
     passes: int
     """How many passes at most follow, each with one more repetition of what still is uncertain."""
     alone: tuple[int, ...]
@@ -91,13 +95,18 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What a rank measured; times in s."""
+    """What a rank measured; times in s, of segments beyond what a call of nothing takes."""
 
     times: NDArray[np.float64]
     """(segment, share, images, repetition, part): forward, backward, and of that until the gradient of the input is
     there, where these two are computed one after the other. NaN where nothing was measured."""
     alone: NDArray[np.float64]
     """(segment, repetition, direction) of whole segments with the most images, while the other ranks wait."""
+    by_images: NDArray[np.float64]
+    """As ``alone``, but beside the others and with batch normalisation that works on a part of the batch; NaN for
+    segments without it."""
+    calls: NDArray[np.float64]
+    """(repetition, direction) of a computation of nothing."""
     kernels: NDArray[np.float64]
     """(segment, share): channels at that share; of input features for a dense layer."""
     update: NDArray[np.float64]
@@ -108,8 +117,8 @@ class Measurement:
     """Whether all ranks measured with the channels last in memory, because that was faster."""
     links: dict[int, NDArray[np.float64]]
     """By other rank, (message, repetition) one way; each pair is measured by its lower rank."""
-    turns: NDArray[np.float64]
-    """(message, repetition) of an exchange between all ranks at once, which compute before it; the same on all."""
+    turns: Turns
+    """What they wait for each other."""
 
 
 def measure_rank(context: RankContext, task: Task) -> Measurement:
@@ -123,23 +132,29 @@ def measure_rank(context: RankContext, task: Task) -> Measurement:
             else:
                 tensor.zero_()
     channels_last = _is_faster_with_channels_last(context, model, task)
-    segments = _Segments(context, model, task, channels_last=channels_last)
+    whole = _execution_of(context, model, task.graph, None, channels_last=channels_last)
+    calls = np.array([call_seconds(whole) for _ in range(max(task.repetitions, _LEAST_REPETITIONS))])
+    forward, backward = (float(one) for one in np.median(calls, axis=0))
+    segments = _Segments(context, model, task, whole, (forward, backward))
     for _ in range(1 + task.passes):
         todo = segments.uncertain()
         if not todo:
             break
         segments.measure(todo)
     alone = segments.measure_alone()
+    by_images = segments.measure_by_images()
     times, kernels = segments.times, segments.kernels
     update = _measure_update(context, task)
     transport = Transport(context)  # what a training's messages go through: shared memory on one host, else sockets
     links = measure_links(context, transport, max(task.repetitions, _LINK_REPETITIONS))
-    turns = measure_turns(context, transport, max(task.repetitions, _LEAST_REPETITIONS))
+    turns = segments.measure_turns(transport)
     # What torch has set up for its operations by now stays in the process, as it will in training.
-    del segments, model
+    del segments, whole, model
     return Measurement(
         times=times,
         alone=alone,
+        by_images=by_images,
+        calls=calls,
         kernels=kernels,
         update=update,
         process_memory=current_memory(context.torch_device),
@@ -152,20 +167,32 @@ def measure_rank(context: RankContext, task: Task) -> Measurement:
 class _Segments:
     """The times of one rank so far."""
 
-    def __init__(self, context: RankContext, model: nn.Module, task: Task, *, channels_last: bool) -> None:
-        self._context, self._model, self._task, self._channels_last = context, model, task, channels_last
+    def __init__(
+        self, context: RankContext, model: nn.Module, task: Task, whole: Execution, call: tuple[float, float]
+    ) -> None:
+        """``whole`` is an execution of this rank alone; ``call`` what a computation of nothing takes, both ways."""
+        self._context, self._model, self._task, self._whole, self._call = context, model, task, whole, call
         self._done = 0
+        self._repetitions = self._enough_repetitions()
         shape = (len(task.chains), len(task.fractions))
-        self.times = np.full((*shape, len(task.images), task.repetitions + task.passes, _PARTS), np.nan)
+        self.times = np.full((*shape, len(task.images), self._repetitions + task.passes, len(PARTS)), np.nan)
         self.kernels = task.kernels()
-        self._undivided = _execution_of(context, model, task.graph, None, channels_last=channels_last)
 
-    def uncertain(self) -> list[tuple[int, int]]:
-        """The (share, segment) pairs that any rank has to measure (again), the same on all ranks."""
+    def _enough_repetitions(self) -> int:
+        run = self._pass(self._whole, dict(enumerate(self._task.chains)), self._task.images[-1]).run
+        run()
+        seconds = torch.tensor(float(run()[:, :_DIRECTIONS].sum()))
+        if self._context.group is not None:
+            dist.all_reduce(seconds, dist.ReduceOp.MAX, self._context.group)
+        enough = math.ceil(_MEASURED_S / max(seconds.item(), 1e-6))
+        return max(self._task.repetitions, min(enough, _MOST_REPETITIONS))
+
+    def uncertain(self) -> list[int]:
+        """The shares that any rank has to measure (again), the same on all ranks."""
         task = self._task
-        every = [(int(share), int(segment)) for share, segment in np.argwhere(np.isfinite(self.kernels.T))]
+        every = np.flatnonzero(np.isfinite(self.kernels).any(axis=0))
         if not self._done:
-            return every
+            return [int(share) for share in every]
         least = np.sort(
             self.times[:, :, -1, :, :_DIRECTIONS].sum(axis=-1), axis=-1
         )  # (segment, share, repetition), NaN last
@@ -174,53 +201,75 @@ class _Segments:
         doubt = 2 * (np.nanmedian(least, axis=-1) - least[..., 0])
         # As if the rest of the step were done at the same share.
         relative = doubt * np.array(task.weights)[:, None] / (step * np.array(task.fractions))
-        relative = np.nan_to_num(relative, nan=np.inf)
+        most = np.nan_to_num(relative, nan=0.0).max(axis=0)
         if self._context.group is not None:
-            agreed = torch.from_numpy(relative)
+            agreed = torch.from_numpy(most)
             dist.all_reduce(agreed, dist.ReduceOp.MAX, self._context.group)
-        return [(share, segment) for share, segment in every if relative[segment, share] > _CERTAIN]
+        return [int(share) for share in every if most[share] > _CERTAIN]
 
-    def measure(self, todo: list[tuple[int, int]]) -> None:
-        """One pass over what is to be measured, one share after the other.
-
-        Within a share the segments run in turn, as they do in training: one that is repeated on its own finds its
-        weights in the cache.
-        """
-        task = self._task
-        repetitions = 1 if self._done else task.repetitions
-        for share in sorted({share for share, _ in todo}):
-            segments = [segment for at, segment in todo if at == share]
-            split = self._split(task.fractions[share]) if any(task.chains[one].splittable for one in segments) else None
-            runs = {}
-            for segment in segments:
-                chain = task.chains[segment]
-                execution = split if chain.splittable and split is not None else self._undivided
-                runs[segment] = [
-                    _step_of(self._context, execution, chain, task.graph, images) for images in task.images
-                ]
-            times = _in_turn(self._context, list(runs.values()), repetitions)
-            self.times[segments, share, :, self._done : self._done + repetitions] = times
-            self._context.report(sum(at <= share for at, _ in todo), total=len(todo))
+    def measure(self, shares: list[int]) -> None:
+        """One more measurement at these shares, at each of all segments: uncertain ones by themselves would differ."""
+        repetitions = 1 if self._done else self._repetitions
+        for place, share in enumerate(shares):
+            self._measure_share(share, repetitions)
+            gc.collect()  # an execution refers to itself, and its weights may fill the memory
+            self._context.report(place + 1, total=len(shares))
         self._done += repetitions
+
+    def _measure_share(self, share: int, repetitions: int) -> None:
+        """Whoever has all of a segment, as with a part of the images, does not divide its backward computation."""
+        task, fraction = self._task, self._task.fractions[share]
+        there = {index: one for index, one in enumerate(task.chains) if np.isfinite(self.kernels[index, share])}
+        execution = self._whole if fraction == 1 else self._execution(split_plan(task.graph, fraction))
+        made = slice(self._done, self._done + repetitions)
+        self.times[list(there), share, :, made] = self._times(execution, there, task.images, repetitions)
 
     def measure_alone(self) -> NDArray[np.float64]:
         """What ``Measurement.alone`` says; every rank has to call it."""
         task, context = self._task, self._context
-        times = np.full((len(task.chains), task.repetitions, _DIRECTIONS), np.nan)
+        times = np.full((len(task.chains), self._repetitions, _DIRECTIONS), np.nan)
         for rank in task.alone if context.group is not None else ():
             context.barrier()
             if rank == context.rank:
-                runs = [_step_of(context, self._undivided, chain, task.graph, task.images[-1]) for chain in task.chains]
-                for repetition in range(-1, task.repetitions):
-                    for segment, run in enumerate(runs):
-                        found = run()
-                        if repetition >= 0:
-                            times[segment, repetition] = found[:_DIRECTIONS]
+                run = self._pass(self._whole, dict(enumerate(task.chains)), task.images[-1]).run
+                run()
+                times = np.stack([run()[:, :_DIRECTIONS] for _ in range(self._repetitions)], axis=1)
         context.barrier()
         return times
 
-    def _split(self, fraction: float) -> Execution:
-        return _execution_of(self._context, self._model, self._task.graph, fraction, channels_last=self._channels_last)
+    def measure_by_images(self) -> NDArray[np.float64]:
+        """What ``Measurement.by_images`` says."""
+        task = self._task
+        most = task.images[-1]
+        execution = self._execution(_images_plan(task.graph, most))
+        times = self._times(execution, dict(enumerate(task.chains)), (most,), self._repetitions)[:, 0, :, :_DIRECTIONS]
+        divided = [any(task.graph[name].effect is Effect.BATCHNORM for name in one.operations) for one in task.chains]
+        times[~np.array(divided)] = np.nan
+        return times
+
+    def measure_turns(self, transport: Transport) -> Turns:
+        """With as few images as are measured: computations as long as those of which each rank does a part."""
+        task = self._task
+        work = self._pass(self._whole, dict(enumerate(task.chains)), task.images[0])
+        return measure_turns(self._context, transport, work, max(self._repetitions, _LEAST_REPETITIONS))
+
+    def _times(
+        self, execution: Execution, segments: Mapping[int, Chain], images: Sequence[int], repetitions: int
+    ) -> NDArray[np.float64]:
+        """Measured beside the other ranks, (segment, images, repetition, part) in s; ``images`` ascend."""
+        *fewer, most = (self._pass(execution, segments, one) for one in images)
+        self._context.barrier()
+        most.run()  # the first time torch sets up its operations, and the system gives it memory
+        found = [[one.run() for one in (*fewer, most)] for _ in range(repetitions)]
+        _keep_busy(self._context, most)
+        return np.array(found).transpose(2, 1, 0, 3)
+
+    def _pass(self, execution: Execution, segments: Mapping[int, Chain], images: int) -> Pass:
+        return Pass(execution, self._task.graph, segments, self._task.cuts, images, self._call)
+
+    def _execution(self, plan: Plan) -> Execution:
+        last = self._whole.plan.channels_last
+        return _execution_of(self._context, self._model, self._task.graph, plan, channels_last=last)
 
 
 def _is_faster_with_channels_last(context: RankContext, model: nn.Module, task: Task) -> bool:
@@ -231,7 +280,9 @@ def _is_faster_with_channels_last(context: RankContext, model: nn.Module, task: 
     for channels_last in (False, True):
         execution = _execution_of(context, model, task.graph, None, channels_last=channels_last)
         try:
-            seconds.append(_whole_seconds(context, execution, task))
+            run = Pass(execution, task.graph, dict(enumerate(task.chains)), task.cuts, task.images[-1]).run
+            run()
+            seconds.append(float(run()[:, :_DIRECTIONS].sum(axis=1) @ np.array(task.weights)))
         except RuntimeError:
             if not channels_last:
                 raise
@@ -242,30 +293,11 @@ def _is_faster_with_channels_last(context: RankContext, model: nn.Module, task: 
     return bool(total[1] < _CLEARLY * total[0])
 
 
-def _whole_seconds(context: RankContext, execution: Execution, task: Task) -> float:
-    """Time of all segments, each as often as the network has its like, in s."""
-    total = 0.0
-    for chain, times in zip(task.chains, task.weights, strict=True):
-        few, many = (
-            _step_of(context, execution, chain, task.graph, images) for images in (task.images[0], task.images[-1])
-        )
-        few()
-        total += times * sum(many()[:_DIRECTIONS])
-    return total
-
-
 def _execution_of(
-    context: RankContext, model: nn.Module, graph: Graph, fraction: float | None, *, channels_last: bool
+    context: RankContext, model: nn.Module, graph: Graph, plan: Plan | None, *, channels_last: bool
 ) -> Execution:
-    """An execution in which this device plays the first of two ranks and has ``fraction`` of every layer.
-
-    Without a fraction it is the only rank and has everything, undivided.
-    """
-    label = context.device.label
-    if fraction is None:
-        plan = plan_network(graph, "single", batch_size=1, labels=(label,))
-    else:
-        plan = split_plan(graph, fraction, label)
+    """An execution in which this device plays the first rank of ``plan``; without one it has everything."""
+    plan = plan or plan_network(graph, "single", batch_size=1, labels=("here",))
     plan = replace(plan, channels_last=channels_last)
     execution = Execution(replace(context, rank=0, size=plan.ranks, group=None), model, graph, plan)
     with torch.no_grad():
@@ -275,7 +307,7 @@ def _execution_of(
     return execution
 
 
-def split_plan(graph: Graph, fraction: float, label: str = "here") -> Plan:
+def split_plan(graph: Graph, fraction: float) -> Plan:
     """The plan in which the first of two ranks has ``fraction`` of every layer, one kernel at least."""
 
     def split(tie: Tie) -> tuple[int, int]:
@@ -288,9 +320,14 @@ def split_plan(graph: Graph, fraction: float, label: str = "here") -> Plan:
         strategy="kernel",
         batch_size=1,
         devices=(0, 1),
-        labels=(label, "elsewhere"),
+        labels=("here", "elsewhere"),
         operations=Mixed(graph, 2, kinds, split, None).plans(),
     )
+
+
+def _images_plan(graph: Graph, images: int) -> Plan:
+    """The plan in which the first of two ranks has all the images, as its part of the batch."""
+    return plan_network(graph, "batch", batch_size=images, labels=("here", "elsewhere"), shares=(1, 0))
 
 
 def _channels(graph: Graph, plan: Plan, chain: Chain) -> int:
@@ -300,93 +337,16 @@ def _channels(graph: Graph, plan: Plan, chain: Chain) -> int:
     return layout.shares[0] if layout.kind == "K" else graph[chain.operations[0]].channels or 1
 
 
-def _in_turn(
-    context: RankContext, runs: list[list[Callable[[], tuple[float, ...]]]], repetitions: int
-) -> NDArray[np.float64]:
-    """Times of each of ``runs``, by its numbers of images, in s: (run, images, repetition, part)."""
-    context.barrier()
-    for steps in runs:
-        steps[-1]()  # the first time torch sets up its operations, and the system gives it memory
-    times = np.array([[[once() for once in steps] for steps in runs] for _ in range(repetitions)])
-    turns = itertools.cycle([steps[0] for steps in runs])
-
-    def go_on() -> None:
-        next(turns)()
-
-    _keep_busy(context, go_on)
-    return times.transpose(1, 2, 0, 3)
-
-
-def _step_of(
-    context: RankContext, execution: Execution, chain: Chain, graph: Graph, images: int
-) -> Callable[[], tuple[float, ...]]:
-    """What runs a segment forward and backward on made-up values, and tells the times of its parts in s."""
-    plan = execution.plan
-    inputs = tuple(dict.fromkeys(
-        Placed(value, plan[name].input)
-        for name in chain.operations
-        for value in graph[name].inputs
-        if value in chain.inputs or plan[value].output != plan[name].input
-    ))  # fmt: skip
-    outputs = tuple(Placed(name, plan[name].output) for name in chain.outputs)
-    trained = {one.name for name in chain.operations for one in graph[name].parameters if one.trained}
-    differentiable = frozenset(one for one in inputs if one.name != graph.input)
-    steps = tuple(
-        Step(
-            operation=name,
-            part="whole",
-            inputs=tuple(Placed(value, plan[name].input) for value in graph[name].inputs),
-            output=Placed(name, plan[name].output),
-        )
-        for name in chain.operations
-    )
-    gradients = differentiable | (frozenset(outputs) if trained or differentiable else frozenset())
-    forward = Compute(
-        name=chain.name, direction="forward", segment=0, steps=steps, inputs=inputs, outputs=outputs, ranks=(0,)
-    )
-    backward = replace(forward, direction="backward")
-    first = graph[chain.operations[0]]
-    divided = is_divided(graph, first, plan[first.name]) and plan[first.name].output.shares[-1] > 0
-    values = {one: _made_up(execution, one, graph, images).requires_grad_(one in gradients) for one in inputs}
-    incoming: dict[Placed, torch.Tensor] = {}
-
-    def timed(instruction: Compute) -> float:
-        work = functools.partial(execution.compute, instruction, gradients)
-        return execution.throttle.busy_time(work, context.torch_device)
-
-    def once() -> tuple[float, ...]:
-        execution.begin(images, None, training=True)
-        execution.parameters.clear_gradients()
-        for placed, value in values.items():
-            value.grad = None
-            execution.values[placed] = value
-        ahead = timed(forward)
-        for placed in outputs:
-            incoming.setdefault(placed, torch.rand_like(execution.values[placed]))
-            execution.values[placed].grad = incoming[placed]
-        if not divided:
-            return ahead, timed(backward), math.nan
-        until_input = timed(replace(backward, gradients="inputs"))
-        return ahead, until_input + timed(replace(backward, gradients="parameters")), until_input
-
-    return once
-
-
-def _keep_busy(context: RankContext, work: Callable[[], object]) -> None:
+def _keep_busy(context: RankContext, work: Pass) -> None:
     """Go on working until every rank has measured, so that the slower ones are measured beside busy devices too."""
     if context.group is None:
         return
     others = dist.barrier(context.group, async_op=True)
     while not others.is_completed():
-        work()
+        for _ in work.steps():
+            if others.is_completed():
+                break
     others.wait()
-
-
-def _made_up(execution: Execution, placed: Placed, graph: Graph, images: int) -> torch.Tensor:
-    spec = activation_spec(graph, placed.name, images)
-    shape = spec.local_shape(spec.boxes(placed.layout)[0])
-    made_up = torch.rand(shape, dtype=execution.dtype, device=execution.transport.device)
-    return arranged(made_up, channels_last=execution.plan.channels_last)
 
 
 def _measure_update(context: RankContext, task: Task) -> NDArray[np.float64]:

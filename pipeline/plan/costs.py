@@ -22,7 +22,9 @@ less, but measurements of them by some per cent, which would make one of them wa
 
 CROWD = 3
 """With so many ranks several links are in use at once."""
-_SECONDS = ("fixed", "per_image", "update", "update_overhead")
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
+"""As they follow each other in arrays with that axis."""
+_SECONDS = ("fixed", "per_image", "call", "resuming", "update", "update_overhead")
 _OF_A_DEVICE = (*_SECONDS, "alone", "turn", "crowding")
 """Arrays of which the first axis is the device's."""
 _HALF = 0.5
@@ -47,6 +49,10 @@ class Costs:
     """(device, segment, share, direction) in s, whatever the number of images; direction 0 is forward, 1 backward."""
     per_image: NDArray[np.float64]
     """(device, segment, share, direction) in s per image."""
+    call: NDArray[np.float64]
+    """(device, direction) in s that every computation takes beside what its segments do."""
+    resuming: NDArray[np.float64]
+    """(device, direction) in s that a computation takes besides after an exchange."""
     latency: NDArray[np.float64]
     """(source, destination) in s; (1, 1) where all pairs are alike."""
     seconds_per_byte: NDArray[np.float64]
@@ -57,6 +63,9 @@ class Costs:
     """(device) in s, whatever the parameters."""
     input_part: NDArray[np.float64]
     """(segment) of the backward time of a divided segment, the fraction until its input has its gradient."""
+    by_images: NDArray[np.float64]
+    """(segment, direction) how many times as long a segment takes with batch normalisation over a part of the images:
+    in two goes, between which the devices exchange their moments."""
     alone: NDArray[np.float64]
     """(device, segment, direction) what part of these times a segment takes while the other devices wait: devices that
     share a processor take memory bandwidth, cache and clock from each other."""
@@ -69,20 +78,25 @@ class Costs:
     channels_last: bool = False
     """Whether it all was measured with the channels last in memory, which was faster then."""
     _places: dict[str, int] = field(init=False, repr=False, compare=False)
+    _segments: dict[str, tuple[str, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        places = {name.split("+", 1)[0]: index for index, name in enumerate(self.segments)}
-        object.__setattr__(self, "_places", places)
+        operations = [tuple(name.split("+")) for name in self.segments]
+        object.__setattr__(self, "_places", {one[0]: index for index, one in enumerate(operations)})
+        object.__setattr__(self, "_segments", {name: one for one in operations for name in one})
 
     @classmethod
     def of(cls, calibration: xr.Dataset) -> Costs:
         """The costs of all devices of one network's calibration."""
         parts = [_typical(calibration[name]) for name in ("forward_time", "backward_time", "input_gradient_time")]
         times, until_input = np.stack(parts[:2], axis=-1), parts[2]
-        update = np.stack([_typical(calibration[name]) for name in ("update_overhead", "update_time")], axis=-1)
+        update = _both(calibration, "update_overhead", "update_time")
+        call = _both(calibration, "forward_call_time", "backward_call_time")
+        resuming = _both(calibration, "forward_resuming_time", "backward_resuming_time")
         kinds = [str(label).partition("[")[0] for label in calibration.device_label.values]  # whatever the memory
         for alike in _alike(kinds, times):
-            times[alike], update[alike] = times[alike].mean(axis=0), update[alike].mean(axis=0)
+            for measured in (times, update, call, resuming):
+                measured[alike] = measured[alike].mean(axis=0)
         fixed, per_image = _lines(times, calibration.images.values)
         kernels = calibration.kernels.transpose("segment", "share")
         return cls(
@@ -92,9 +106,12 @@ class Costs:
             per_image=_rising(per_image),
             latency=calibration.link_latency.values,
             seconds_per_byte=1 / calibration.link_bandwidth.values,
+            call=call,
+            resuming=resuming,
             update=update[:, 1],
             update_overhead=update[:, 0],
             input_part=_input_part(until_input, parts[1]),
+            by_images=_by_images(calibration, times[:, :, :, -1]),
             alone=_alone(calibration, kinds, times[:, :, :, -1]),
             turn=np.full(len(kinds), _turn(calibration)),
             crowding=np.full(len(kinds), _crowding(calibration)),
@@ -139,6 +156,10 @@ class Costs:
         slower: dict[str, Any] = {name: (getattr(self, name).T * factor).T for name in _SECONDS}
         return replace(self, **slower)
 
+    def segment_with(self, operation: str) -> tuple[str, ...]:
+        """The operations of the calibrated segment that ``operation`` is in; itself alone if it is in none."""
+        return self._segments.get(operation, (operation,))
+
     def input_part_of(self, operation: str) -> float:
         """The fraction of an operation's divided backward computation until its input has its gradient."""
         segment = self._places.get(operation)
@@ -170,7 +191,7 @@ class Costs:
     def alone_part(self, operation: str, direction: Direction) -> NDArray[np.float64]:
         """What part of its time the segment that ``operation`` begins takes while other devices wait, (device)."""
         segment = self._places.get(operation)
-        return np.ones(self.devices) if segment is None else self.alone[:, segment, 0 if direction == "forward" else 1]
+        return np.ones(self.devices) if segment is None else self.alone[:, segment, DIRECTIONS.index(direction)]
 
     def seconds(
         self, operation: str, fraction: NDArray[np.float64], direction: Direction, images: NDArray[np.float64]
@@ -182,7 +203,7 @@ class Costs:
         segment = self._places.get(operation)
         if segment is None:
             return np.zeros(self.devices)
-        way = 0 if direction == "forward" else 1
+        way = DIRECTIONS.index(direction)
         measured = np.isfinite(self.fractions[segment]) & np.isfinite(self.fixed[0, segment, :, way])
         points = self.fractions[segment][measured]
         times = (self.fixed[:, segment, :, way] + images[:, None] * self.per_image[:, segment, :, way])[:, measured]
@@ -192,6 +213,11 @@ class Costs:
         along = np.clip((fraction - points[after - 1]) / (points[after] - points[after - 1]), 0, 1)
         found = (1 - along) * times[rows, after - 1] + along * times[rows, after]
         return np.where((fraction > 0) & (images > 0), found, 0.0)
+
+    def by_images_part(self, operation: str, direction: Direction) -> float:
+        """How many times as long the segment that ``operation`` begins takes with images on several devices."""
+        segment = self._places.get(operation)
+        return 1.0 if segment is None else float(self.by_images[segment, DIRECTIONS.index(direction)])
 
     def whole_steps(self, batch_size: int) -> NDArray[np.float64]:
         """Forward and backward of the whole network on each device beside the others in s, (device)."""
@@ -235,6 +261,11 @@ def _typical(repeated: xr.DataArray) -> NDArray[np.float64]:
     return median
 
 
+def _both(calibration: xr.Dataset, first: str, second: str) -> NDArray[np.float64]:
+    """The typical values of two variables, (..., 2)."""
+    return np.stack([_typical(calibration[first]), _typical(calibration[second])], axis=-1)
+
+
 def _input_part(until_input: NDArray[np.float64], backward: NDArray[np.float64]) -> NDArray[np.float64]:
     """What fraction of ``backward`` is ``until_input``, both (device, segment, share, images); (segment)."""
     divided = np.isfinite(until_input) & (backward > 0)
@@ -248,8 +279,7 @@ def _alone(calibration: xr.Dataset, kinds: Sequence[str], times: NDArray[np.floa
 
     One device of each kind is measured alone and stands for the others.
     """
-    names = ("forward_time_alone", "backward_time_alone")
-    alone = np.stack([_typical(calibration[name]) for name in names], axis=-1)
+    alone = _both(calibration, "forward_time_alone", "backward_time_alone")
     beside = times[:, :, -1]  # the whole segment, the largest share
     known = np.isfinite(alone) & (beside > 0)
     part = np.where(known, np.minimum(alone / np.where(known, beside, 1.0), 1.0), np.nan)
@@ -258,6 +288,15 @@ def _alone(calibration: xr.Dataset, kinds: Sequence[str], times: NDArray[np.floa
         if others and not known[index].any():
             part[index] = part[others[0]]
     return np.where(np.isfinite(part), part, 1.0)
+
+
+def _by_images(calibration: xr.Dataset, times: NDArray[np.float64]) -> NDArray[np.float64]:
+    """As ``Costs.by_images``, from the ``times`` (device, segment, share, direction); 1 where nothing is so."""
+    apart = _both(calibration, "forward_time_by_images", "backward_time_by_images")
+    measured = np.isfinite(apart)
+    whole = np.where(measured, times[:, :, -1], 0.0).sum(axis=0)
+    parts = np.where(measured, apart, 0.0).sum(axis=0)
+    return np.where(whole > 0, parts / np.where(whole > 0, whole, 1.0), 1.0)
 
 
 def _turn(calibration: xr.Dataset) -> float:

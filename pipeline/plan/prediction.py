@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph
 from pipeline.links import Link
-from pipeline.plan.costs import CROWD, Costs
+from pipeline.plan.costs import CROWD, DIRECTIONS, Costs
 from pipeline.plan.instructions import Compute, Direction, Exchange, Instruction, Step, may_go_on
 from pipeline.plan.layouts import Layout
 from pipeline.plan.plan import Plan
@@ -111,12 +111,13 @@ def compute_seconds(graph: Graph, plan: Plan, program: Program, instruction: Ins
     if not isinstance(instruction, Compute):
         updated = _updated(program)
         return np.where(updated > 0, costs.update_overhead + updated * costs.update, 0.0)
-    total = np.zeros(program.ranks)
+    way = instruction.direction
+    total = costs.call[:, DIRECTIONS.index(way)].copy()
     for step in instruction.steps:
         if step.part in ("whole", "normalise"):
-            whole = step_seconds(graph, plan, step, instruction.direction, program.batch_size, costs)
+            whole = step_seconds(graph, plan, step, way, program.batch_size, costs)
             if len(instruction.ranks) == 1:
-                whole = whole * costs.alone_part(step.operation, instruction.direction)
+                whole = whole * costs.alone_part(step.operation, way)
             total += _part_of(instruction, costs.input_part_of(step.operation)) * whole
     return total
 
@@ -128,7 +129,14 @@ def _part_of(instruction: Compute, input_part: float) -> float:
 def step_seconds(graph: Graph, plan: Plan, step: Step, direction: Direction, batch_size: int, costs: Costs) -> Times:
     """Time of each rank's part of one operation in s, (rank)."""
     fraction, images = _work(graph, plan, step, batch_size)
-    return costs.seconds(step.operation, fraction, direction, images)
+    seconds = costs.seconds(step.operation, fraction, direction, images)
+    if step.part != "normalise":
+        return seconds
+    segment = costs.segment_with(step.operation)
+    normalised = sum(graph[name].effect is Effect.BATCHNORM for name in segment)
+    beyond = (costs.by_images_part(segment[0], direction) - 1) / normalised
+    found: Times = seconds + beyond * costs.seconds(segment[0], fraction, direction, images)
+    return found
 
 
 class _Simulation:
@@ -138,7 +146,7 @@ class _Simulation:
         self._graph, self._plan, self._program, self._costs = graph, plan, program, costs
         self._itemsize, self._links = itemsize, links
         self._handling = np.minimum(self._links.latency.max(axis=(1, 2)), _HANDLING_S)[:, None]
-        """What each exchange keeps a rank busy in s, (case, 1)."""
+        """What each exchange keeps its ranks busy in s, in sum, (case, 1)."""
         shape = (links.cases, program.ranks)
         self._free = np.zeros(shape)
         """When each rank has ended what it does itself."""
@@ -146,6 +154,8 @@ class _Simulation:
         """When the ports of each rank are free again."""
         self._computed = np.zeros(program.ranks)
         """For how long each rank has computed in s since it last sent something."""
+        self._resumes = np.zeros(program.ranks, dtype=bool)
+        """Whether an exchange was the last thing that each rank took part in."""
         self._pending: list[tuple[Exchange, Times]] = []
 
     def run(self) -> Times:
@@ -156,6 +166,7 @@ class _Simulation:
             ranks = list(instruction.ranks)
             start = self._free[:, ranks]
             if isinstance(instruction, Exchange):
+                self._resumes[ranks] = True
                 end = self._exchange(instruction)
                 if instruction.deferred:
                     self._free = self._free + self._copying(instruction)
@@ -165,6 +176,10 @@ class _Simulation:
                 end = end[:, ranks]
             else:
                 busy = compute_seconds(self._graph, self._plan, self._program, instruction, self._costs)[ranks]
+                if isinstance(instruction, Compute):
+                    resuming = self._costs.resuming[:, DIRECTIONS.index(instruction.direction)]
+                    busy = busy + np.where(self._resumes, resuming, 0.0)[ranks]
+                    self._resumes[ranks] = False
                 end = start + busy
                 self._free[:, ranks] = end
                 self._computed[ranks] += busy
@@ -222,7 +237,7 @@ class _Simulation:
         busy = np.cumsum(duration, axis=1)
         ended = np.maximum((arrives - busy).max(axis=1), self._ingress) + busy[:, -1]
         self._ingress = np.where(receives, ended, self._ingress)
-        end = np.where(sends, np.maximum(leaves[:, :, -1], self._free), self._free)
+        end = np.where(sends, np.maximum(leaves[:, :, -1], self._free) + self._handling / 2, self._free)
         return np.where(receives, np.maximum(end, ended), end)
 
     def _in_sum(self, moved: Traffic, unit: int) -> Times:
@@ -244,7 +259,7 @@ class _Simulation:
             last, first = _latest(moved, leaves), _latest(moved, begin)
         ended = np.maximum(np.maximum(last, first + arriving) + latency, self._ingress + arriving)
         self._ingress = np.where(receives, ended, self._ingress)
-        end = np.where(sends, leaves, self._free)
+        end = np.where(sends, leaves + self._handling / 2, self._free)
         return np.where(receives, np.maximum(end, ended), end)
 
 

@@ -52,9 +52,12 @@ class Program:
         return (*self.forward, *self.backward, self.update)
 
 
-def compile_program(graph: Graph, plan: Plan, batch_size: int) -> Program:
-    """Compile a training step of ``plan`` for batches of ``batch_size`` images."""
-    return _Compiler(graph, plan, batch_size, training=True).compile()
+def compile_program(graph: Graph, plan: Plan, batch_size: int, *, cuts: frozenset[str] = frozenset()) -> Program:
+    """Compile a training step of ``plan`` for batches of ``batch_size`` images.
+
+    Another computation begins with each of the operations in ``cuts``, also where nothing has to travel.
+    """
+    return _Compiler(graph, plan, batch_size, training=True, cuts=cuts).compile()
 
 
 def compile_inference(graph: Graph, plan: Plan, batch_size: int) -> tuple[Compute | Exchange, ...]:
@@ -64,8 +67,10 @@ def compile_inference(graph: Graph, plan: Plan, batch_size: int) -> tuple[Comput
 
 
 class _Compiler:
-    def __init__(self, graph: Graph, plan: Plan, batch_size: int, *, training: bool) -> None:
-        self.graph, self.plan, self.batch_size, self.training = graph, plan, batch_size, training
+    def __init__(
+        self, graph: Graph, plan: Plan, batch_size: int, *, training: bool, cuts: frozenset[str] = frozenset()
+    ) -> None:
+        self.graph, self.plan, self.batch_size, self.training, self.cuts = graph, plan, batch_size, training, cuts
         self.instructions: list[Compute | Exchange] = []
         source = master(plan.ranks)
         self.available: dict[str, list[Layout]] = {graph.input: [source]}
@@ -117,7 +122,7 @@ class _Compiler:
             if parameter.home != parameter.work:
                 self._close_segment()
                 self._exchange_parameter(parameter)
-        if self._is_divided(operation):
+        if operation.name in self.cuts or self._is_divided(operation):
             self._close_segment()
         output = Placed(operation.name, planned.output)
         ranks = planned.output.holders

@@ -25,6 +25,9 @@ device_set, link, strategy)` flags cells whose repetitions spread much. A simula
 
     forward_time, backward_time, input_gradient_time(device, segment, share, images, repetition)
     forward_time_alone, backward_time_alone(device, segment, repetition)
+    forward_time_by_images, backward_time_by_images(device, segment, repetition)
+    forward_call_time, backward_call_time(device, repetition)
+    forward_resuming_time, backward_resuming_time(device, repetition)
     kernels(segment, share)  device_label, process_memory, memory_limit(device)
     update_overhead, update_time(device, repetition)  calibration_time()
     link_time(source, destination, message_bytes, repetition)  link_latency, link_bandwidth(source, destination)
@@ -138,6 +141,24 @@ CALIBRATION: Mapping[str, Variable] = {
     ),
     "backward_time_alone": Variable(
         ("device", "segment", "repetition"), "s", "backward time of a whole segment while all other devices wait"
+    ),
+    "forward_time_by_images": Variable(
+        ("device", "segment", "repetition"),
+        "s",
+        "forward time of a whole segment with batch normalisation over images of several devices",
+    ),
+    "backward_time_by_images": Variable(
+        ("device", "segment", "repetition"),
+        "s",
+        "backward time of a whole segment with batch normalisation over images of several devices",
+    ),
+    "forward_call_time": Variable(("device", "repetition"), "s", "forward time of a computation of nothing"),
+    "backward_call_time": Variable(("device", "repetition"), "s", "backward time of a computation of nothing"),
+    "forward_resuming_time": Variable(
+        ("device", "repetition"), "s", "what a forward computation takes longer after an exchange"
+    ),
+    "backward_resuming_time": Variable(
+        ("device", "repetition"), "s", "what a backward computation takes longer after an exchange"
     ),
     "update_overhead": Variable(("device", "repetition"), "s", "time of the optimiser whatever its parameters"),
     "update_time": Variable(("device", "repetition"), "s", "time of the optimiser per parameter"),

@@ -52,15 +52,17 @@ class Clock:
 
     def __init__(self, instructions: int, *, offset: float, keep: int) -> None:
         self._offset, self._keep = offset, keep
-        self._blank = np.full((instructions, 2), np.nan)
-        self._current = self._blank.copy()
-        self._kept: list[NDArray[np.float64]] = []
+        self._instructions = instructions
+        self._current: list[tuple[float, float] | None] = [None] * instructions
+        self._kept: list[list[tuple[float, float] | None]] = []
         self.steps: list[tuple[float, float]] = []
 
     @property
     def times(self) -> NDArray[np.float64]:
         """The timeline of the kept steps, (step, instruction, 2) in seconds."""
-        return np.stack(self._kept) if self._kept else np.empty((0, *self._blank.shape))
+        nothing = (np.nan, np.nan)
+        kept = [[one or nothing for one in step] for step in self._kept]
+        return np.array(kept, dtype=float).reshape(len(kept), self._instructions, 2)
 
     def now(self) -> float:
         """The time on the shared clock in seconds."""
@@ -69,7 +71,7 @@ class Clock:
     @contextmanager
     def step(self, *, recorded: bool = True) -> Iterator[None]:
         """Time one step; one that is not recorded leaves no trace."""
-        self._current = self._blank.copy()
+        self._current = [None] * self._instructions
         start = self.now()
         yield
         if recorded:
@@ -77,17 +79,28 @@ class Clock:
             self._kept.append(self._current)
             del self._kept[: -self._keep]
 
-    @contextmanager
-    def instruction(self, index: int | None) -> Iterator[None]:
-        """Time one instruction of the current step; None for one that is not to be timed.
+    def instruction(self, index: int | None) -> _Stopwatch:
+        """Time the body as one instruction of the current step; None for one that is not to be timed.
 
         The time of one that is resumed later counts as one piece, which ends where the last part ends.
         """
-        if index is None:
-            yield
-            return
-        start = self.now()
-        begun = self._current[index]
-        before = 0.0 if np.isnan(begun[0]) else begun[1] - begun[0]
-        yield
-        self._current[index] = start - before, self.now()
+        return _Stopwatch(self._current, index, self._offset)
+
+
+class _Stopwatch:
+    """Times one instruction; there are hundreds in a step, so this is no generator."""
+
+    __slots__ = ("_before", "_index", "_offset", "_start", "_times")
+
+    def __init__(self, times: list[tuple[float, float] | None], index: int | None, offset: float) -> None:
+        self._times, self._index, self._offset = times, index, offset
+
+    def __enter__(self) -> None:
+        begun = None if self._index is None else self._times[self._index]
+        self._before = 0.0 if begun is None else begun[1] - begun[0]
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if self._index is not None:
+            end = time.perf_counter() + self._offset
+            self._times[self._index] = self._start + self._offset - self._before, end

@@ -66,7 +66,7 @@ class Execution:
         self.values: dict[Placed, Any] = {}
         """The tensors in flight, each a leaf of its own whose gradient gathers in ``.grad``."""
         self._batch_size = 0
-        self._is_training = True
+        self._is_training: bool | None = None
         self._weight = 1.0
         self._masks = Masks(graph, 0)
         self._attached: dict[int, list[Any]] = {}
@@ -103,7 +103,8 @@ class Execution:
         for place, instruction in zip(self._places(batch_size), program.instructions, strict=True):
             if not turn.last and _only_last(instruction):
                 continue
-            self._complete(instruction, clock)
+            if self._pending:
+                self._complete(instruction, clock)
             if turn.last and instruction is program.update and self.updater is not None:
                 self.updater.clip()
             if self.context.rank in instruction.ranks:
@@ -138,8 +139,7 @@ class Execution:
                 if self.context.rank in instruction.ranks:
                     self._run(instruction, None, None)
         output = self._output() if self.context.rank == 0 else None
-        self.values.clear()
-        self._attached.clear()
+        self.forget()
         return output
 
     def _predict_whole(self, x_BCHW: torch.Tensor | None) -> Any:
@@ -165,17 +165,24 @@ class Execution:
 
     def begin(self, batch_size: int, x_BCHW: torch.Tensor | None, *, training: bool) -> None:
         """Forget what was in flight, and take up a batch; the master gives the images."""
-        self._batch_size, self._is_training = batch_size, training
-        for name, module in self.parameters.modules.values():
-            for inner, one in module.named_modules(prefix=name):
-                one.training = self._modes[training][inner]
-        self.values.clear()
+        self._batch_size = batch_size
+        if training is not self._is_training:
+            self._is_training = training
+            for name, module in self.parameters.modules.values():
+                for inner, one in module.named_modules(prefix=name):
+                    one.training = self._modes[training][inner]
+        self.forget()
         if x_BCHW is not None:
             source = master(self.plan.ranks)
             here = x_BCHW.to(self.transport.device, self.dtype)
             self.values[Placed(self.graph.input, source)] = arranged(here, channels_last=self.plan.channels_last)
         if training:
             self._masks.draw(batch_size, self.dtype)
+
+    def forget(self) -> None:
+        """Give back what is in flight."""
+        self.values.clear()
+        self._attached.clear()
 
     def _places_of(self, batch_size: int) -> list[int | None]:
         """For each instruction of a batch's program the place of its like in that of a full batch, if it has one.

@@ -43,8 +43,8 @@ def arranged(tensor: torch.Tensor, *, channels_last: bool) -> torch.Tensor:
 def arrange_module(module: nn.Module, *, channels_last: bool) -> None:
     """Bring all parameters and buffers of ``module`` into that order, in place.
 
-    Also where axes of length 1 make both orders the same numbers in memory: torch chooses its kernels by the strides, and
-    a depthwise convolution of small images takes up to a hundred times as long if those are not of the images' order.
+    Also where axes of length 1 make both orders the same numbers in memory: torch chooses its kernels by the strides,
+    and a depthwise convolution of small images takes up to a hundred times as long with those of the other order.
     """
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.dim() != _AXES:

@@ -99,6 +99,18 @@ def test_a_divided_backward_pass_is_divided_as_it_was_measured(calibration: xr.D
     assert Costs.of(uneven).input_part_of("conv1") == pytest.approx(0.5)
 
 
+def test_batch_normalisation_over_a_part_of_the_images_takes_what_it_was_measured_to_take(
+    calibration: xr.Dataset,
+) -> None:
+    apart = calibration.copy(deep=True)
+    apart.backward_time_by_images.loc[{"segment": "relu1"}] *= 1.5
+    apart.forward_time_by_images.loc[{"segment": "conv1"}] = np.nan  # there is none in it
+    costs = Costs.of(apart)
+    assert costs.by_images_part("relu1", "backward") == pytest.approx(1.5)
+    assert costs.by_images_part("relu1", "forward") == pytest.approx(1.0)
+    assert costs.by_images_part("conv1", "forward") == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize(("ranks", "crowding"), [(2, 1.0), (4, 3.0)])
 def test_messages_of_many_ranks_at_once_crowd_the_links(ranks: int, crowding: float) -> None:
     graph = trace(network("4:8"), torch.zeros(2, 3, 32, 32))

@@ -7,11 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from pipeline.graph.trace import Graph, trace
 from pipeline.networks import network
 from pipeline.plan import prediction
-from pipeline.plan.costs import Costs
+from pipeline.plan.costs import DIRECTIONS, Costs
 from pipeline.plan.instructions import Compute, Exchange
 from pipeline.plan.layouts import kernels, master
 from pipeline.plan.prediction import Links, predict_step, predict_timeline
@@ -115,7 +116,7 @@ def _gathers(costs: Costs, links: Links, ranks: int, late: float = 0.0) -> tuple
         simulation._links, simulation._costs = links, costs
         simulation._free = np.zeros((1, ranks))
         simulation._free[0, 0] = late
-        simulation._computed = np.zeros(ranks)
+        simulation._computed, simulation._handling = np.zeros(ranks), np.zeros((1, 1))
         simulation._egress, simulation._ingress = np.zeros((1, ranks)), np.zeros((1, ranks))
         for _ in range(2):
             step = simulation._message_by_message if follow else simulation._in_sum
@@ -151,6 +152,46 @@ def test_who_computes_while_the_others_wait_does_so_alone(graph: Graph) -> None:
         factor = 0.5 if instructions[place].ranks == (0,) else 1.0  # type: ignore[attr-defined]
         assert alone[place] == pytest.approx(factor * beside[place], nan_ok=True)
     assert {len(instructions[place].ranks) for place in computations} == {1, 2}  # type: ignore[attr-defined]
+
+
+def test_every_computation_takes_the_time_of_a_call_besides(graph: Graph) -> None:
+    costs = costs_of(graph, [1e10] * 2)
+    free, instructions = _busy(graph, "kernel", costs)
+    called, _ = _busy(graph, "kernel", replace(costs, call=np.array([[1.0, 2.0], [3.0, 4.0]])))
+    for place, one in enumerate(instructions):
+        if isinstance(one, Compute):
+            each = np.array([1.0, 3.0] if one.direction == "forward" else [2.0, 4.0])
+            assert (called - free)[place, list(one.ranks)] == pytest.approx(each[list(one.ranks)])
+
+
+def test_a_computation_after_an_exchange_resumes(graph: Graph) -> None:
+    costs = costs_of(graph, [1e10] * 2)
+    free, instructions = _busy(graph, "kernel", costs)
+    resumed, _ = _busy(graph, "kernel", replace(costs, resuming=np.array([[1.0, 2.0], [1.0, 2.0]])))
+    for place, one in enumerate(instructions):
+        if isinstance(one, Compute) and one.steps:
+            after = isinstance(instructions[place - 1], Exchange)
+            wanted = after * (1.0 if one.direction == "forward" else 2.0)
+            assert (resumed - free)[place] == pytest.approx([wanted] * 2)
+
+
+def test_batch_normalisation_takes_longer_where_the_images_are_on_several_devices() -> None:
+    graph = trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(7200, 10)),
+                  torch.zeros(2, 3, 32, 32))  # fmt: skip
+    costs = costs_of(graph, [1e10] * 2)
+    longer = np.ones_like(costs.by_images)
+    longer[[one.startswith("_1") for one in costs.segments]] = 3.0
+    for strategy, factor in (("batch", 3.0), ("kernel", 1.0)):
+        before, instructions = _busy(graph, strategy, costs)
+        after, _ = _busy(graph, strategy, replace(costs, by_images=longer))
+        normalising = [place for place, one in enumerate(instructions) if isinstance(one, Compute)
+                       and any(step.operation == "_1" and step.part != "moments" for step in one.steps)]  # fmt: skip
+        assert normalising
+        more = float(np.sum(after[normalising] - before[normalising]))
+        both = [costs.seconds("_1", np.ones(2), way, np.full(2, BATCH / 2)) for way in DIRECTIONS]
+        assert more == pytest.approx((factor - 1) * float(np.sum(both)), abs=1e-9)
+        rest = np.setdiff1d(np.arange(len(instructions)), normalising)
+        assert after[rest] == pytest.approx(before[rest], nan_ok=True)
 
 
 def test_a_divided_backward_pass_takes_its_two_parts_of_the_whole(graph: Graph) -> None:

@@ -53,6 +53,16 @@ def test_kernel_split_keeps_weights_on_the_shards() -> None:
     assert program.update.ranks == (0, 1)
 
 
+def test_a_program_can_be_cut_where_nothing_has_to_travel() -> None:
+    graph = trace(network("6:10"), torch.empty(2, 3, 32, 32))
+    plan = plan_network(graph, "kernel", batch_size=BATCH, labels=["cpu"] * 2, shares=(0.5, 0.5))
+    whole = _words(_program("kernel", (0.5, 0.5)))
+    cut = _words(compile_program(graph, plan, BATCH, cuts=frozenset({"conv1", "relu1", "conv2", "relu2", "dense"})))
+    assert cut[1:3] == ["forward conv1", "forward relu1+pool1"]
+    assert cut[-3:] == ["backward relu1+pool1", "backward conv1", "update"]
+    assert [one for one in cut if "→" in one] == [one for one in whole if "→" in one]
+
+
 def test_paper_sends_input_and_kernels_and_gathers_feature_maps() -> None:
     program = _program("paper", (0.5, 0.5))
     words = _words(program)[1:]
