@@ -10,6 +10,7 @@ import xarray as xr
 from pipeline.calibration.segments import chains_of
 from pipeline.graph.trace import Graph
 from pipeline.links import parse_link
+from pipeline.plan.instructions import COMPANIES
 from pipeline.results.contracts import CellIndex, describe, unmeasured_cell
 from pipeline.results.stores import combine, combine_calibrations, combine_errors
 
@@ -176,6 +177,9 @@ def calibration() -> xr.Dataset:
             "backward_resuming_time": (("device", "repetition"), np.zeros((2, 3))),
             "update_overhead": (("device", "repetition"), np.zeros((2, 3))),
             "turn_time": (("turn_bytes", "repetition"), np.zeros((2, 3))),
+            "probe_step_time": (("probe", "repetition"), np.ones((1, 3))),
+            "turn_growth": ("company", np.zeros(3)),
+            "summing_time": 0.0,
             "update_time": (("device", "repetition"), np.full((2, 3), 1e-9)),
             "calibration_time": 6.0,
             "kernels": (("segment", "share"), np.outer([50, 50, 500, 10], shares).round()),
@@ -197,6 +201,7 @@ def calibration() -> xr.Dataset:
             "share": shares,
             "message_bytes": sizes,
             "turn_bytes": [64, 1048576],
+            "company": np.array(COMPANIES, object),
         },
         PROVENANCE,
     )
@@ -230,6 +235,9 @@ def calibration_of(graph: Graph, labels: Sequence[str]) -> xr.Dataset:
             "backward_resuming_time": (("device", "repetition"), np.zeros((ranks, 1))),
             "update_overhead": (("device", "repetition"), np.zeros((ranks, 1))),
             "turn_time": (("turn_bytes", "repetition"), np.zeros((2, 1))),
+            "probe_step_time": (("probe", "repetition"), np.ones((1, 1))),
+            "turn_growth": ("company", np.zeros(3)),
+            "summing_time": 0.0,
             "update_time": (("device", "repetition"), np.full((ranks, 1), 1e-9)),
             "calibration_time": 6.0,
             "device_label": ("device", np.array(labels, object)),
@@ -249,6 +257,7 @@ def calibration_of(graph: Graph, labels: Sequence[str]) -> xr.Dataset:
             "images": images,
             "message_bytes": [1024, 1048576],
             "turn_bytes": [64, 1048576],
+            "company": np.array(COMPANIES, object),
         },
         {**PROVENANCE, "image_shape": str(list(graph.input_shape)), "classes": 10},
     )

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+import scipy.stats
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
@@ -30,18 +31,22 @@ LINK_BYTES = (1_024, 1_048_576, 8_388_608)
 TURN_BYTES = (64, 1_048_576)
 """What each rank sends to every other in a turn, little and much."""
 _TURNS = 24
-"""About how many turns a measurement is of."""
+"""How many turns with much to send are measured at once."""
+_LEAST_TURNS = 4
+"""Of fewer nobody can tell how they grow."""
 _MOST_RESUMING_S = 1e-3
 """What is longer than that is noise of long computations."""
 
 
 class Turns(NamedTuple):
-    """What ranks wait for each other in a training step, in s."""
+    """What ranks wait for each other in a training step."""
 
     waiting: NDArray[np.float64]
-    """(message, repetition) what an exchange takes; the same on all ranks. NaN for one rank."""
+    """(message, repetition) s of an exchange after hardly any computing; the same on all ranks. NaN for one rank."""
+    growing: float
+    """s more of an exchange for each s of the computing before it; 0 for one rank."""
     resuming: NDArray[np.float64]
-    """(repetition, direction) what a computation takes longer after an exchange, on this rank. 0 for one rank."""
+    """(repetition, direction) s that a computation takes longer after an exchange, on this rank. 0 for one rank."""
 
 
 def link_of(time_MR: NDArray[np.float64], sizes: Sequence[int]) -> Link:
@@ -69,24 +74,26 @@ def measure_links(context: RankContext, transport: Transport, repetitions: int) 
 
 def measure_turns(context: RankContext, transport: Transport, work: Pass, repetitions: int) -> Turns:
     """Run the computations of ``work`` with and without messages between them, each of ``TURN_BYTES`` to every rank."""
-    found = Turns(np.full((len(TURN_BYTES), repetitions), np.nan), np.zeros((repetitions, 2)))
     if context.group is None:
-        return found
-    turns = [_turn_of(context, transport, size) for size in TURN_BYTES]
-    for repetition in range(-1, repetitions):  # the first time sets up the messages
-        alone = _through(context, work, None)
-        for index, turn in enumerate(turns):
-            together = _through(context, work, turn)
-            if repetition < 0:
-                continue
-            after = together.after_turn
-            found.waiting[index, repetition] = max(together.beside - alone.beside, 0.0) / max(after.sum(), 1)
-            if index == 0:
-                longer = np.clip(together.seconds - alone.seconds, 0.0, _MOST_RESUMING_S / context.device.speed)
-                for way in range(2):
-                    ones = longer[after & (together.backward == way)]
-                    found.resuming[repetition, way] = np.median(ones) if ones.size else 0.0
-    return found
+        return Turns(np.full((len(TURN_BYTES), repetitions), np.nan), 0.0, np.zeros((repetitions, 2)))
+    little, much = (_turn_of(context, transport, size) for size in TURN_BYTES)
+    seldom = -(-work.computations // _TURNS)
+    alone = [_through(context, work) for _ in range(repetitions)]
+    small, large = (
+        # The first time sets up the messages.
+        [_through(context, work, turn, every) for _ in range(1 + repetitions)][1:]
+        for turn, every in ((little, 1), (much, seldom))
+    )
+    before, waits = _waits(context, small)
+    lines = np.array([_line(before, one) for one in waits])
+    growing = float(np.median(lines[:, 1]))
+    seldom_before, seldom_waits = _waits(context, large)
+    rest = np.median(seldom_waits - growing * seldom_before, axis=1)
+    return Turns(
+        waiting=np.stack([lines[:, 0], np.maximum(rest, 0.0)]),
+        growing=growing,
+        resuming=_resuming(alone, small, _MOST_RESUMING_S / context.device.speed),
+    )
 
 
 class _Walk(NamedTuple):
@@ -95,28 +102,57 @@ class _Walk(NamedTuple):
     seconds: NDArray[np.float64]
     """(computation)."""
     backward: NDArray[np.bool_]
-    after_turn: NDArray[np.bool_]
-    beside: float
-    """How much longer it took all ranks than the computations of the slowest, in s."""
+    """(computation)."""
+    computed: NDArray[np.float64]
+    """(turn) s of the computations before it."""
+    exchanged: NDArray[np.float64]
+    """(turn) s."""
 
 
-def _through(context: RankContext, work: Pass, turn: Callable[[], None] | None) -> _Walk:
-    """Run all computations, with a turn before as many of them as ``_TURNS`` allows."""
-    assert context.group is not None
-    every = max(1, work.computations // _TURNS)
-    seconds, backward, after = [], [], []
+def _through(context: RankContext, work: Pass, turn: Callable[[], None] | None = None, every: int = 1) -> _Walk:
+    """Run all computations, with a ``turn`` after each ``every`` of them."""
+    seconds, backward, computed, exchanged = [], [], [0.0], []
     context.barrier()
-    start = time.perf_counter()
-    for place, one in enumerate(work.steps()):
+    for place, one in enumerate(work.steps(), start=1):
         seconds.append(one.seconds)
         backward.append(one.part != "forward")
-        after.append(turn is not None and place % every == 0 and place > 0)
-        if turn is not None and (place + 1) % every == 0:
+        computed[-1] += one.seconds
+        if turn is not None and place % every == 0:
+            start = time.perf_counter()
             turn()
-    took = torch.tensor([time.perf_counter() - start, sum(seconds)], dtype=torch.float64)
-    dist.all_reduce(took, dist.ReduceOp.MAX, context.group)
-    whole, busy = took.tolist()
-    return _Walk(np.array(seconds), np.array(backward), np.array(after), whole - busy)
+            exchanged.append(time.perf_counter() - start)
+            computed.append(0.0)
+    return _Walk(np.array(seconds), np.array(backward), np.array(computed[:-1]), np.array(exchanged))
+
+
+def _waits(context: RankContext, walks: Sequence[_Walk]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What the slowest rank typically computes before each turn, and how much later all go on, (repetition, turn) in s.
+
+    A round of computing and waiting takes all ranks the same time. The first is left out: nobody knows when the others
+    began.
+    """
+    rounds = torch.from_numpy(np.array([one.computed + one.exchanged for one in walks])[:, 1:].copy())
+    typical = torch.from_numpy(np.median([one.computed for one in walks], axis=0)[1:].copy())
+    dist.all_reduce(rounds, dist.ReduceOp.SUM, context.group)
+    dist.all_reduce(typical, dist.ReduceOp.MAX, context.group)
+    return typical.numpy(), (rounds / context.size - typical).numpy()
+
+
+def _line(before: NDArray[np.float64], waits: NDArray[np.float64]) -> tuple[float, float]:
+    """Where ``waits`` begin and how they grow with the computing ``before``, neither negative; (turn) in s."""
+    if len(before) < _LEAST_TURNS:
+        return float(np.median(waits)) if len(waits) else 0.0, 0.0
+    slope, _, _, _ = scipy.stats.theilslopes(waits, before)
+    growing = max(float(slope), 0.0)
+    return max(float(np.median(waits - growing * before)), 0.0), growing
+
+
+def _resuming(alone: Sequence[_Walk], turns: Sequence[_Walk], most: float) -> NDArray[np.float64]:
+    """How much longer computations take between turns, (repetition, direction) in s: the median, up to ``most``."""
+    usual = np.median([one.seconds for one in alone], axis=0)
+    longer = np.clip(np.array([one.seconds for one in turns]) - usual, 0.0, most)
+    backward = alone[0].backward
+    return np.stack([np.median(longer[:, backward == way], axis=1) for way in (False, True)], axis=1)
 
 
 def _turn_of(context: RankContext, transport: Transport, size: int) -> Callable[[], None]:

@@ -21,11 +21,13 @@ from torch import nn
 
 from pipeline.calibration.cache import cached
 from pipeline.calibration.links import LINK_BYTES, TURN_BYTES, link_of
+from pipeline.calibration.probes import PROBES, fitted
 from pipeline.calibration.segments import Chain, chains_of, geometry
 from pipeline.calibration.worker import Measurement, Task, measure_rank, split_plan
 from pipeline.cluster.devices import Member, discover
 from pipeline.cluster.gang import run_gang
 from pipeline.graph.trace import Graph, trace
+from pipeline.plan.instructions import COMPANIES
 from pipeline.results.contracts import describe, validate_calibration
 from pipeline.results.provenance import provenance
 
@@ -129,7 +131,7 @@ def _dataset(
         link = link_of(link_time[source, destination], LINK_BYTES)
         latency[source, destination], bandwidth[source, destination] = link.latency, link.bandwidth
     times = np.stack([measurement.times for measurement in measured])[:, everywhere]
-    made = max(int(np.isfinite(times).any(axis=(0, 1, 2, 3, 5)).sum()), repetitions)
+    made = max(int(np.isfinite(times).any(axis=(0, 1, 2, 3, 5)).sum()), repetitions, measured[0].probes.shape[1])
     times = _padded(times, made, axis=4)
     alone = _padded(np.stack([one.alone for one in measured])[:, everywhere], made, axis=2)
     by_images = _padded(np.stack([one.by_images for one in measured])[:, everywhere], made, axis=2)
@@ -156,6 +158,9 @@ def _dataset(
             "device_label": ("device", np.array([member.device.label for member in members], dtype=object)),
             "link_time": (("source", "destination", "message_bytes", "repetition"), _padded(link_time, made, axis=3)),
             "turn_time": (("turn_bytes", "repetition"), _padded(measured[0].turns.waiting, made, axis=1)),
+            "turn_growth": ("company", np.full(len(COMPANIES), measured[0].turns.growing)),
+            "summing_time": 0.0,
+            "probe_step_time": (("probe", "repetition"), _padded(measured[0].probes, made, axis=1)),
             "process_memory": ("device", [float(one.process_memory) for one in measured]),
             "memory_limit": ("device", [float(member.memory) for member in members]),
             "link_latency": (("source", "destination"), latency),
@@ -172,6 +177,8 @@ def _dataset(
             "destination": np.arange(ranks),
             "message_bytes": np.array(LINK_BYTES),
             "turn_bytes": np.array(TURN_BYTES),
+            "company": np.array(COMPANIES, dtype=object),
+            "probe": np.array(PROBES, dtype=object),
         },
         attrs=provenance(
             {"fractions": task.fractions, "repetitions": task.repetitions, "images": task.images, "network": network},
@@ -185,6 +192,8 @@ def _dataset(
     dataset.attrs["turn_ranks"] = ranks
     dataset.attrs["channels_last"] = int(measured[0].channels_last)
     dataset.attrs["classes"] = task.graph[task.graph.outputs[0]].channels
+    if ranks > 1:
+        dataset = fitted(dataset, task.graph, measured[0].probed_images, measured[0].probed_fractions)
     return dataset
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
 from pipeline.errors import InputError
-from pipeline.plan.instructions import Direction
+from pipeline.plan.instructions import COMPANIES, Direction
 
 Curves = tuple[NDArray[np.float64], NDArray[np.float64]]
 
@@ -25,7 +25,7 @@ CROWD = 3
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 """As they follow each other in arrays with that axis."""
 _SECONDS = ("fixed", "per_image", "call", "resuming", "update", "update_overhead")
-_OF_A_DEVICE = (*_SECONDS, "alone", "turn", "crowding")
+_OF_A_DEVICE = (*_SECONDS, "alone", "turn", "turn_growth", "summing", "crowding")
 """Arrays of which the first axis is the device's."""
 _HALF = 0.5
 """The gradients of a convolution's input and of its weights take the same number of operations."""
@@ -71,6 +71,11 @@ class Costs:
     share a processor take memory bandwidth, cache and clock from each other."""
     turn: NDArray[np.float64]
     """(device) in s, from its having computed until others that wait for that go on, beside what is sent to them."""
+    turn_growth: NDArray[np.float64]
+    """(device, company) how much longer that is for each second of the computing, by who takes part (``COMPANIES``):
+    devices that share cores wait for them."""
+    summing: NDArray[np.float64]
+    """(device) in s per byte of gradients that are sent or received to be summed."""
     crowding: NDArray[np.float64]
     """(device) how many times as long a byte takes when all devices send at once."""
     memory: NDArray[np.float64] | None = None
@@ -114,6 +119,8 @@ class Costs:
             by_images=_by_images(calibration, times[:, :, :, -1]),
             alone=_alone(calibration, kinds, times[:, :, :, -1]),
             turn=np.full(len(kinds), _turn(calibration)),
+            turn_growth=np.tile(calibration.turn_growth.sel(company=list(COMPANIES)).values, (len(kinds), 1)),
+            summing=np.full(len(kinds), float(calibration.summing_time)),
             crowding=np.full(len(kinds), _crowding(calibration)),
             memory=np.maximum(calibration.memory_limit.values - calibration.process_memory.values, 0.0),
             channels_last=bool(calibration.attrs.get("channels_last", 0)),
@@ -300,9 +307,15 @@ def _by_images(calibration: xr.Dataset, times: NDArray[np.float64]) -> NDArray[n
 
 
 def _turn(calibration: xr.Dataset) -> float:
-    """How long an exchange of next to nothing takes between ranks that compute, in s; 0 if there is one rank."""
-    times = calibration.turn_time.isel(turn_bytes=0).values
-    return float(np.nanmedian(times)) if np.isfinite(times).any() else 0.0
+    """How much longer an exchange of next to nothing between ranks that compute takes than a message, in s."""
+    apart = ~np.eye(calibration.sizes["device"], dtype=bool)
+    latency = _median(calibration.link_latency.values[apart])
+    return max(_median(calibration.turn_time.isel(turn_bytes=0).values) - latency, 0.0)
+
+
+def _median(values: NDArray[np.float64]) -> float:
+    """0 where nothing was measured, as between the ranks of a single device."""
+    return float(np.nanmedian(values)) if np.isfinite(values).any() else 0.0
 
 
 def _crowding(calibration: xr.Dataset) -> float:

@@ -74,6 +74,11 @@ class TensorSpec:
         return layout.boxes(self.images, self.channels)
 
 
+Company = Literal["master", "everyone", "moments"]
+COMPANIES: tuple[Company, ...] = ("master", "everyone", "moments")
+"""An exchange of activations between all ranks or of moments of batch normalisation; all else is as with the master."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """One operation, or a part of it, within a computation."""
@@ -146,6 +151,14 @@ class Exchange:
     def ranks(self) -> tuple[int, ...]:
         """The ranks that send, receive, or keep what they have."""
         return taking_part(self.source.layout, self.target.layout, self.spec.images, self.spec.channels)
+
+    @property
+    def company(self) -> Company:
+        """Who waits for whom: one of ``COMPANIES``."""
+        if self.moves == "activation" and self.spec.images_axis is None:
+            return "moments"
+        with_master = "M" in (self.source.layout.kind, self.target.layout.kind)
+        return "everyone" if self.moves == "activation" and not with_master else "master"
 
     @property
     def traffic(self) -> Traffic:

@@ -15,7 +15,16 @@ from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph
 from pipeline.links import Link
 from pipeline.plan.costs import CROWD, DIRECTIONS, Costs
-from pipeline.plan.instructions import Compute, Direction, Exchange, Instruction, Step, may_go_on
+from pipeline.plan.instructions import (
+    COMPANIES,
+    Company,
+    Compute,
+    Direction,
+    Exchange,
+    Instruction,
+    Step,
+    may_go_on,
+)
 from pipeline.plan.layouts import Layout
 from pipeline.plan.plan import Plan
 from pipeline.plan.program import Program, compile_program
@@ -27,8 +36,6 @@ _COPY_S_PER_BYTE = 1e-10
 """What packing or unpacking takes of a processor's time, when it is not in the cache."""
 _HANDLING_S = 2e-4
 """What an exchange keeps a rank busy at most, however little it moves and however long its messages travel."""
-_MOST_TURN = 0.5
-"""A turn adds so much of the computing at most: who has had its core for a moment has hardly lost it."""
 _PAIRWISE_RANKS = 48
 """Up to so many ranks every message is followed; beyond, the sums of what each rank sends and receives."""
 
@@ -153,7 +160,7 @@ class _Simulation:
         self._egress, self._ingress = np.zeros(shape), np.zeros(shape)
         """When the ports of each rank are free again."""
         self._computed = np.zeros(program.ranks)
-        """For how long each rank has computed in s since it last sent something."""
+        """For how long each rank has computed beside others in s since it last sent something."""
         self._resumes = np.zeros(program.ranks, dtype=bool)
         """Whether an exchange was the last thing that each rank took part in."""
         self._pending: list[tuple[Exchange, Times]] = []
@@ -182,7 +189,7 @@ class _Simulation:
                     self._resumes[ranks] = False
                 end = start + busy
                 self._free[:, ranks] = end
-                self._computed[ranks] += busy
+                self._computed[ranks] += busy if len(ranks) > 1 else 0.0
             timeline[:, index, ranks, 0], timeline[:, index, ranks, 1] = start, end
         return timeline
 
@@ -200,25 +207,29 @@ class _Simulation:
         unit = exchange.spec.rest * self._itemsize
         moved = exchange.traffic
         if self._links.alike and self._program.ranks > _PAIRWISE_RANKS:
-            return self._in_sum(moved, unit)
-        return self._message_by_message(moved, unit)
+            return self._in_sum(moved, unit, company=exchange.company)
+        return self._message_by_message(moved, unit, company=exchange.company)
 
     def _copying(self, exchange: Exchange) -> Times:
         """What an exchange keeps each rank from computing in s, (rank): its messages are copied by the rank itself."""
         (sent, out_size), (_, in_size) = exchange.traffic.sent, exchange.traffic.received
         crowded = not self._links.alike and np.count_nonzero(sent) >= CROWD
-        each = _COPY_S_PER_BYTE * (self._costs.crowding if crowded else 1.0)
+        each = np.full(self._program.ranks, _COPY_S_PER_BYTE) * (self._costs.crowding if crowded else 1.0)
+        if exchange.moves == "gradients":
+            each = np.where(self._costs.summing > 0, self._costs.summing, each)
         moved = out_size + in_size
         found: Times = moved * exchange.spec.rest * self._itemsize * each + np.where(moved > 0, self._handling, 0.0)
         return found
 
-    def _turns(self, sends: NDArray[np.bool_]) -> Times:
+    def _turns(self, sends: NDArray[np.bool_], *, company: Company) -> Times:
         """How long others wait for each rank beside its messages, (rank), which now ``sends``."""
-        turns: Times = np.where(sends, np.minimum(self._costs.turn, _MOST_TURN * self._computed), 0.0)
+        waits = sends & (self._computed > 0)
+        growth = self._costs.turn_growth[:, COMPANIES.index(company)]
+        turns: Times = np.where(waits, self._costs.turn + growth * self._computed, 0.0)
         self._computed[sends] = 0.0
         return turns
 
-    def _message_by_message(self, moved: Traffic, unit: int) -> Times:
+    def _message_by_message(self, moved: Traffic, unit: int, *, company: Company = "everyone") -> Times:
         """Each port takes its messages one after the other, in the order of the other end's ranks."""
         size = moved.matrix
         travels = size > 0
@@ -228,7 +239,7 @@ class _Simulation:
         duration = size * unit * self._links.seconds_per_byte
         if not self._links.alike and np.count_nonzero(sends) >= CROWD:
             duration = duration * self._costs.crowding[:, None]
-        latency = np.broadcast_to(self._links.latency, duration.shape) + self._turns(sends)[:, None]
+        latency = np.broadcast_to(self._links.latency, duration.shape) + self._turns(sends, company=company)[:, None]
         begin = np.maximum(self._free, self._egress)
         leaves = begin[:, :, None] + np.cumsum(duration, axis=2)
         self._egress = np.where(sends, leaves[:, :, -1], self._egress)
@@ -240,14 +251,14 @@ class _Simulation:
         end = np.where(sends, np.maximum(leaves[:, :, -1], self._free) + self._handling / 2, self._free)
         return np.where(receives, np.maximum(end, ended), end)
 
-    def _in_sum(self, moved: Traffic, unit: int) -> Times:
+    def _in_sum(self, moved: Traffic, unit: int, *, company: Company = "everyone") -> Times:
         """Ports share their bandwidth fairly, so that what goes through one ends when all of it has."""
         latency, per_byte = self._links.latency[:, :, 0], self._links.seconds_per_byte[:, :, 0]
         (sent, out_size), (received, in_size) = moved.sent, moved.received
         sends, receives = sent > 0, received > 0
         if not sends.any():
             return self._free
-        latency = latency + self._turns(sends).max()
+        latency = latency + self._turns(sends, company=company).max()
         leaving, arriving = out_size * unit * per_byte, in_size * unit * per_byte
         begin = np.where(sends, np.maximum(self._free, self._egress), -np.inf)
         leaves = begin + leaving

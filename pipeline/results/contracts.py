@@ -31,7 +31,8 @@ device_set, link, strategy)` flags cells whose repetitions spread much. A simula
     kernels(segment, share)  device_label, process_memory, memory_limit(device)
     update_overhead, update_time(device, repetition)  calibration_time()
     link_time(source, destination, message_bytes, repetition)  link_latency, link_bandwidth(source, destination)
-    turn_time(turn_bytes, repetition)
+    turn_time(turn_bytes, repetition)  probe_step_time(probe, repetition)
+    turn_growth(company)  summing_time()
 
 **Accuracy** (`accuracy.zarr`): accuracy(seed, strategy, epoch), loss(seed, strategy, step), and of a control, `single`
 from initial weights that are one rounding away, control_accuracy(seed, epoch) and control_loss(seed, step); `network`,
@@ -168,8 +169,13 @@ CALIBRATION: Mapping[str, Variable] = {
     "memory_limit": Variable(("device",), "bytes", "most memory that a rank may hold"),
     "link_time": Variable(("source", "destination", "message_bytes", "repetition"), "s", "time of one message"),
     "turn_time": Variable(
-        ("turn_bytes", "repetition"), "s", "time of an exchange between all ranks, which compute before it"
+        ("turn_bytes", "repetition"), "s", "time of an exchange between all ranks, which hardly compute before it"
     ),
+    "probe_step_time": Variable(("probe", "repetition"), "s", "time of a real step of all devices"),
+    "turn_growth": Variable(
+        ("company",), "1", "how much longer an exchange takes for each second of computing before it"
+    ),
+    "summing_time": Variable((), "s/byte", "what summing gradients costs a device"),
     "link_latency": Variable(("source", "destination"), "s", "latency of a link"),
     "link_bandwidth": Variable(("source", "destination"), "bytes/s", "bandwidth of a link"),
 }

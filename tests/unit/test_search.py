@@ -45,6 +45,8 @@ def costs_of(graph: Graph, speeds: list[float], *, latency: float = 1e-4, bandwi
         by_images=np.ones((len(chains), 2)),
         alone=np.ones((ranks, len(chains), 2)),
         turn=np.zeros(ranks),
+        turn_growth=np.zeros((ranks, 3)),
+        summing=np.zeros(ranks),
         crowding=np.ones(ranks),
     )
 
