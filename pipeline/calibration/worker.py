@@ -287,12 +287,13 @@ class _Segments:
     def _times(
         self, execution: Execution, segments: Mapping[int, Chain], images: Sequence[int], repetitions: int
     ) -> NDArray[np.float64]:
-        """Measured beside the other ranks, (segment, images, repetition, part) in s; ``images`` ascend."""
-        *fewer, most = (self._pass(execution, segments, one) for one in images)
+        """Measured beside the other ranks, (segment, images, repetition, part) in s."""
+        passes = [self._pass(execution, segments, one) for one in images]
         self._context.barrier()
-        most.run()  # the first time torch sets up its operations, and the system gives it memory
-        found = [[one.run() for one in (*fewer, most)] for _ in range(repetitions)]
-        _keep_busy(self._context, most)
+        for one in reversed(passes):
+            one.run()  # the first time torch sets up its operations, and the system gives it memory
+        found = [[one.run() for one in passes] for _ in range(repetitions)]
+        _keep_busy(self._context, passes[-1])
         return np.array(found).transpose(2, 1, 0, 3)
 
     def _pass(self, execution: Execution, segments: Mapping[int, Chain], images: int) -> Pass:

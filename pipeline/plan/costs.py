@@ -24,7 +24,7 @@ CROWD = 3
 """With so many ranks several links are in use at once."""
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 """As they follow each other in arrays with that axis."""
-_SECONDS = ("fixed", "per_image", "call", "resuming", "update", "update_overhead")
+_SECONDS = ("fixed", "per_image", "whole", "call", "resuming", "update", "update_overhead")
 _OF_A_DEVICE = (*_SECONDS, "alone", "turn", "turn_growth", "summing", "crowding")
 """Arrays of which the first axis is the device's."""
 _HALF = 0.5
@@ -49,6 +49,9 @@ class Costs:
     """(device, segment, share, direction) in s, whatever the number of images; direction 0 is forward, 1 backward."""
     per_image: NDArray[np.float64]
     """(device, segment, share, direction) in s per image."""
+    whole: NDArray[np.float64]
+    """(device, segment, 2, direction) what is fixed and what is per image where nothing is divided: of somebody who has
+    all kernels, for all images or some. May be less than a large part, whose backward computation is divided."""
     call: NDArray[np.float64]
     """(device, direction) in s that every computation takes beside what its segments do."""
     resuming: NDArray[np.float64]
@@ -109,6 +112,7 @@ class Costs:
             fractions=(kernels / kernels.max("share")).values,
             fixed=_rising(fixed),
             per_image=_rising(per_image),
+            whole=np.stack([fixed[:, :, -1], per_image[:, :, -1]], axis=2),
             latency=calibration.link_latency.values,
             seconds_per_byte=1 / calibration.link_bandwidth.values,
             call=call,
@@ -213,12 +217,15 @@ class Costs:
         way = DIRECTIONS.index(direction)
         measured = np.isfinite(self.fractions[segment]) & np.isfinite(self.fixed[0, segment, :, way])
         points = self.fractions[segment][measured]
+        whole = self.whole[:, segment, 0, way] + images * self.whole[:, segment, 1, way]
         times = (self.fixed[:, segment, :, way] + images[:, None] * self.per_image[:, segment, :, way])[:, measured]
+        if (fraction >= 1).all():
+            return np.where(images > 0, whole, 0.0)
         rows, after = np.arange(self.devices), np.clip(np.searchsorted(points, fraction), 1, max(len(points) - 1, 1))
         if len(points) == 1:
             return np.where((fraction > 0) & (images > 0), times[:, 0], 0.0)
         along = np.clip((fraction - points[after - 1]) / (points[after] - points[after - 1]), 0, 1)
-        found = (1 - along) * times[rows, after - 1] + along * times[rows, after]
+        found = np.where(fraction >= 1, whole, (1 - along) * times[rows, after - 1] + along * times[rows, after])
         return np.where((fraction > 0) & (images > 0), found, 0.0)
 
     def by_images_part(self, operation: str, direction: Direction) -> float:
@@ -238,8 +245,7 @@ class Costs:
 
     def _whole(self, batch_size: int) -> NDArray[np.float64]:
         """Every whole segment in s, (device, segment, direction)."""
-        fixed, per_image = (np.nanmax(one, axis=2) for one in (self.fixed, self.per_image))
-        found: NDArray[np.float64] = fixed + batch_size * per_image
+        found: NDArray[np.float64] = self.whole[:, :, 0] + batch_size * self.whole[:, :, 1]
         return found
 
     def throughputs(self, batch_size: int) -> NDArray[np.float64]:

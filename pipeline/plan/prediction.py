@@ -74,6 +74,17 @@ class Links:
         chosen = np.ix_(range(self.cases), list(devices), list(devices))
         return Links(self.latency[chosen], self.seconds_per_byte[chosen])
 
+    def with_software(self, costs: Costs) -> Links:
+        """The links with what sending takes besides, as the calibration found it over the fastest of its own links.
+
+        That is half its time for each byte: one end copies while the message is under way.
+        """
+        pairs = ~np.eye(len(costs.latency), dtype=bool)
+        if not pairs.any():
+            return self
+        fastest = float(costs.latency[pairs].min()), float(costs.seconds_per_byte[pairs].min())
+        return Links(self.latency + fastest[0], self.seconds_per_byte + fastest[1] / 2)
+
     @property
     def cases(self) -> int:
         """Number of cases."""
@@ -92,9 +103,9 @@ def predict_step(
 
     ``costs`` are those of the plan's ranks; without ``links`` those of the calibration count.
     """
-    links = links or Links.measured(costs)
     if plan.strategy == "ddp":
-        return _predict_ddp(graph, costs, batch_size, itemsize, links)
+        over = links.with_software(costs) if links else Links.measured(costs)
+        return _predict_ddp(graph, costs, batch_size, itemsize, over)
     program = compile_program(graph, plan, batch_size)
     timeline = predict_timeline(graph, plan, program, costs, itemsize=itemsize, links=links)
     found: Times = np.nanmax(timeline, axis=(1, 2, 3))
@@ -110,7 +121,8 @@ def predict_timeline(
     A rank begins an instruction when it has ended the one before, but goes on during a deferred exchange until what
     needs it begins. Who waits for a rank that has computed waits for its *turn* as well (``Costs.turn``).
     """
-    return _Simulation(graph, plan, program, costs, itemsize, links or Links.measured(costs)).run()
+    over = links.with_software(costs) if links else Links.measured(costs)
+    return _Simulation(graph, plan, program, costs, itemsize, over).run()
 
 
 def compute_seconds(graph: Graph, plan: Plan, program: Program, instruction: Instruction, costs: Costs) -> Times:

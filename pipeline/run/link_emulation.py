@@ -1,7 +1,8 @@
 """Make the links between devices of one host as slow as those of a network.
 
 Each device has one port that sends and one that receives, each of the link's bandwidth. A message leaves when those
-before it have left, is under way for the latency, and arrives when those before it have been received: the model that
+before it have left, is under way for the latency, and arrives when those that came before it have been received, in
+whatever order the rank takes them up: the model that
 ``pipeline.plan.prediction`` predicts with. The bytes themselves travel at once; what is late is the moment at which
 they count as there. All ranks of one host read the same clock.
 """
@@ -12,6 +13,9 @@ import time
 
 from pipeline.links import Link
 
+_REMEMBERED_S = 10.0
+"""What a port received before that is forgotten."""
+
 
 class Ports:
     """The two ports of one rank; times in s of ``time.perf_counter``."""
@@ -19,7 +23,9 @@ class Ports:
     def __init__(self, link: Link | None) -> None:
         """Without a link, messages count as there when they are."""
         self._link = link
-        self._sends_until = self._receives_until = 0.0
+        self._sends_until = 0.0
+        self._received: list[tuple[float, float]] = []
+        """When the receiving port is or was busy, in order."""
 
     def leave(self, size: int) -> float:
         """Take a message of ``size`` bytes up for sending; when its last byte leaves, 0 without a link."""
@@ -32,9 +38,21 @@ class Ports:
         """Wait until a message of ``size`` bytes, whose last byte left at ``left``, has been received."""
         if self._link is None:
             return
-        done = max(left + self._link.latency, self._receives_until + size / self._link.bandwidth)
-        self._receives_until = done
-        sleep_until(done)
+        duration = size / self._link.bandwidth
+        sleep_until(self._booked(left + self._link.latency - duration, duration))
+
+    def _booked(self, start: float, duration: float) -> float:
+        """Take the receiving port for as long as a message takes, not before ``start``; when it has been received."""
+        recent = time.perf_counter() - _REMEMBERED_S
+        self._received = [one for one in self._received if one[1] > recent]
+        place = len(self._received)
+        for index, (begin, end) in enumerate(self._received):
+            if start + duration <= begin:
+                place = index
+                break
+            start = max(start, end)
+        self._received.insert(place, (start, start + duration))
+        return start + duration
 
     def drain(self) -> None:
         """Wait until all that was taken up for sending has left."""

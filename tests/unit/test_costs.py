@@ -46,8 +46,9 @@ def test_a_curve_never_falls_over_the_share(calibration: xr.Dataset) -> None:
     assert points.tolist() == [125, 250, 500]
     assert (np.diff(times, axis=1) >= 0).all()
     # What was above the next point and that point meet in the middle: neither alone is believed.
-    forward = [_seconds(Costs.of(noisy), "conv2", share, 32) for share in (0.5, 1.0)]
+    forward = [_seconds(Costs.of(noisy), "conv2", share, 32) for share in (0.5, 0.99)]
     assert forward == pytest.approx([1.5, 1.5])
+    assert _seconds(Costs.of(noisy), "conv2", 1.0, 32) == pytest.approx(1.0)  # who has all divides nothing
 
 
 def test_one_number_of_images_is_taken_in_proportion(calibration: xr.Dataset) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from pipeline.errors import InputError
 from pipeline.links import Link, canonical_link, parse_link
+from pipeline.run.link_emulation import Ports
 
 
 @pytest.mark.parametrize(
@@ -43,3 +46,13 @@ def test_a_link_has_one_way_to_be_written(text: str, canonical: str) -> None:
     assert canonical_link(text) == canonical
     assert canonical_link(canonical) == canonical
     assert parse_link(canonical) == pytest.approx(parse_link(text))
+
+
+def test_a_port_receives_in_the_order_of_arrival_whatever_is_taken_up_first() -> None:
+    """Three messages of 1 s each, under way one after the other: who looks at the last one first has all then."""
+    ports = Ports(Link(latency=0.0, bandwidth=1e9))
+    now = time.perf_counter()
+    assert ports._booked(now + 2, 1.0) == pytest.approx(now + 3)
+    assert ports._booked(now, 1.0) == pytest.approx(now + 1)
+    assert ports._booked(now + 1, 1.0) == pytest.approx(now + 2)
+    assert ports._booked(now + 0.5, 1.0) == pytest.approx(now + 4)  # from another sender: it waits for its turn

@@ -30,7 +30,7 @@ def graph() -> Graph:
 
 
 def _timeline(graph: Graph, strategy: str, ranks: int, links: Links) -> tuple[np.ndarray, list[object]]:
-    costs = costs_of(graph, [1e10] * ranks)
+    costs = costs_of(graph, [1e10] * ranks, latency=0.0, bandwidth=np.inf)  # sending itself takes nothing
     labels = [f"device {rank}" for rank in range(ranks)]
     plan = plan_network(graph, strategy, batch_size=BATCH, labels=labels, costs=costs)  # type: ignore[arg-type]
     program = compile_program(graph, plan, BATCH)
@@ -152,6 +152,22 @@ def test_who_computes_while_the_others_wait_does_so_alone(graph: Graph) -> None:
         factor = 0.5 if instructions[place].ranks == (0,) else 1.0  # type: ignore[attr-defined]
         assert alone[place] == pytest.approx(factor * beside[place], nan_ok=True)
     assert {len(instructions[place].ranks) for place in computations} == {1, 2}  # type: ignore[attr-defined]
+
+
+def test_links_that_are_assumed_take_what_sending_takes_besides(graph: Graph) -> None:
+    costs = costs_of(graph, [1e10] * 2, latency=1e-3, bandwidth=1e9)
+    fast = Links.uniform(np.array([0.0]), np.array([1e15])).with_software(costs)
+    assert fast.latency == pytest.approx(1e-3)
+    assert fast.seconds_per_byte == pytest.approx(0.5e-9, rel=1e-3)
+    alone = Links.uniform(np.array([0.0]), np.array([1e9]))
+    assert alone.with_software(costs.only([0])).latency == 0
+    plan = plan_network(graph, "kernel", batch_size=BATCH, labels=["a", "b"], costs=costs)
+    program = compile_program(graph, plan, BATCH)
+    over_loopback, over_nothing = (
+        float(np.nanmax(predict_timeline(graph, plan, program, costs, links=links)))
+        for links in (None, Links.uniform(np.array([0.0]), np.array([1e15])))
+    )
+    assert 0.5 < over_nothing / over_loopback < 1
 
 
 def test_every_computation_takes_the_time_of_a_call_besides(graph: Graph) -> None:
