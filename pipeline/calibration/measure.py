@@ -21,7 +21,7 @@ from torch import nn
 
 from pipeline.calibration.cache import cached
 from pipeline.calibration.links import LINK_BYTES, TURN_BYTES, link_of
-from pipeline.calibration.probes import PROBES, fitted
+from pipeline.calibration.probes import PROBES, fitted, probe_rank, probing
 from pipeline.calibration.segments import Chain, chains_of, geometry
 from pipeline.calibration.worker import Measurement, Task, measure_rank, split_plan
 from pipeline.cluster.devices import Member, discover
@@ -93,6 +93,12 @@ def calibrate(
         )
         everywhere = [first.index(index) for index in alike]
         dataset = _dataset(task, chains, everywhere, chosen, measured, name)
+        if len(chosen) > 1:
+            probes = probing(task.model, graph, dataset)
+            label = f"probe {name}"
+            times = run_gang(client, chosen, probe_rank, [(probes,)] * len(chosen), label=label)[0]
+            made = _padded(times, dataset.sizes["repetition"], axis=1)
+            dataset = fitted(dataset.assign(probe_step_time=(("probe", "repetition"), made)), probes)
         dataset = describe(dataset.assign(calibration_time=time.perf_counter() - start))
         validate_calibration(dataset)
         return dataset
@@ -131,7 +137,7 @@ def _dataset(
         link = link_of(link_time[source, destination], LINK_BYTES)
         latency[source, destination], bandwidth[source, destination] = link.latency, link.bandwidth
     times = np.stack([measurement.times for measurement in measured])[:, everywhere]
-    made = max(int(np.isfinite(times).any(axis=(0, 1, 2, 3, 5)).sum()), repetitions, measured[0].probes.shape[1])
+    made = max(int(np.isfinite(times).any(axis=(0, 1, 2, 3, 5)).sum()), repetitions)
     times = _padded(times, made, axis=4)
     alone = _padded(np.stack([one.alone for one in measured])[:, everywhere], made, axis=2)
     by_images = _padded(np.stack([one.by_images for one in measured])[:, everywhere], made, axis=2)
@@ -160,7 +166,7 @@ def _dataset(
             "turn_time": (("turn_bytes", "repetition"), _padded(measured[0].turns.waiting, made, axis=1)),
             "turn_growth": ("company", np.full(len(COMPANIES), measured[0].turns.growing)),
             "summing_time": 0.0,
-            "probe_step_time": (("probe", "repetition"), _padded(measured[0].probes, made, axis=1)),
+            "probe_step_time": (("probe", "repetition"), np.full((len(PROBES), made), np.nan)),
             "process_memory": ("device", [float(one.process_memory) for one in measured]),
             "memory_limit": ("device", [float(member.memory) for member in members]),
             "link_latency": (("source", "destination"), latency),
@@ -192,8 +198,6 @@ def _dataset(
     dataset.attrs["turn_ranks"] = ranks
     dataset.attrs["channels_last"] = int(measured[0].channels_last)
     dataset.attrs["classes"] = task.graph[task.graph.outputs[0]].channels
-    if ranks > 1:
-        dataset = fitted(dataset, task.graph, measured[0].probed_images, measured[0].probed_fractions)
     return dataset
 
 

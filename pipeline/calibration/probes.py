@@ -8,10 +8,11 @@ batch normalisation, take for each second of computing before them, and what a b
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,11 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from pipeline._torchvision import Importable
 from pipeline.cluster.gang import RankContext
 from pipeline.graph.trace import Graph
 from pipeline.plan.costs import Costs
+from pipeline.plan.fitting import fits
 from pipeline.plan.instructions import COMPANIES, Exchange
 from pipeline.plan.plan import Plan, Strategy
 from pipeline.plan.prediction import predict_timeline
@@ -39,62 +42,90 @@ PROBES = ("kernel", "batch", "batch without sums")
 """None updates its weights; the last leaves out the sums of gradients, as all but the last of several batches do."""
 _MEASURED_S, _LEAST, _MOST = 5.0, 3, 8
 """Each is repeated until so much time is measured, but so often at least and at most."""
+_LONG_STEP_S = 0.4
 _MOST_GROWTH, _MOST_S_PER_BYTE, _LITTLE = 2.0, 1e-8, 1e-3
 """Between a little of the most and the most the values are looked for."""
 
 
-def probe_plan(graph: Graph, probe: str, images: int, fractions: Sequence[float]) -> Plan:
-    """The plan of a probe for a batch of ``images``, in which each rank has its fraction of every layer."""
-    labels = [f"rank {rank}" for rank in range(len(fractions))]
-    strategy: Strategy = "kernel" if probe == "kernel" else "batch"
-    return plan_network(graph, strategy, batch_size=images, labels=labels, shares=list(fractions))
+@dataclass(frozen=True, kw_only=True)
+class Probing:
+    """Which steps to take."""
+
+    importable: Importable = field(default_factory=Importable)
+    """Before the model, which may be torchvision's: fields are unpickled in order."""
+
+    model: nn.Module
+    """A skeleton on the meta device."""
+    graph: Graph
+    plans: Mapping[Strategy, Plan]
+    """By strategy."""
+    images: int
 
 
-def measure_probes(
-    context: RankContext,
-    model: nn.Module,
-    graph: Graph,
-    images: int,
-    fractions: Sequence[float],
-    *,
-    channels_last: bool,
-) -> NDArray[np.float64]:
-    """How long steps of the ``PROBES`` take, (probe, repetition) in s, the same on all ranks; NaN for one rank.
+def probing(model: nn.Module, graph: Graph, calibration: xr.Dataset) -> Probing:
+    """The steps that tell most: of the plans that the calibration as it is leads to, as far as they fit into memory.
 
-    ``model`` is the real one on the master and a skeleton elsewhere.
+    With as many images as it measured, or with few where those would take long.
     """
+    costs = Costs.of(calibration)
+    few, most = int(calibration.images[0]), int(calibration.images[-1])
+    images = most if 1 / float((1 / costs.whole_steps(most)).sum()) < _LONG_STEP_S else few
+    labels = [str(label) for label in calibration.device_label.values]
+    strategies: tuple[Strategy, ...] = ("kernel", "batch")
+    plans = {one: plan_network(graph, one, batch_size=images, labels=labels, costs=costs) for one in strategies}
+    fitting = {
+        name: replace(plan, channels_last=costs.channels_last)
+        for name, plan in plans.items()
+        if fits(graph, plan, costs)
+    }
+    return Probing(model=model, graph=graph, plans=fitting, images=images)
+
+
+def probe_rank(context: RankContext, task: Probing) -> NDArray[np.float64]:
+    """How long steps of the ``PROBES`` take, (probe, repetition) in s, the same on all ranks; every rank runs this.
+
+    NaN where nothing was measured.
+    """
+    torch.manual_seed(0)
     found = np.full((len(PROBES), _MOST), np.nan)
-    if context.group is None:
-        return found
+    model = task.model
     if context.rank == 0:
+        model = copy.deepcopy(model).to_empty(device="cpu")
         _initialise(model)
     executions = {}
-    for kind in ("kernel", "batch"):
-        plan = replace(probe_plan(graph, kind, images, fractions), channels_last=channels_last)
-        executions[kind] = Execution(context, model, graph, plan)
-        executions[kind].prepare(Recipe(loss=_sum, optimizer=_Standstill), seed=0)
+    for strategy, plan in task.plans.items():
+        executions[strategy] = Execution(context, model, task.graph, plan)
+        executions[strategy].prepare(Recipe(loss=_sum, optimizer=_Standstill), seed=0)
     # In turn, as a processor may be slower for some seconds.
     spent = 0.0
     for repetition in range(-1, _MOST):
         if repetition >= _LEAST and spent > _MEASURED_S:
             break
         for index, probe in enumerate(PROBES):
-            execution = executions["kernel" if probe == "kernel" else "batch"]
-            seconds = _step(context, execution, images, last="without" not in probe)
+            if _strategy_of(probe) not in executions:
+                continue
+            execution = executions[_strategy_of(probe)]
+            seconds = _step(context, execution, task.images, last="without" not in probe)
             if repetition >= 0:  # before, memory is set up
                 found[index, repetition] = seconds
                 spent += seconds
     return found
 
 
-def fitted(calibration: xr.Dataset, graph: Graph, images: int, fractions: Sequence[float]) -> xr.Dataset:
-    """``calibration`` with the ``turn_growth`` between all ranks and the ``summing_time`` that make the probes true."""
+def _strategy_of(probe: str) -> Strategy:
+    return "kernel" if probe == "kernel" else "batch"
+
+
+def fitted(calibration: xr.Dataset, task: Probing) -> xr.Dataset:
+    """``calibration`` with the ``turn_growth`` between all ranks and the ``summing_time`` that make its probes true."""
     costs = Costs.of(calibration)
-    measured = dict(zip(PROBES, np.nanmedian(calibration.probe_step_time.values, axis=1), strict=True))
+    measured = calibration.probe_step_time.median("repetition")
 
     def solved(probe: str, with_value: Callable[[float], Costs], most: float) -> float:
+        took = float(measured.sel(probe=probe))
+
         def late(value: float) -> float:
-            return _predicted(graph, probe, with_value(value), images, fractions) - float(measured[probe])
+            return _predicted(task, probe, with_value(value)) - took
 
         least = _LITTLE * most
         if late(least) >= 0:
@@ -102,11 +133,12 @@ def fitted(calibration: xr.Dataset, graph: Graph, images: int, fractions: Sequen
         return most if late(most) <= 0 else float(scipy.optimize.brentq(late, least, most, rtol=1e-2))
 
     growth = calibration.turn_growth.copy(deep=True)
-    for probe, company in (("kernel", "everyone"), ("batch without sums", "moments")):
+    probes = (("kernel", "everyone"), ("batch without sums", "moments"))
+    for probe, company in ((probe, company) for probe, company in probes if _strategy_of(probe) in task.plans):
         with_growth = functools.partial(_growing, costs, COMPANIES.index(company))
         growth.loc[{"company": company}] = value = solved(probe, with_growth, _MOST_GROWTH)
         costs = with_growth(value)
-    summing = solved("batch", functools.partial(_summing, costs), _MOST_S_PER_BYTE)
+    summing = solved("batch", functools.partial(_summing, costs), _MOST_S_PER_BYTE) if "batch" in task.plans else 0.0
     return calibration.assign(turn_growth=growth, summing_time=summing)
 
 
@@ -120,14 +152,14 @@ def _summing(costs: Costs, value: float) -> Costs:
     return replace(costs, summing=np.full(costs.devices, value))
 
 
-def _predicted(graph: Graph, probe: str, costs: Costs, images: int, fractions: Sequence[float]) -> float:
-    plan = probe_plan(graph, probe, images, fractions)
-    program = compile_program(graph, plan, images)
+def _predicted(task: Probing, probe: str, costs: Costs) -> float:
+    plan = task.plans[_strategy_of(probe)]
+    program = compile_program(task.graph, plan, task.images)
     if "without" in probe:
         sums = [one for one in program.backward if isinstance(one, Exchange) and one.moves == "gradients"]
         program = replace(program, backward=tuple(one for one in program.backward if one not in sums))
     standing = replace(costs, update=np.zeros(costs.devices), update_overhead=np.zeros(costs.devices))
-    return float(np.nanmax(predict_timeline(graph, plan, program, standing)))
+    return float(np.nanmax(predict_timeline(task.graph, plan, program, standing)))
 
 
 def _step(context: RankContext, execution: Execution, images: int, *, last: bool) -> float:

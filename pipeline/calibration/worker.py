@@ -23,7 +23,6 @@ from torch import nn
 from pipeline._torchvision import Importable
 from pipeline.calibration.links import Turns, measure_links, measure_turns
 from pipeline.calibration.passes import PARTS, Pass, call_seconds
-from pipeline.calibration.probes import measure_probes
 from pipeline.calibration.segments import Chain
 from pipeline.cluster.gang import RankContext
 from pipeline.graph.effects import Effect
@@ -44,7 +43,6 @@ _LEAST_REPETITIONS = 3
 """Of what is not measured again where it is uncertain."""
 _MEASURED_S, _MOST_REPETITIONS = 0.5, 8
 """Short steps are repeated until so much time is measured, or so often."""
-_LONG_STEP_S = 0.4
 _CERTAIN = 0.02
 """What is uncertain by less than this part of a whole step is not measured again."""
 _DIRECTIONS = 2
@@ -122,11 +120,6 @@ class Measurement:
     """By other rank, (message, repetition) one way; each pair is measured by its lower rank."""
     turns: Turns
     """What they wait for each other."""
-    probed_images: int
-    probed_fractions: tuple[float, ...]
-    """How a batch of so many images was shared out in real steps."""
-    probes: NDArray[np.float64]
-    """(probe, repetition), the same on all ranks."""
 
 
 def measure_rank(context: RankContext, task: Task) -> Measurement:
@@ -156,15 +149,6 @@ def measure_rank(context: RankContext, task: Task) -> Measurement:
     transport = Transport(context)  # what a training's messages go through: shared memory on one host, else sockets
     links = measure_links(context, transport, max(task.repetitions, _LINK_REPETITIONS))
     turns = segments.measure_turns(transport)
-    images, fractions = segments.probed()
-    probes = measure_probes(
-        context,
-        model if context.rank == 0 else task.model,
-        task.graph,
-        images,
-        fractions,
-        channels_last=channels_last,
-    )
     # What torch has set up for its operations by now stays in the process, as it will in training.
     del segments, whole, model
     return Measurement(
@@ -178,9 +162,6 @@ def measure_rank(context: RankContext, task: Task) -> Measurement:
         channels_last=channels_last,
         links=links,
         turns=turns,
-        probed_images=images,
-        probed_fractions=fractions,
-        probes=probes,
     )
 
 
@@ -271,18 +252,6 @@ class _Segments:
         task = self._task
         work = self._pass(self._whole, dict(enumerate(task.chains)), task.images[0])
         return measure_turns(self._context, transport, work, max(self._repetitions, _LEAST_REPETITIONS))
-
-    def probed(self) -> tuple[int, tuple[float, ...]]:
-        """How many images the real steps are of, fewer where they are long, and each rank's part by its speed."""
-        own = float(np.nansum(np.nanmedian(self.times[:, -1, -1, : self._done, :_DIRECTIONS], axis=1)))
-        seconds = torch.zeros(self._context.size, dtype=torch.float64)
-        seconds[self._context.rank] = max(own, 1e-6)
-        if self._context.group is not None:
-            dist.all_reduce(seconds, group=self._context.group)
-        speeds = 1 / seconds
-        fractions = [float(one) for one in speeds / speeds.sum()]
-        fractions[0] += 1 - sum(fractions)
-        return self._task.images[-1 if float(1 / speeds.sum()) < _LONG_STEP_S else 0], tuple(fractions)
 
     def _times(
         self, execution: Execution, segments: Mapping[int, Chain], images: Sequence[int], repetitions: int

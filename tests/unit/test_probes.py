@@ -9,37 +9,41 @@ import xarray as xr
 from torch import nn
 
 from pipeline.calibration import links, probes
-from pipeline.graph.trace import Graph, trace
+from pipeline.calibration.probes import Probing
+from pipeline.graph.trace import trace
 from pipeline.plan.costs import Costs
 from pipeline.plan.instructions import COMPANIES
 from tests import synthetic
 
-IMAGES, FRACTIONS = 16, (0.75, 0.25)
-
 
 @pytest.fixture(scope="module")
-def graph() -> Graph:
+def model() -> nn.Module:
     layers = [nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Flatten()]
-    return trace(nn.Sequential(*layers, nn.Linear(32 * 28 * 28, 10)), torch.zeros(2, 3, 32, 32))
+    return nn.Sequential(*layers, nn.Linear(32 * 28 * 28, 10))
 
 
-def _predicted(graph: Graph, calibration: xr.Dataset) -> np.ndarray:
+def _predicted(task: Probing, calibration: xr.Dataset) -> np.ndarray:
     costs = Costs.of(calibration)
-    return np.array([probes._predicted(graph, probe, costs, IMAGES, FRACTIONS) for probe in probes.PROBES])
+    return np.array([probes._predicted(task, probe, costs) for probe in probes.PROBES])
 
 
-def _measured(graph: Graph, factors: tuple[float, float, float]) -> xr.Dataset:
-    """A calibration whose probes took so many times as long as it predicts."""
+def _measured(model: nn.Module, *factors: float) -> tuple[xr.Dataset, Probing]:
+    """A calibration whose probes took so many times as long as it predicts, and what they were."""
+    graph = trace(model, torch.zeros(2, 3, 32, 32))
     calibration = synthetic.calibration_of(graph, ["cpu", "cpu@0.5"]).drop_vars("probe_step_time")
-    times = _predicted(graph, calibration) * factors
-    return calibration.assign(probe_step_time=(("probe", "repetition"), times[:, None]))
+    task = probes.probing(model, graph, calibration)
+    times = _predicted(task, calibration) * factors
+    probe = np.array(probes.PROBES, object)
+    return calibration.assign(probe_step_time=(("probe", "repetition"), times[:, None])).assign_coords(
+        probe=probe
+    ), task
 
 
-def test_with_what_is_found_the_probes_take_what_they_took(graph: Graph) -> None:
-    calibration = _measured(graph, (1.2, 1.6, 1.3))
-    found = probes.fitted(calibration, graph, IMAGES, FRACTIONS)
+def test_with_what_is_found_the_probes_take_what_they_took(model: nn.Module) -> None:
+    calibration, task = _measured(model, 1.2, 1.6, 1.3)
+    found = probes.fitted(calibration, task)
     measured = calibration.probe_step_time.values[:, 0]
-    assert _predicted(graph, found) == pytest.approx(measured, rel=0.01)
+    assert _predicted(task, found) == pytest.approx(measured, rel=0.01)
     growth = dict(zip(COMPANIES, found.turn_growth.values, strict=True))
     assert growth["master"] == 0  # of which the probes say nothing
     assert growth["everyone"] > 0.01
@@ -47,17 +51,26 @@ def test_with_what_is_found_the_probes_take_what_they_took(graph: Graph) -> None
     assert found.summing_time > 1e-10
 
 
-def test_steps_that_were_faster_than_predicted_make_nothing_negative(graph: Graph) -> None:
-    found = probes.fitted(_measured(graph, (0.7, 0.7, 0.7)), graph, IMAGES, FRACTIONS)
+def test_steps_that_were_faster_than_predicted_make_nothing_negative(model: nn.Module) -> None:
+    found = probes.fitted(*_measured(model, 0.7, 0.7, 0.7))
     assert (found.turn_growth >= 0).all()
     assert (found.turn_growth < 0.01).all()
     assert 0 < found.summing_time < 1e-10
 
 
-def test_steps_that_take_forever_are_believed_up_to_a_limit(graph: Graph) -> None:
-    found = probes.fitted(_measured(graph, (100.0, 100.0, 1000.0)), graph, IMAGES, FRACTIONS)
+def test_steps_that_take_forever_are_believed_up_to_a_limit(model: nn.Module) -> None:
+    found = probes.fitted(*_measured(model, 100.0, 1000.0, 100.0))
     assert found.turn_growth.sel(company="everyone") == 2
     assert found.summing_time == pytest.approx(1e-8)
+
+
+def test_what_does_not_fit_into_memory_is_not_tried(model: nn.Module) -> None:
+    graph = trace(model, torch.zeros(2, 3, 32, 32))
+    calibration = synthetic.calibration_of(graph, ["cpu", "cpu"])
+    calibration["memory_limit"] = calibration.process_memory + 1e5
+    task = probes.probing(model, graph, calibration)
+    assert task.plans == {}
+    assert probes.fitted(calibration, task).summing_time == 0
 
 
 def test_waiting_grows_with_the_computing_as_measured_and_not_at_all_where_nobody_can_tell() -> None:
