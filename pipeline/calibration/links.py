@@ -88,7 +88,7 @@ def measure_turns(context: RankContext, transport: Transport, work: Pass, repeti
     lines = np.array([_line(before, one) for one in waits])
     growing = float(np.median(lines[:, 1]))
     seldom_before, seldom_waits = _waits(context, large)
-    rest = np.median(seldom_waits - growing * seldom_before, axis=1)
+    rest = np.median(seldom_waits - growing * seldom_before, axis=1) if len(seldom_before) else lines[:, 0]
     return Turns(
         waiting=np.stack([lines[:, 0], np.maximum(rest, 0.0)]),
         growing=growing,
@@ -152,7 +152,10 @@ def _resuming(alone: Sequence[_Walk], turns: Sequence[_Walk], most: float) -> ND
     usual = np.median([one.seconds for one in alone], axis=0)
     longer = np.clip(np.array([one.seconds for one in turns]) - usual, 0.0, most)
     backward = alone[0].backward
-    return np.stack([np.median(longer[:, backward == way], axis=1) for way in (False, True)], axis=1)
+    found = np.zeros((len(turns), 2))
+    for way in {bool(one) for one in backward}:
+        found[:, int(way)] = np.median(longer[:, backward == way], axis=1)
+    return found
 
 
 def _turn_of(context: RankContext, transport: Transport, size: int) -> Callable[[], None]:

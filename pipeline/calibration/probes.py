@@ -26,13 +26,13 @@ from torch.utils import _pytree as pytree
 
 from pipeline._torchvision import Importable
 from pipeline.cluster.gang import RankContext
-from pipeline.graph.trace import Graph
+from pipeline.graph.trace import Graph, model_dtype
 from pipeline.plan.costs import Costs
-from pipeline.plan.fitting import fits
+from pipeline.plan.fitting import needed_memory
 from pipeline.plan.instructions import COMPANIES, Exchange
 from pipeline.plan.plan import Plan, Strategy
 from pipeline.plan.prediction import predict_timeline
-from pipeline.plan.program import compile_program
+from pipeline.plan.program import Program, compile_program
 from pipeline.plan.strategies import plan_network
 from pipeline.run.clock import Clock
 from pipeline.run.execution import Execution
@@ -42,7 +42,7 @@ PROBES = ("kernel", "batch", "batch without sums")
 """None updates its weights; the last leaves out the sums of gradients, as all but the last of several batches do."""
 _MEASURED_S, _LEAST, _MOST = 5.0, 3, 8
 """Each is repeated until so much time is measured, but so often at least and at most."""
-_LONG_STEP_S = 0.4
+_LONG_STEP_S, _SAME_S = 0.4, 1e-9
 _MOST_GROWTH, _MOST_S_PER_BYTE, _LITTLE = 2.0, 1e-8, 1e-3
 """Between a little of the most and the most the values are looked for."""
 
@@ -60,25 +60,29 @@ class Probing:
     plans: Mapping[Strategy, Plan]
     """By strategy."""
     images: int
+    itemsize: int
+    """Bytes per number of the model's type."""
 
 
 def probing(model: nn.Module, graph: Graph, calibration: xr.Dataset) -> Probing:
     """The steps that tell most: of the plans that the calibration as it is leads to, as far as they fit into memory.
 
-    With as many images as it measured, or with few where those would take long.
+    With as many images as it measured, or with few where those would take long. None if nothing is trained.
     """
-    costs = Costs.of(calibration)
+    costs, itemsize = Costs.of(calibration), model_dtype(model).itemsize
     few, most = int(calibration.images[0]), int(calibration.images[-1])
-    images = most if 1 / float((1 / costs.whole_steps(most)).sum()) < _LONG_STEP_S else few
+    images = max(most if 1 / float((1 / costs.whole_steps(most)).sum()) < _LONG_STEP_S else few, costs.devices)
     labels = [str(label) for label in calibration.device_label.values]
     strategies: tuple[Strategy, ...] = ("kernel", "batch")
-    plans = {one: plan_network(graph, one, batch_size=images, labels=labels, costs=costs) for one in strategies}
-    fitting = {
-        name: replace(plan, channels_last=costs.channels_last)
-        for name, plan in plans.items()
-        if fits(graph, plan, costs)
-    }
-    return Probing(model=model, graph=graph, plans=fitting, images=images)
+    plans: dict[Strategy, Plan] = {}
+    left = costs.memory_left
+    for strategy in strategies if graph[graph.outputs[0]].differentiable else ():
+        plan = plan_network(graph, strategy, batch_size=images, labels=labels, costs=costs)
+        needed = needed_memory(graph, plan, itemsize=itemsize)
+        if (needed <= left).all():
+            left = left - needed  # they are there at the same time
+            plans[strategy] = replace(plan, channels_last=costs.channels_last)
+    return Probing(model=model, graph=graph, plans=plans, images=images, itemsize=itemsize)
 
 
 def probe_rank(context: RankContext, task: Probing) -> NDArray[np.float64]:
@@ -117,29 +121,50 @@ def _strategy_of(probe: str) -> Strategy:
 
 
 def fitted(calibration: xr.Dataset, task: Probing) -> xr.Dataset:
-    """``calibration`` with the ``turn_growth`` between all ranks and the ``summing_time`` that make its probes true."""
-    costs = Costs.of(calibration)
-    measured = calibration.probe_step_time.median("repetition")
+    """``calibration`` with the ``turn_growth`` between all ranks and the ``summing_time`` that make its probes true.
 
-    def solved(probe: str, with_value: Callable[[float], Costs], most: float) -> float:
-        took = float(measured.sel(probe=probe))
+    What a probe says nothing of, as its plan has no such exchange, stays as it is.
+    """
+    costs, took = Costs.of(calibration), calibration.probe_step_time.median("repetition")
+    programs = {strategy: compile_program(task.graph, plan, task.images) for strategy, plan in task.plans.items()}
 
-        def late(value: float) -> float:
-            return _predicted(task, probe, with_value(value)) - took
+    def predicted(probe: str, costs: Costs) -> float:
+        return _predicted(task, programs[_strategy_of(probe)], probe, costs)
 
+    def solved(late: Callable[[float], float], most: float) -> float | None:
         least = _LITTLE * most
-        if late(least) >= 0:
+        early, latest = late(least), late(most)
+        if latest - early <= _SAME_S:
+            return None
+        if early >= 0:
             return least
-        return most if late(most) <= 0 else float(scipy.optimize.brentq(late, least, most, rtol=1e-2))
+        return most if latest <= 0 else float(scipy.optimize.brentq(late, least, most, rtol=1e-2))
 
     growth = calibration.turn_growth.copy(deep=True)
     probes = (("kernel", "everyone"), ("batch without sums", "moments"))
-    for probe, company in ((probe, company) for probe, company in probes if _strategy_of(probe) in task.plans):
-        with_growth = functools.partial(_growing, costs, COMPANIES.index(company))
-        growth.loc[{"company": company}] = value = solved(probe, with_growth, _MOST_GROWTH)
-        costs = with_growth(value)
-    summing = solved("batch", functools.partial(_summing, costs), _MOST_S_PER_BYTE) if "batch" in task.plans else 0.0
-    return calibration.assign(turn_growth=growth, summing_time=summing)
+    for probe, company in ((probe, company) for probe, company in probes if _strategy_of(probe) in programs):
+        grown = functools.partial(_growing, costs, COMPANIES.index(company))
+        value = solved(
+            _difference(functools.partial(predicted, probe), grown, float(took.sel(probe=probe))), _MOST_GROWTH
+        )
+        if value is not None:
+            growth.loc[{"company": company}] = value
+            costs = grown(value)
+    summing = None
+    if "batch" in programs:
+        # What the sums add to a step; whatever else was predicted wrong is in both.
+        sums = float(took.sel(probe="batch") - took.sel(probe="batch without sums"))
+        whole = sums + predicted("batch without sums", costs)
+        late = _difference(functools.partial(predicted, "batch"), functools.partial(_summing, costs), whole)
+        summing = solved(late, _MOST_S_PER_BYTE)
+    return calibration.assign(turn_growth=growth, summing_time=summing or 0.0)
+
+
+def _difference(
+    predicted: Callable[[Costs], float], costs: Callable[[float], Costs], took: float
+) -> Callable[[float], float]:
+    """How much later than it took a step would end, by the value that ``costs`` are made of."""
+    return lambda value: predicted(costs(value)) - took
 
 
 def _growing(costs: Costs, company: int, value: float) -> Costs:
@@ -152,14 +177,13 @@ def _summing(costs: Costs, value: float) -> Costs:
     return replace(costs, summing=np.full(costs.devices, value))
 
 
-def _predicted(task: Probing, probe: str, costs: Costs) -> float:
+def _predicted(task: Probing, program: Program, probe: str, costs: Costs) -> float:
     plan = task.plans[_strategy_of(probe)]
-    program = compile_program(task.graph, plan, task.images)
     if "without" in probe:
         sums = [one for one in program.backward if isinstance(one, Exchange) and one.moves == "gradients"]
         program = replace(program, backward=tuple(one for one in program.backward if one not in sums))
     standing = replace(costs, update=np.zeros(costs.devices), update_overhead=np.zeros(costs.devices))
-    return float(np.nanmax(predict_timeline(task.graph, plan, program, standing)))
+    return float(np.nanmax(predict_timeline(task.graph, plan, program, standing, itemsize=task.itemsize)))
 
 
 def _step(context: RankContext, execution: Execution, images: int, *, last: bool) -> float:
@@ -174,6 +198,7 @@ def _step(context: RankContext, execution: Execution, images: int, *, last: bool
         execution.train_step(images, x_BCHW, y_B, clock, Turn(last=last))
     took = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
     dist.all_reduce(took, dist.ReduceOp.MAX, context.group)
+    execution.forget()
     return took.item()
 
 
@@ -183,6 +208,8 @@ def _initialise(model: nn.Module) -> None:
     for one in (*model.parameters(), *model.buffers()):
         if one.is_floating_point():
             one.normal_(0, (one.shape[0] / one.numel()) ** 0.5) if one.dim() > 1 else one.fill_(1.0)
+        else:
+            one.zero_()  # an index, or a counter
 
 
 def _sum(output: Any, _: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -208,11 +207,10 @@ class _Segments:
         return [int(share) for share in every if most[share] > _CERTAIN]
 
     def measure(self, shares: list[int]) -> None:
-        """One more measurement at these shares, at each of all segments: uncertain ones by themselves would differ."""
+        """Measure at these shares, all segments of each: uncertain ones by themselves would find another cache."""
         repetitions = 1 if self._done else self._repetitions
         for place, share in enumerate(shares):
             self._measure_share(share, repetitions)
-            gc.collect()  # an execution refers to itself, and its weights may fill the memory
             self._context.report(place + 1, total=len(shares))
         self._done += repetitions
 
@@ -239,11 +237,13 @@ class _Segments:
 
     def measure_by_images(self) -> NDArray[np.float64]:
         """What ``Measurement.by_images`` says."""
-        task = self._task
-        most = task.images[-1]
-        execution = self._execution(_images_plan(task.graph, most))
-        times = self._times(execution, dict(enumerate(task.chains)), (most,), self._repetitions)[:, 0, :, :_DIRECTIONS]
+        task, most = self._task, self._task.images[-1]
         divided = [any(task.graph[name].effect is Effect.BATCHNORM for name in one.operations) for one in task.chains]
+        if not any(divided):
+            return np.full((len(task.chains), self._repetitions, _DIRECTIONS), np.nan)
+        execution = self._execution(_images_plan(task.graph, most))
+        found = self._times(execution, dict(enumerate(task.chains)), (most,), self._repetitions)
+        times = found[:, 0, :, :_DIRECTIONS]
         times[~np.array(divided)] = np.nan
         return times
 

@@ -78,7 +78,7 @@ class Costs:
     """(device, company) how much longer that is for each second of the computing, by who takes part (``COMPANIES``):
     devices that share cores wait for them."""
     summing: NDArray[np.float64]
-    """(device) in s per byte of gradients that are sent or received to be summed."""
+    """(device) in s per byte of gradients that are sent or received to be summed; 0 where nothing is known of that."""
     crowding: NDArray[np.float64]
     """(device) how many times as long a byte takes when all devices send at once."""
     memory: NDArray[np.float64] | None = None
@@ -309,7 +309,7 @@ def _by_images(calibration: xr.Dataset, times: NDArray[np.float64]) -> NDArray[n
     measured = np.isfinite(apart)
     whole = np.where(measured, times[:, :, -1], 0.0).sum(axis=0)
     parts = np.where(measured, apart, 0.0).sum(axis=0)
-    return np.where(whole > 0, parts / np.where(whole > 0, whole, 1.0), 1.0)
+    return np.maximum(np.where(whole > 0, parts / np.where(whole > 0, whole, 1.0), 1.0), 1.0)
 
 
 def _turn(calibration: xr.Dataset) -> float:

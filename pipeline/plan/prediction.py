@@ -223,7 +223,7 @@ class _Simulation:
         return self._message_by_message(moved, unit, company=exchange.company)
 
     def _copying(self, exchange: Exchange) -> Times:
-        """What an exchange keeps each rank from computing in s, (rank): its messages are copied by the rank itself."""
+        """What an exchange keeps each rank from computing in s, (case, rank): it copies its messages itself."""
         (sent, out_size), (_, in_size) = exchange.traffic.sent, exchange.traffic.received
         crowded = not self._links.alike and np.count_nonzero(sent) >= CROWD
         each = np.full(self._program.ranks, _COPY_S_PER_BYTE) * (self._costs.crowding if crowded else 1.0)

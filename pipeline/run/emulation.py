@@ -42,6 +42,8 @@ class Throttle:
         An emulated processor sleeps longer or shorter than it should, and makes up for it later: what counts is what it
         is to be busy for.
         """
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # what was asked of it before is not this work
         start, charged = time.perf_counter(), self.charged
         work()
         if device.type == "cuda":

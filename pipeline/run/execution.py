@@ -61,7 +61,7 @@ class Execution:
         self.dtype = model_dtype(model)
         self.program = functools.lru_cache(maxsize=8)(functools.partial(compile_program, graph, plan))
         """The program for a batch size; the last batch of an epoch is often smaller."""
-        self._places = functools.lru_cache(maxsize=8)(self._places_of)
+        self._places = functools.lru_cache(maxsize=8)(functools.partial(_places_of, self.program, plan.batch_size))
         self._inference = functools.lru_cache(maxsize=8)(functools.partial(compile_inference, graph, plan))
         self.values: dict[Placed, Any] = {}
         """The tensors in flight, each a leaf of its own whose gradient gathers in ``.grad``."""
@@ -183,16 +183,6 @@ class Execution:
         """Give back what is in flight."""
         self.values.clear()
         self._attached.clear()
-
-    def _places_of(self, batch_size: int) -> list[int | None]:
-        """For each instruction of a batch's program the place of its like in that of a full batch, if it has one.
-
-        In a small batch some ranks may have no images, and with them exchanges fall away or come into being.
-        """
-        full = self.program(self.plan.batch_size).instructions
-        places = {(type(one), one.name, getattr(one, "direction", None)): place for place, one in enumerate(full)}
-        own = self.program(batch_size).instructions
-        return [places.get((type(one), one.name, getattr(one, "direction", None))) for one in own]
 
     def _synchronise(self) -> None:
         if self.transport.device.type == "cuda":
@@ -388,6 +378,17 @@ def _in_place(module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str,
         return module(*args, **kwargs)
     finally:
         setattr(module, "inplace", False)  # noqa: B010
+
+
+def _places_of(program: Callable[[int], Program], full_batch: int, batch_size: int) -> list[int | None]:
+    """For each instruction of a batch's program the place of its like in that of a full batch, if it has one.
+
+    In a small batch some ranks may have no images, and with them exchanges fall away or come into being.
+    """
+    full = program(full_batch).instructions
+    places = {(type(one), one.name, getattr(one, "direction", None)): place for place, one in enumerate(full)}
+    own = program(batch_size).instructions
+    return [places.get((type(one), one.name, getattr(one, "direction", None))) for one in own]
 
 
 def _only_last(instruction: Instruction) -> bool:

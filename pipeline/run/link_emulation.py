@@ -1,14 +1,15 @@
 """Make the links between devices of one host as slow as those of a network.
 
 Each device has one port that sends and one that receives, each of the link's bandwidth. A message leaves when those
-before it have left, is under way for the latency, and arrives when those that came before it have been received, in
-whatever order the rank takes them up: the model that
-``pipeline.plan.prediction`` predicts with. The bytes themselves travel at once; what is late is the moment at which
-they count as there. All ranks of one host read the same clock.
+before it have left, is under way for the latency, and takes the receiving port from then on when it is free, in
+whatever order the rank takes them up: the model that ``pipeline.plan.prediction`` predicts with. The bytes themselves
+travel at once; what is late is the moment at which they count as there. All ranks of one host read the same clock.
 """
 
 from __future__ import annotations
 
+import bisect
+import operator
 import time
 
 from pipeline.links import Link
@@ -43,14 +44,12 @@ class Ports:
 
     def _booked(self, start: float, duration: float) -> float:
         """Take the receiving port for as long as a message takes, not before ``start``; when it has been received."""
-        recent = time.perf_counter() - _REMEMBERED_S
-        self._received = [one for one in self._received if one[1] > recent]
-        place = len(self._received)
-        for index, (begin, end) in enumerate(self._received):
-            if start + duration <= begin:
-                place = index
-                break
-            start = max(start, end)
+        ends = operator.itemgetter(1)
+        del self._received[: bisect.bisect_right(self._received, time.perf_counter() - _REMEMBERED_S, key=ends)]
+        place = bisect.bisect_right(self._received, start, key=ends)
+        while place < len(self._received) and start + duration > self._received[place][0]:
+            start = max(start, self._received[place][1])
+            place += 1
         self._received.insert(place, (start, start + duration))
         return start + duration
 

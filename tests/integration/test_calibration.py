@@ -57,7 +57,7 @@ def test_a_calibration_keeps_every_repetition_of_every_segment_and_link(calibrat
     assert (calibration.update_time.median("repetition") > 0).all()
     apart = calibration.link_time.isel(source=0, destination=1)
     assert (apart.fillna(1) > 0).all()
-    assert (apart.count("repetition") >= 2).all()
+    assert (apart.count("repetition") >= 5).all()
     assert np.isfinite(calibration.link_bandwidth.values[0, 1])
     assert calibration.kernels.sel(segment="conv2").values.tolist() == [2, 6, 12, 25, 38, 50]
     assert calibration.attrs["emulated"]

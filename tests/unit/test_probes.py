@@ -13,6 +13,7 @@ from pipeline.calibration.probes import Probing
 from pipeline.graph.trace import trace
 from pipeline.plan.costs import Costs
 from pipeline.plan.instructions import COMPANIES
+from pipeline.plan.program import compile_program
 from tests import synthetic
 
 
@@ -24,7 +25,10 @@ def model() -> nn.Module:
 
 def _predicted(task: Probing, calibration: xr.Dataset) -> np.ndarray:
     costs = Costs.of(calibration)
-    return np.array([probes._predicted(task, probe, costs) for probe in probes.PROBES])
+    programs = {name: compile_program(task.graph, plan, task.images) for name, plan in task.plans.items()}
+    return np.array(
+        [probes._predicted(task, programs[probes._strategy_of(probe)], probe, costs) for probe in probes.PROBES]
+    )
 
 
 def _measured(model: nn.Module, *factors: float) -> tuple[xr.Dataset, Probing]:
@@ -52,7 +56,7 @@ def test_with_what_is_found_the_probes_take_what_they_took(model: nn.Module) -> 
 
 
 def test_steps_that_were_faster_than_predicted_make_nothing_negative(model: nn.Module) -> None:
-    found = probes.fitted(*_measured(model, 0.7, 0.7, 0.7))
+    found = probes.fitted(*_measured(model, 0.7, 0.7, 0.8))
     assert (found.turn_growth >= 0).all()
     assert (found.turn_growth < 0.01).all()
     assert 0 < found.summing_time < 1e-10
@@ -62,6 +66,13 @@ def test_steps_that_take_forever_are_believed_up_to_a_limit(model: nn.Module) ->
     found = probes.fitted(*_measured(model, 100.0, 1000.0, 100.0))
     assert found.turn_growth.sel(company="everyone") == 2
     assert found.summing_time == pytest.approx(1e-8)
+
+
+def test_probes_without_such_exchanges_say_nothing_of_them() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 30 * 30, 10))
+    found = probes.fitted(*_measured(plain, 1.5, 1.5, 1.2))
+    assert found.turn_growth.sel(company="moments") == 0  # no batch normalisation
+    assert found.summing_time > 1e-10
 
 
 def test_what_does_not_fit_into_memory_is_not_tried(model: nn.Module) -> None:
