@@ -67,7 +67,7 @@ class Probing:
 def probing(model: nn.Module, graph: Graph, calibration: xr.Dataset) -> Probing:
     """The steps that tell most: of the plans that the calibration as it is leads to, as far as they fit into memory.
 
-    With as many images as it measured, or with few where those would take long. None if nothing is trained.
+    With as many images as it measured, or with few where those would take long. No steps if nothing is trained.
     """
     costs, itemsize = Costs.of(calibration), model_dtype(model).itemsize
     few, most = int(calibration.images[0]), int(calibration.images[-1])
