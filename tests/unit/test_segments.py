@@ -53,8 +53,8 @@ def test_the_blocks_of_a_resnet_are_alike() -> None:
 def test_a_narrow_layer_is_measured_at_no_number_of_kernels_twice_nor_at_none() -> None:
     graph = trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 16, 3)), torch.zeros(2, 3, 9, 9))
     task = Task(
-        model=nn.Identity(), graph=graph, chains=tuple(chains_of(graph)), weights=(1, 1, 1), images=(1, 4),
-        fractions=FRACTIONS, repetitions=1, passes=0, alone=(),
+        model=nn.Identity(), graph=graph, cuts=frozenset(), chains=tuple(chains_of(graph)), weights=(1, 1, 1),
+        images=(1, 4), fractions=FRACTIONS, repetitions=1, passes=0, alone=(),
     )  # fmt: skip
     narrow, _, wide = task.kernels()
     assert narrow[np.isfinite(narrow)].tolist() == [1, 2, 3, 4]
