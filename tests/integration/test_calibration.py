@@ -199,8 +199,7 @@ def test_a_device_with_too_little_memory_gets_a_tenth_of_its_share_and_keeps_to_
     dataset = TensorDataset(torch.randn(batch_size, 3, 32, 32), torch.randint(0, 10, (batch_size,)))
     graph = trace(model, torch.zeros(2, 3, 32, 32))
     members = discover(client)
-    example = torch.zeros(2, 3, 32, 32)
-    measured = calibrate(model, example, client, batch_size=batch_size, fractions=(0.25, 1.0))
+    measured = calibrate(model, torch.zeros(2, 3, 32, 32), client, batch_size=batch_size)
     labels = [member.device.label for member in members]
     fair = plan_graph(graph, measured, batch_size=batch_size, strategy="kernel", labels=labels)
     part = fair.convolution_shares(graph)[1] / 10
