@@ -31,6 +31,18 @@ _LEAST_PART = 0.1
 """What is left of a computation's time without that of the call, however little it does."""
 
 
+@torch.no_grad()
+def initialise(tensors: Iterable[torch.Tensor]) -> None:
+    """Weights with which values and gradients keep their size: processors take long for numbers next to zero."""
+    for one in tensors:
+        if not one.is_floating_point():
+            one.zero_()  # an index, or a counter
+        elif one.dim() > 1:
+            one.normal_(0, (one.shape[0] / max(one.numel(), 1)) ** 0.5)
+        else:
+            one.fill_(1.0)  # running variances must not be negative
+
+
 class Timed(NamedTuple):
     """One computation that was run."""
 

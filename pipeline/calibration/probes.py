@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from pipeline._torchvision import Importable
+from pipeline.calibration.passes import initialise
 from pipeline.cluster.gang import RankContext
 from pipeline.graph.trace import Graph, model_dtype
 from pipeline.plan.costs import Costs
@@ -95,7 +96,7 @@ def probe_rank(context: RankContext, task: Probing) -> NDArray[np.float64]:
     model = task.model
     if context.rank == 0:
         model = copy.deepcopy(model).to_empty(device="cpu")
-        _initialise(model)
+        initialise((*model.parameters(), *model.buffers()))
     executions = {}
     for strategy, plan in task.plans.items():
         executions[strategy] = Execution(context, model, task.graph, plan)
@@ -200,16 +201,6 @@ def _step(context: RankContext, execution: Execution, images: int, *, last: bool
     dist.all_reduce(took, dist.ReduceOp.MAX, context.group)
     execution.forget()
     return took.item()
-
-
-@torch.no_grad()
-def _initialise(model: nn.Module) -> None:
-    """Weights with which values and gradients keep their size: processors take long for numbers next to zero."""
-    for one in (*model.parameters(), *model.buffers()):
-        if one.is_floating_point():
-            one.normal_(0, (one.shape[0] / one.numel()) ** 0.5) if one.dim() > 1 else one.fill_(1.0)
-        else:
-            one.zero_()  # an index, or a counter
 
 
 def _sum(output: Any, _: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from torch import nn
 
 from pipeline._torchvision import Importable
 from pipeline.calibration.links import Turns, measure_links, measure_turns
-from pipeline.calibration.passes import PARTS, Pass, call_seconds
+from pipeline.calibration.passes import PARTS, Pass, call_seconds, initialise
 from pipeline.calibration.segments import Chain
 from pipeline.cluster.gang import RankContext
 from pipeline.graph.effects import Effect
@@ -125,12 +125,7 @@ def measure_rank(context: RankContext, task: Task) -> Measurement:
     """Measure this rank's device and its links; every rank of the gang runs this."""
     torch.manual_seed(0)
     model = copy.deepcopy(task.model).to_empty(device="cpu")
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.is_floating_point():
-                tensor.normal_(0, 0.01).abs_()  # running variances must not be negative
-            else:
-                tensor.zero_()
+    initialise((*model.parameters(), *model.buffers()))
     channels_last = _is_faster_with_channels_last(context, model, task)
     whole = _execution_of(context, model, task.graph, None, channels_last=channels_last)
     calls = np.array([call_seconds(whole) for _ in range(max(task.repetitions, _LEAST_REPETITIONS))])
@@ -301,10 +296,7 @@ def _execution_of(
     plan = plan or plan_network(graph, "single", batch_size=1, labels=("here",))
     plan = replace(plan, channels_last=channels_last)
     execution = Execution(replace(context, rank=0, size=plan.ranks, group=None), model, graph, plan)
-    with torch.no_grad():
-        for tensor in execution.parameters.work.values():
-            if tensor.is_floating_point():
-                tensor.normal_(0, 0.01).abs_()
+    initialise(execution.parameters.work.values())
     return execution
 
 
