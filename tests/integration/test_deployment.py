@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -27,13 +28,21 @@ ALLOCATOR = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
 
 
 def listening_addresses() -> set[tuple[str, int]]:
-    family = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    connections = [connection for process in family for connection in process.net_connections("tcp")]
-    return {tuple(c.laddr) for c in connections if c.status == psutil.CONN_LISTEN}
+    addresses: set[tuple[str, int]] = set()
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # One that an earlier test stopped may end just now.
+            connections = process.net_connections("tcp")
+            addresses |= {tuple(c.laddr) for c in connections if c.status == psutil.CONN_LISTEN}
+    return addresses
 
 
 def worker_processes() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+    workers = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "spawn_main" in " ".join(process.cmdline()):
+                workers.append(process)
+    return workers
 
 
 @pytest.fixture(scope="module")

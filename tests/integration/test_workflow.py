@@ -5,6 +5,7 @@ The tests of this file share one folder, as runs of a study do; each leaves all 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -222,7 +223,9 @@ def wait_for_job(snakemake: subprocess.Popen[str], command: str) -> psutil.Proce
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         for child in psutil.Process(snakemake.pid).children(recursive=True):
-            if command in child.cmdline() and len(child.children(recursive=True)) >= 2:
-                return child
+            # Snakemake's short-lived helpers may end between being listed and being asked.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if command in child.cmdline() and len(child.children(recursive=True)) >= 2:
+                    return child
         time.sleep(0.1)
     raise AssertionError(f"no job ran {command}")
