@@ -77,7 +77,7 @@ class Calibration(Section):
 
     batch_size: Positive = 64
     """Most images per measured segment; networks with much work per image are measured with fewer."""
-    fractions: Annotated[tuple[Fraction, ...], Field(min_length=2)] = (0.03125, 0.125, 0.25, 0.5, 0.75, 1.0)
+    fractions: Annotated[tuple[Fraction, ...], Field(min_length=2)] = (0.03125, 0.125, 0.25, 0.5, 1.0)
     """Shares of a layer's kernels that are measured; the cost curve runs through them."""
     repetitions: Positive = 2
     """Measurements of each share, all of them kept; there are more where they differ."""

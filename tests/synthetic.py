@@ -10,6 +10,7 @@ import xarray as xr
 from pipeline.calibration.segments import chains_of
 from pipeline.graph.trace import Graph
 from pipeline.links import parse_link
+from pipeline.plan.costs import LAYOUTS
 from pipeline.plan.instructions import COMPANIES
 from pipeline.results.contracts import CellIndex, describe, unmeasured_cell
 from pipeline.results.stores import combine, combine_calibrations, combine_errors
@@ -178,6 +179,8 @@ def calibration() -> xr.Dataset:
             "update_overhead": (("device", "repetition"), np.zeros((2, 3))),
             "turn_time": (("turn_bytes", "repetition"), np.zeros((2, 3))),
             "probe_step_time": (("probe", "repetition"), np.ones((1, 3))),
+            "probe_busy_time": (("probe", "device", "repetition"), np.ones((1, 2, 3))),
+            "stretch": (("device", "layout"), np.ones((2, 2))),
             "turn_growth": ("company", np.zeros(3)),
             "summing_time": 0.0,
             "update_time": (("device", "repetition"), np.full((2, 3), 1e-9)),
@@ -202,6 +205,7 @@ def calibration() -> xr.Dataset:
             "message_bytes": sizes,
             "turn_bytes": [64, 1048576],
             "company": np.array(COMPANIES, object),
+            "layout": np.array(LAYOUTS, object),
         },
         PROVENANCE,
     )
@@ -236,6 +240,8 @@ def calibration_of(graph: Graph, labels: Sequence[str]) -> xr.Dataset:
             "update_overhead": (("device", "repetition"), np.zeros((ranks, 1))),
             "turn_time": (("turn_bytes", "repetition"), np.zeros((2, 1))),
             "probe_step_time": (("probe", "repetition"), np.ones((1, 1))),
+            "probe_busy_time": (("probe", "device", "repetition"), np.ones((1, ranks, 1))),
+            "stretch": (("device", "layout"), np.ones((ranks, 2))),
             "turn_growth": ("company", np.zeros(3)),
             "summing_time": 0.0,
             "update_time": (("device", "repetition"), np.full((ranks, 1), 1e-9)),
@@ -258,6 +264,7 @@ def calibration_of(graph: Graph, labels: Sequence[str]) -> xr.Dataset:
             "message_bytes": [1024, 1048576],
             "turn_bytes": [64, 1048576],
             "company": np.array(COMPANIES, object),
+            "layout": np.array(LAYOUTS, object),
         },
         {**PROVENANCE, "image_shape": str(list(graph.input_shape)), "classes": 10},
     )

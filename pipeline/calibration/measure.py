@@ -21,17 +21,18 @@ from torch import nn
 
 from pipeline.calibration.cache import cached
 from pipeline.calibration.links import LINK_BYTES, TURN_BYTES, link_of
-from pipeline.calibration.probes import PROBES, fitted, probe_rank, probing
+from pipeline.calibration.probes import PROBES, Probed, fitted, probe_rank, probing
 from pipeline.calibration.segments import Chain, chains_of, geometry
 from pipeline.calibration.worker import Measurement, Task, measure_rank, split_plan
 from pipeline.cluster.devices import Member, discover
 from pipeline.cluster.gang import run_gang
 from pipeline.graph.trace import Graph, trace
+from pipeline.plan.costs import LAYOUTS
 from pipeline.plan.instructions import COMPANIES
 from pipeline.results.contracts import describe, validate_calibration
 from pipeline.results.provenance import provenance
 
-FRACTIONS = (1 / 32, 0.125, 0.25, 0.5, 0.75, 1.0)
+FRACTIONS = (1 / 32, 0.125, 0.25, 0.5, 1.0)
 _FLOPS_PER_STEP = 8e10
 """A calibration uses as many images as make a step of about this much work (0.4 s on a CPU core)."""
 _LEAST_IMAGES = 4
@@ -96,9 +97,12 @@ def calibrate(
         if len(chosen) > 1:
             probes = probing(task.model, graph, dataset)
             label = f"probe {name}"
-            times = run_gang(client, chosen, probe_rank, [(probes,)] * len(chosen), label=label)[0]
-            made = _padded(times, dataset.sizes["repetition"], axis=1)
-            dataset = fitted(dataset.assign(probe_step_time=(("probe", "repetition"), made)), probes)
+            found: list[Probed] = run_gang(client, chosen, probe_rank, [(probes,)] * len(chosen), label=label)
+            made = dataset.sizes["repetition"]
+            dataset["probe_step_time"] = ("probe", "repetition"), _padded(found[0].steps, made, axis=1)
+            busy = _padded(np.stack([one.busy for one in found], axis=1), made, axis=2)
+            dataset["probe_busy_time"] = ("probe", "device", "repetition"), busy
+            dataset = fitted(dataset, probes)
         dataset = describe(dataset.assign(calibration_time=time.perf_counter() - start))
         validate_calibration(dataset)
         return dataset
@@ -167,6 +171,8 @@ def _dataset(
             "turn_growth": ("company", np.full(len(COMPANIES), measured[0].turns.growing)),
             "summing_time": 0.0,
             "probe_step_time": (("probe", "repetition"), np.full((len(PROBES), made), np.nan)),
+            "probe_busy_time": (("probe", "device", "repetition"), np.full((len(PROBES), ranks, made), np.nan)),
+            "stretch": (("device", "layout"), np.ones((ranks, len(LAYOUTS)))),
             "process_memory": ("device", [float(one.process_memory) for one in measured]),
             "memory_limit": ("device", [float(member.memory) for member in members]),
             "link_latency": (("source", "destination"), latency),
@@ -185,6 +191,7 @@ def _dataset(
             "turn_bytes": np.array(TURN_BYTES),
             "company": np.array(COMPANIES, dtype=object),
             "probe": np.array(PROBES, dtype=object),
+            "layout": np.array(LAYOUTS, dtype=object),
         },
         attrs=provenance(
             {"fractions": task.fractions, "repetitions": task.repetitions, "images": task.images, "network": network},

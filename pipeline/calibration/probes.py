@@ -2,14 +2,14 @@
 
 Segments and messages that are measured apart do not tell everything: ranks that share cores keep each other from
 computing while they exchange, and gradients that are summed beside the backward pass take memory bandwidth and cache
-from it. Each is laid to a number: how much longer exchanges of activations between all ranks, and of the moments of
-batch normalisation, take for each second of computing before them, and what a byte of gradients costs.
+from it. Each is laid to a number: how many times as long computations take, how much longer exchanges with the master,
+of activations between all ranks, and of the moments of batch normalisation take for each second of computing before
+them, and what a byte of gradients costs.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -30,7 +30,7 @@ from pipeline.cluster.gang import RankContext
 from pipeline.graph.trace import Graph, model_dtype
 from pipeline.plan.costs import Costs
 from pipeline.plan.fitting import needed_memory
-from pipeline.plan.instructions import COMPANIES, Exchange
+from pipeline.plan.instructions import COMPANIES, Company, Compute, Exchange
 from pipeline.plan.plan import Plan, Strategy
 from pipeline.plan.prediction import predict_timeline
 from pipeline.plan.program import Program, compile_program
@@ -39,13 +39,21 @@ from pipeline.run.clock import Clock
 from pipeline.run.execution import Execution
 from pipeline.run.recipe import Recipe, Turn
 
-PROBES = ("kernel", "batch", "batch without sums")
+_WITHOUT_SUMS = " without sums"
+_SUMMING: Strategy = "batch"
+_PROBED: tuple[Strategy, ...] = ("paper", "kernel", "batch")
+PROBES = (*_PROBED, _SUMMING + _WITHOUT_SUMS)
 """None updates its weights; the last leaves out the sums of gradients, as all but the last of several batches do."""
+_TELLS: dict[str, Company] = {"paper": "master", "kernel": "everyone", _SUMMING + _WITHOUT_SUMS: "moments"}
+"""Which waiting each tells of, in the order in which they are looked at."""
+_STRETCHED = {"K": "kernel", "B": _SUMMING + _WITHOUT_SUMS}
+"""Which tells how long computations take, by ``LAYOUTS``."""
 _MEASURED_S, _LEAST, _MOST = 5.0, 3, 8
 """Each is repeated until so much time is measured, but so often at least and at most."""
 _LONG_STEP_S, _SAME_S = 0.4, 1e-9
+_STRETCH = 0.5, 2.0
 _MOST_GROWTH, _MOST_S_PER_BYTE, _LITTLE = 2.0, 1e-8, 1e-3
-"""Between a little of the most and the most the values are looked for."""
+"""Between these, or a little of the most and the most, the values are looked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +82,9 @@ def probing(model: nn.Module, graph: Graph, calibration: xr.Dataset) -> Probing:
     few, most = int(calibration.images[0]), int(calibration.images[-1])
     images = max(most if 1 / float((1 / costs.whole_steps(most)).sum()) < _LONG_STEP_S else few, costs.devices)
     labels = [str(label) for label in calibration.device_label.values]
-    strategies: tuple[Strategy, ...] = ("kernel", "batch")
     plans: dict[Strategy, Plan] = {}
     left = costs.memory_left
-    for strategy in strategies if graph[graph.outputs[0]].differentiable else ():
+    for strategy in _PROBED if graph[graph.outputs[0]].differentiable else ():
         plan = plan_network(graph, strategy, batch_size=images, labels=labels, costs=costs)
         needed = needed_memory(graph, plan, itemsize=itemsize)
         if (needed <= left).all():
@@ -86,13 +93,20 @@ def probing(model: nn.Module, graph: Graph, calibration: xr.Dataset) -> Probing:
     return Probing(model=model, graph=graph, plans=plans, images=images, itemsize=itemsize)
 
 
-def probe_rank(context: RankContext, task: Probing) -> NDArray[np.float64]:
-    """How long steps of the ``PROBES`` take, (probe, repetition) in s, the same on all ranks; every rank runs this.
+@dataclass(frozen=True, kw_only=True)
+class Probed:
+    """How long the ``PROBES`` took, (probe, repetition) in s; NaN where nothing was measured."""
 
-    NaN where nothing was measured.
-    """
+    steps: NDArray[np.float64]
+    """Of the whole step, the same on all ranks."""
+    busy: NDArray[np.float64]
+    """In which this rank computed beside others."""
+
+
+def probe_rank(context: RankContext, task: Probing) -> Probed:
+    """Take the steps; every rank runs this."""
     torch.manual_seed(0)
-    found = np.full((len(PROBES), _MOST), np.nan)
+    steps, busy = np.full((2, len(PROBES), _MOST), np.nan)
     model = task.model
     if context.rank == 0:
         model = copy.deepcopy(model).to_empty(device="cpu")
@@ -109,90 +123,139 @@ def probe_rank(context: RankContext, task: Probing) -> NDArray[np.float64]:
         for index, probe in enumerate(PROBES):
             if _strategy_of(probe) not in executions:
                 continue
-            execution = executions[_strategy_of(probe)]
-            seconds = _step(context, execution, task.images, last="without" not in probe)
+            seconds = _step(context, executions[_strategy_of(probe)], task.images, last=_sums(probe))
             if repetition >= 0:  # before, memory is set up
-                found[index, repetition] = seconds
-                spent += seconds
-    return found
+                steps[index, repetition], busy[index, repetition] = seconds
+                spent += seconds[0]
+    return Probed(steps=steps, busy=busy)
 
 
 def _strategy_of(probe: str) -> Strategy:
-    return "kernel" if probe == "kernel" else "batch"
+    return next(one for one in _PROBED if one == probe.removesuffix(_WITHOUT_SUMS))
+
+
+def _sums(probe: str) -> bool:
+    return not probe.endswith(_WITHOUT_SUMS)
 
 
 def fitted(calibration: xr.Dataset, task: Probing) -> xr.Dataset:
-    """``calibration`` with the ``turn_growth`` between all ranks and the ``summing_time`` that make its probes true.
+    """``calibration`` with the ``stretch``, the ``turn_growth`` and the ``summing_time`` that make its probes true.
 
     What a probe says nothing of, as its plan has no such exchange, stays as it is.
     """
-    costs, took = Costs.of(calibration), calibration.probe_step_time.median("repetition")
-    programs = {strategy: compile_program(task.graph, plan, task.images) for strategy, plan in task.plans.items()}
-
-    def predicted(probe: str, costs: Costs) -> float:
-        return _predicted(task, programs[_strategy_of(probe)], probe, costs)
-
-    def solved(late: Callable[[float], float], most: float) -> float | None:
-        least = _LITTLE * most
-        early, latest = late(least), late(most)
-        if latest - early <= _SAME_S:
-            return None
-        if early >= 0:
-            return least
-        return most if latest <= 0 else float(scipy.optimize.brentq(late, least, most, rtol=1e-2))
-
+    steps, stretch = _Steps(task), calibration.stretch.copy(deep=True)
+    for layout, probe in _STRETCHED.items():
+        if probe in steps.probes:
+            busy = calibration.probe_busy_time.sel(probe=probe).median("repetition").values
+            stretch.loc[{"layout": layout}] = _stretch(steps, Costs.of(calibration), probe, busy)
+    costs = Costs.of(calibration.assign(stretch=stretch))
+    took = {str(one): float(calibration.probe_step_time.sel(probe=one).median("repetition")) for one in steps.probes}
     growth = calibration.turn_growth.copy(deep=True)
-    probes = (("kernel", "everyone"), ("batch without sums", "moments"))
-    for probe, company in ((probe, company) for probe, company in probes if _strategy_of(probe) in programs):
-        grown = functools.partial(_growing, costs, COMPANIES.index(company))
-        value = solved(
-            _difference(functools.partial(predicted, probe), grown, float(took.sel(probe=probe))), _MOST_GROWTH
-        )
+    for probe, company in _TELLS.items():
+        value = _growth(steps, costs, probe, company, took[probe]) if probe in took else None
         if value is not None:
             growth.loc[{"company": company}] = value
-            costs = grown(value)
+            costs = _growing(costs, company, value)
     summing = None
-    if "batch" in programs:
+    if _SUMMING in took:
         # What the sums add to a step; whatever else was predicted wrong is in both.
-        sums = float(took.sel(probe="batch") - took.sel(probe="batch without sums"))
-        whole = sums + predicted("batch without sums", costs)
-        late = _difference(functools.partial(predicted, "batch"), functools.partial(_summing, costs), whole)
-        summing = solved(late, _MOST_S_PER_BYTE)
-    return calibration.assign(turn_growth=growth, summing_time=summing or 0.0)
+        added = took[_SUMMING] - took[_SUMMING + _WITHOUT_SUMS]
+        summing = _summing(steps, costs, steps.seconds(_SUMMING + _WITHOUT_SUMS, costs) + added)
+    return calibration.assign(stretch=stretch, turn_growth=growth, summing_time=summing or 0.0)
 
 
-def _difference(
-    predicted: Callable[[Costs], float], costs: Callable[[float], Costs], took: float
-) -> Callable[[float], float]:
-    """How much later than it took a step would end, by the value that ``costs`` are made of."""
-    return lambda value: predicted(costs(value)) - took
+def _stretch(steps: _Steps, costs: Costs, probe: str, busy: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How many times as long as by itself each device computes if it is so ``busy`` in a probe, (device) in s."""
+    least, most = (np.full_like(costs.stretch, one) for one in _STRETCH)
+    early, late = (steps.busy(probe, replace(costs, stretch=one)) for one in (least, most))
+    known = (late - early > _SAME_S) & np.isfinite(busy)  # who computes nothing tells nothing
+    along = np.where(known, (busy - early) / np.where(known, late - early, 1.0), 0.0)
+    found = _STRETCH[0] + np.clip(along, 0.0, 1.0) * (_STRETCH[1] - _STRETCH[0])
+    return np.where(known, found, 1.0)
 
 
-def _growing(costs: Costs, company: int, value: float) -> Costs:
+def _growth(steps: _Steps, costs: Costs, probe: str, company: Company, took: float) -> float | None:
+    """How much waiting of ``company`` makes ``probe`` take so long in s; None if it has nothing to do with it."""
+
+    def late(value: float) -> float:
+        return steps.seconds(probe, _growing(costs, company, value)) - took
+
+    return _root(late, _MOST_GROWTH)
+
+
+def _summing(steps: _Steps, costs: Costs, took: float) -> float | None:
+    """How many s a byte of sums costs if a step with them takes so long in s; None if there are none."""
+
+    def late(value: float) -> float:
+        return steps.seconds(_SUMMING, replace(costs, summing=np.full(costs.devices, value))) - took
+
+    return _root(late, _MOST_S_PER_BYTE)
+
+
+def _root(late: Callable[[float], float], most: float) -> float | None:
+    """Where ``late`` changes its sign between a little of ``most`` and it, or its nearer end; None if it is level."""
+    least = _LITTLE * most
+    early, latest = late(least), late(most)
+    if latest - early <= _SAME_S:
+        return None
+    if early >= 0:
+        return least
+    return most if latest <= 0 else float(scipy.optimize.brentq(late, least, most, rtol=1e-2))
+
+
+def _growing(costs: Costs, company: Company, value: float) -> Costs:
     growth = costs.turn_growth.copy()
-    growth[:, company] = value
+    growth[:, COMPANIES.index(company)] = value
     return replace(costs, turn_growth=growth)
 
 
-def _summing(costs: Costs, value: float) -> Costs:
-    return replace(costs, summing=np.full(costs.devices, value))
+class _Steps:
+    """What the steps of a probing should take."""
+
+    def __init__(self, task: Probing) -> None:
+        self._task = task
+        self._programs = {name: compile_program(task.graph, plan, task.images) for name, plan in task.plans.items()}
+
+    @property
+    def probes(self) -> tuple[str, ...]:
+        """Those of the ``PROBES`` that are taken."""
+        return tuple(one for one in PROBES if _strategy_of(one) in self._programs)
+
+    def seconds(self, probe: str, costs: Costs) -> float:
+        """The predicted time of one step in s."""
+        return float(np.nanmax(self._timeline(probe, costs)[1]))
+
+    def busy(self, probe: str, costs: Costs) -> NDArray[np.float64]:
+        """How long each device should compute beside others, (device) in s."""
+        program, timeline_IR2 = self._timeline(probe, costs)
+        return _busy(program, timeline_IR2)
+
+    def _timeline(self, probe: str, costs: Costs) -> tuple[Program, NDArray[np.float64]]:
+        strategy, graph = _strategy_of(probe), self._task.graph
+        plan, program = self._task.plans[strategy], self._programs[strategy]
+        if _sums(probe):
+            left = program.backward
+        else:
+            left = tuple(one for one in program.backward if not isinstance(one, Exchange) or one.moves != "gradients")
+        standing = replace(costs, update=np.zeros(costs.devices), update_overhead=np.zeros(costs.devices))
+        program = replace(program, backward=left)
+        return program, predict_timeline(graph, plan, program, standing, itemsize=self._task.itemsize)[0]
 
 
-def _predicted(task: Probing, program: Program, probe: str, costs: Costs) -> float:
-    plan = task.plans[_strategy_of(probe)]
-    if "without" in probe:
-        sums = [one for one in program.backward if isinstance(one, Exchange) and one.moves == "gradients"]
-        program = replace(program, backward=tuple(one for one in program.backward if one not in sums))
-    standing = replace(costs, update=np.zeros(costs.devices), update_overhead=np.zeros(costs.devices))
-    return float(np.nanmax(predict_timeline(task.graph, plan, program, standing, itemsize=task.itemsize)))
+def _busy(program: Program, timeline_IR2: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How long each rank computes beside others, (rank) in s, in a timeline of (instruction, rank, 2)."""
+    beside = [isinstance(one, Compute) and len(one.ranks) > 1 for one in program.instructions]
+    found: NDArray[np.float64] = np.nansum(np.diff(timeline_IR2[beside], axis=-1), axis=(0, 2))
+    return found
 
 
-def _step(context: RankContext, execution: Execution, images: int, *, last: bool) -> float:
-    """How long one training step takes all ranks, in s."""
+def _step(context: RankContext, execution: Execution, images: int, *, last: bool) -> tuple[float, float]:
+    """How long one training step takes all ranks, and this one's computations beside others, in s."""
     on_master = context.rank == 0
     x_BCHW = torch.rand(images, *execution.graph.input_shape) if on_master else None
     y_B = torch.zeros(images, dtype=torch.long) if on_master else None
-    clock = Clock(len(execution.program(images).instructions), offset=0.0, keep=1)
+    program = execution.program(images)
+    clock = Clock(len(program.instructions), offset=0.0, keep=1)
     context.barrier()
     start = time.perf_counter()
     with clock.step():
@@ -200,7 +263,7 @@ def _step(context: RankContext, execution: Execution, images: int, *, last: bool
     took = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
     dist.all_reduce(took, dist.ReduceOp.MAX, context.group)
     execution.forget()
-    return took.item()
+    return took.item(), float(_busy(program, clock.times[-1][:, None])[0])
 
 
 def _sum(output: Any, _: torch.Tensor) -> torch.Tensor:

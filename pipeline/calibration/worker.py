@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -42,8 +43,10 @@ _LEAST_REPETITIONS = 3
 """Of what is not measured again where it is uncertain."""
 _MEASURED_S, _MOST_REPETITIONS = 0.5, 8
 """Short steps are repeated until so much time is measured, or so often."""
-_CERTAIN = 0.02
-"""What is uncertain by less than this part of a whole step is not measured again."""
+_LONG_S = 0.4
+"""What setting up operations adds to a step as long as this is little."""
+_CERTAIN, _ENOUGH_S = 0.02, 10.0
+"""What is uncertain by less than this part of a whole step, or has taken so long already, is not measured again."""
 _DIRECTIONS = 2
 _CLEARLY = 0.95
 """Another order in memory has to save more than measurements err."""
@@ -126,11 +129,11 @@ def measure_rank(context: RankContext, task: Task) -> Measurement:
     torch.manual_seed(0)
     model = copy.deepcopy(task.model).to_empty(device="cpu")
     initialise((*model.parameters(), *model.buffers()))
-    channels_last = _is_faster_with_channels_last(context, model, task)
+    channels_last, seconds = _faster_order(context, model, task)
     whole = _execution_of(context, model, task.graph, None, channels_last=channels_last)
     calls = np.array([call_seconds(whole) for _ in range(max(task.repetitions, _LEAST_REPETITIONS))])
     forward, backward = (float(one) for one in np.median(calls, axis=0))
-    segments = _Segments(context, model, task, whole, (forward, backward))
+    segments = _Segments(context, model, task, whole, (forward, backward), seconds)
     for _ in range(1 + task.passes):
         todo = segments.uncertain()
         if not todo:
@@ -163,24 +166,25 @@ class _Segments:
     """The times of one rank so far."""
 
     def __init__(
-        self, context: RankContext, model: nn.Module, task: Task, whole: Execution, call: tuple[float, float]
+        self,
+        context: RankContext,
+        model: nn.Module,
+        task: Task,
+        whole: Execution,
+        call: tuple[float, float],
+        seconds: float,
     ) -> None:
-        """``whole`` is an execution of this rank alone; ``call`` what a computation of nothing takes, both ways."""
+        """``whole`` is an execution of this rank alone; ``call`` what a computation of nothing takes, both ways.
+
+        ``seconds`` is about what the slowest rank takes for all segments with the most images.
+        """
         self._context, self._model, self._task, self._whole, self._call = context, model, task, whole, call
-        self._done = 0
-        self._repetitions = self._enough_repetitions()
+        self._done, self._spent, self._is_long = 0, 0.0, seconds > _LONG_S
+        enough = math.ceil(_MEASURED_S / max(seconds, 1e-6))
+        self._repetitions = max(task.repetitions, min(enough, _MOST_REPETITIONS))
         shape = (len(task.chains), len(task.fractions))
         self.times = np.full((*shape, len(task.images), self._repetitions + task.passes, len(PARTS)), np.nan)
         self.kernels = task.kernels()
-
-    def _enough_repetitions(self) -> int:
-        run = self._pass(self._whole, dict(enumerate(self._task.chains)), self._task.images[-1]).run
-        run()
-        seconds = torch.tensor(float(run()[:, :_DIRECTIONS].sum()))
-        if self._context.group is not None:
-            dist.all_reduce(seconds, dist.ReduceOp.MAX, self._context.group)
-        enough = math.ceil(_MEASURED_S / max(seconds.item(), 1e-6))
-        return max(self._task.repetitions, min(enough, _MOST_REPETITIONS))
 
     def uncertain(self) -> list[int]:
         """The shares that any rank has to measure (again), the same on all ranks."""
@@ -195,19 +199,20 @@ class _Segments:
         doubt = 2 * (np.ma.median(both, axis=-1).filled(0.0) - least)  # type: ignore[no-untyped-call]
         # As if the rest of the step were done at the same share.
         relative = doubt * np.array(task.weights)[:, None] / (step * np.array(task.fractions))
-        most = relative.max(axis=0)
+        agreed = torch.tensor([*relative.max(axis=0), self._spent])
         if self._context.group is not None:
-            agreed = torch.from_numpy(most)
             dist.all_reduce(agreed, dist.ReduceOp.MAX, self._context.group)
-        return [int(share) for share in every if most[share] > _CERTAIN]
+        *most, spent = agreed.tolist()
+        return [int(share) for share in every if most[share] > _CERTAIN and spent < _ENOUGH_S]
 
     def measure(self, shares: list[int]) -> None:
         """Measure at these shares, all segments of each: uncertain ones by themselves would find another cache."""
-        repetitions = 1 if self._done else self._repetitions
+        repetitions, start = 1 if self._done else self._repetitions, time.perf_counter()
         for place, share in enumerate(shares):
             self._measure_share(share, repetitions)
             self._context.report(place + 1, total=len(shares))
         self._done += repetitions
+        self._spent += time.perf_counter() - start
 
     def _measure_share(self, share: int, repetitions: int) -> None:
         """Whoever has all of a segment, as with a part of the images, does not divide its backward computation."""
@@ -225,7 +230,8 @@ class _Segments:
             context.barrier()
             if rank == context.rank:
                 run = self._pass(self._whole, dict(enumerate(task.chains)), task.images[-1]).run
-                run()
+                if not self._is_long:
+                    run()
                 times = np.stack([run()[:, :_DIRECTIONS] for _ in range(self._repetitions)], axis=1)
         context.barrier()
         return times
@@ -254,8 +260,9 @@ class _Segments:
         """Measured beside the other ranks, (segment, images, repetition, part) in s."""
         passes = [self._pass(execution, segments, one) for one in images]
         self._context.barrier()
-        for one in reversed(passes):
-            one.run()  # the first time torch sets up its operations, and the system gives it memory
+        # The first time torch sets up its operations, and the system gives it memory.
+        for one in passes[:1] if self._is_long else reversed(passes):
+            one.run()
         found = [[one.run() for one in passes] for _ in range(repetitions)]
         _keep_busy(self._context, passes[-1])
         return np.array(found).transpose(2, 1, 0, 3)
@@ -268,25 +275,39 @@ class _Segments:
         return _execution_of(self._context, self._model, self._task.graph, plan, channels_last=last)
 
 
-def _is_faster_with_channels_last(context: RankContext, model: nn.Module, task: Task) -> bool:
-    """Whether the whole network takes clearly less time with the channels last in memory, over all ranks."""
-    if not may_have_channels_last(model):
-        return False
-    seconds = []
-    for channels_last in (False, True):
-        execution = _execution_of(context, model, task.graph, None, channels_last=channels_last)
-        try:
-            run = Pass(execution, task.graph, dict(enumerate(task.chains)), task.cuts, task.images[-1]).run
-            run()
-            seconds.append(float(run()[:, :_DIRECTIONS].sum(axis=1) @ np.array(task.weights)))
-        except RuntimeError:
-            if not channels_last:
-                raise
-            seconds.append(float("inf"))  # a model's own code may need its images as torch has them
-    total = torch.tensor(seconds, dtype=torch.float64)
+def _faster_order(context: RankContext, model: nn.Module, task: Task) -> tuple[bool, float]:
+    """Whether the whole network takes clearly less time with the channels last in memory, over all ranks.
+
+    And about how long the slowest rank takes for all segments with the most images then, in s; the same on all ranks.
+    """
+    orders = (False, True) if may_have_channels_last(model) else (False,)
+    seconds = np.array([_order_seconds(context, model, task, channels_last=last) for last in orders])
+    total, slowest = torch.from_numpy(seconds[:, 0].copy()), torch.from_numpy(seconds[:, 1].copy())
     if context.group is not None:
         dist.all_reduce(total, group=context.group)
-    return bool(total[1] < _CLEARLY * total[0])
+        dist.all_reduce(slowest, dist.ReduceOp.MAX, context.group)
+    last = len(orders) > 1 and bool(total[1] < _CLEARLY * total[0])
+    return last, float(slowest[int(last)])
+
+
+def _order_seconds(context: RankContext, model: nn.Module, task: Task, *, channels_last: bool) -> tuple[float, float]:
+    """How long the whole network, and all segments once, take with this order in memory, in s."""
+    execution = _execution_of(context, model, task.graph, None, channels_last=channels_last)
+    few, most = (
+        Pass(execution, task.graph, dict(enumerate(task.chains)), task.cuts, images)
+        for images in (task.images[0], task.images[-1])
+    )
+    try:
+        few.run()
+        times = most.run()
+        if np.nansum(times[:, :_DIRECTIONS]) < _LONG_S:
+            times = most.run()
+    except RuntimeError:
+        if not channels_last:
+            raise
+        return math.inf, math.inf  # a model's own code may need its images as torch has them
+    both = times[:, :_DIRECTIONS].sum(axis=1)
+    return float(both @ np.array(task.weights)), float(both.sum())
 
 
 def _execution_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -22,10 +22,11 @@ less, but measurements of them by some per cent, which would make one of them wa
 
 CROWD = 3
 """With so many ranks several links are in use at once."""
+LAYOUTS: tuple[Literal["K", "B"], ...] = ("K", "B")
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 """As they follow each other in arrays with that axis."""
 _SECONDS = ("fixed", "per_image", "whole", "call", "resuming", "update", "update_overhead")
-_OF_A_DEVICE = (*_SECONDS, "alone", "turn", "turn_growth", "summing", "crowding")
+_OF_A_DEVICE = (*_SECONDS, "alone", "stretch", "turn", "turn_growth", "summing", "crowding")
 """Arrays of which the first axis is the device's."""
 _HALF = 0.5
 """The gradients of a convolution's input and of its weights take the same number of operations."""
@@ -72,6 +73,9 @@ class Costs:
     alone: NDArray[np.float64]
     """(device, segment, direction) what part of these times a segment takes while the other devices wait: devices that
     share a processor take memory bandwidth, cache and clock from each other."""
+    stretch: NDArray[np.float64]
+    """(device, layout) how many times as long computations take in a real step, by whether the devices share the
+    kernels or the images (``LAYOUTS``)."""
     turn: NDArray[np.float64]
     """(device) in s, from its having computed until others that wait for that go on, beside what is sent to them."""
     turn_growth: NDArray[np.float64]
@@ -101,9 +105,10 @@ class Costs:
         update = _both(calibration, "update_overhead", "update_time")
         call = _both(calibration, "forward_call_time", "backward_call_time")
         resuming = _both(calibration, "forward_resuming_time", "backward_resuming_time")
+        stretch = calibration.stretch.sel(layout=list(LAYOUTS)).transpose("device", "layout").values.copy()
         kinds = [str(label).partition("[")[0] for label in calibration.device_label.values]  # whatever the memory
         for alike in _alike(kinds, times):
-            for measured in (times, update, call, resuming):
+            for measured in (times, update, call, resuming, stretch):
                 measured[alike] = measured[alike].mean(axis=0)
         fixed, per_image = _lines(times, calibration.images.values)
         kernels = calibration.kernels.transpose("segment", "share")
@@ -122,6 +127,7 @@ class Costs:
             input_part=_input_part(until_input, parts[1]),
             by_images=_by_images(calibration, times[:, :, :, -1]),
             alone=_alone(calibration, kinds, times[:, :, :, -1]),
+            stretch=stretch,
             turn=np.full(len(kinds), _turn(calibration)),
             turn_growth=np.tile(calibration.turn_growth.sel(company=list(COMPANIES)).values, (len(kinds), 1)),
             summing=np.full(len(kinds), float(calibration.summing_time)),
@@ -187,7 +193,7 @@ class Costs:
         return len(self.fixed)
 
     def curves(self, operation: str, total: int, batch_size: int) -> Curves | None:
-        """Forward plus backward time in s over the share of ``operation`` with ``total`` kernels.
+        """Forward plus backward time in s over the share of ``operation`` with ``total`` kernels, in a real step.
 
         Points, (point), and the times of all devices there, (device, point). None if the operation does not begin a
         calibrated segment.
@@ -196,6 +202,7 @@ class Costs:
         if segment is None:
             return None
         both = (self.fixed[:, segment] + batch_size * self.per_image[:, segment]).sum(axis=-1)
+        both = both * self.stretch[:, LAYOUTS.index("K"), None]
         measured = np.isfinite(self.fractions[segment]) & np.isfinite(both[0])
         return self.fractions[segment][measured] * total, both[:, measured]
 
@@ -236,6 +243,11 @@ class Costs:
     def whole_steps(self, batch_size: int) -> NDArray[np.float64]:
         """Forward and backward of the whole network on each device beside the others in s, (device)."""
         found: NDArray[np.float64] = self._whole(batch_size).sum(axis=(1, 2))
+        return found
+
+    def steps_by_images(self, images: int) -> NDArray[np.float64]:
+        """Forward and backward of the whole network for a part of the images in a real step in s, (device)."""
+        found: NDArray[np.float64] = self.whole_steps(images) * self.stretch[:, LAYOUTS.index("B")]
         return found
 
     def alone_steps(self, batch_size: int) -> NDArray[np.float64]:

@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph
 from pipeline.links import Link
-from pipeline.plan.costs import CROWD, DIRECTIONS, Costs
+from pipeline.plan.costs import CROWD, DIRECTIONS, LAYOUTS, Costs
 from pipeline.plan.instructions import (
     COMPANIES,
-    Company,
     Compute,
     Direction,
     Exchange,
@@ -137,6 +136,8 @@ def compute_seconds(graph: Graph, plan: Plan, program: Program, instruction: Ins
             whole = step_seconds(graph, plan, step, way, program.batch_size, costs)
             if len(instruction.ranks) == 1:
                 whole = whole * costs.alone_part(step.operation, way)
+            else:
+                whole = whole * costs.stretch[:, LAYOUTS.index("B" if _is_by_images(step) else "K")]
             total += _part_of(instruction, costs.input_part_of(step.operation)) * whole
     return total
 
@@ -218,9 +219,10 @@ class _Simulation:
         """When each rank has ended its part, (case, rank); a rank without one ends at once."""
         unit = exchange.spec.rest * self._itemsize
         moved = exchange.traffic
+        turns = self._turns(exchange, moved.sent[0] > 0)
         if self._links.alike and self._program.ranks > _PAIRWISE_RANKS:
-            return self._in_sum(moved, unit, company=exchange.company)
-        return self._message_by_message(moved, unit, company=exchange.company)
+            return self._in_sum(moved, unit, turns)
+        return self._message_by_message(moved, unit, turns)
 
     def _copying(self, exchange: Exchange) -> Times:
         """What an exchange keeps each rank from computing in s, (case, rank): it copies its messages itself."""
@@ -233,15 +235,20 @@ class _Simulation:
         found: Times = moved * exchange.spec.rest * self._itemsize * each + np.where(moved > 0, self._handling, 0.0)
         return found
 
-    def _turns(self, sends: NDArray[np.bool_], *, company: Company) -> Times:
-        """How long others wait for each rank beside its messages, (rank), which now ``sends``."""
+    def _turns(self, exchange: Exchange, sends: NDArray[np.bool_]) -> Times:
+        """How long others wait for each rank beside its messages, (rank), which now ``sends``.
+
+        While an exchange is deferred, all have something else to do; who is late by then still is so afterwards.
+        """
         waits = sends & (self._computed > 0)
-        growth = self._costs.turn_growth[:, COMPANIES.index(company)]
+        if exchange.deferred:
+            return np.where(waits, self._costs.turn, 0.0)
+        growth = self._costs.turn_growth[:, COMPANIES.index(exchange.company)]
         turns: Times = np.where(waits, self._costs.turn + growth * self._computed, 0.0)
         self._computed[sends] = 0.0
         return turns
 
-    def _message_by_message(self, moved: Traffic, unit: int, *, company: Company = "everyone") -> Times:
+    def _message_by_message(self, moved: Traffic, unit: int, turns: Times) -> Times:
         """Each port takes its messages one after the other, in the order of the other end's ranks."""
         size = moved.matrix
         travels = size > 0
@@ -251,7 +258,7 @@ class _Simulation:
         duration = size * unit * self._links.seconds_per_byte
         if not self._links.alike and np.count_nonzero(sends) >= CROWD:
             duration = duration * self._costs.crowding[:, None]
-        latency = np.broadcast_to(self._links.latency, duration.shape) + self._turns(sends, company=company)[:, None]
+        latency = np.broadcast_to(self._links.latency, duration.shape) + turns[:, None]
         begin = np.maximum(self._free, self._egress)
         leaves = begin[:, :, None] + np.cumsum(duration, axis=2)
         self._egress = np.where(sends, leaves[:, :, -1], self._egress)
@@ -263,14 +270,14 @@ class _Simulation:
         end = np.where(sends, np.maximum(leaves[:, :, -1], self._free) + self._handling / 2, self._free)
         return np.where(receives, np.maximum(end, ended), end)
 
-    def _in_sum(self, moved: Traffic, unit: int, *, company: Company = "everyone") -> Times:
+    def _in_sum(self, moved: Traffic, unit: int, turns: Times) -> Times:
         """Ports share their bandwidth fairly, so that what goes through one ends when all of it has."""
         latency, per_byte = self._links.latency[:, :, 0], self._links.seconds_per_byte[:, :, 0]
         (sent, out_size), (received, in_size) = moved.sent, moved.received
         sends, receives = sent > 0, received > 0
         if not sends.any():
             return self._free
-        latency = latency + self._turns(sends, company=company).max()
+        latency = latency + turns.max()
         leaving, arriving = out_size * unit * per_byte, in_size * unit * per_byte
         begin = np.where(sends, np.maximum(self._free, self._egress), -np.inf)
         leaves = begin + leaving
@@ -309,11 +316,16 @@ def _work(graph: Graph, plan: Plan, step: Step, batch_size: int) -> tuple[Times,
     """Each rank's part of an operation: the fraction of its kernels, and for how many images; both (rank)."""
     planned = plan[step.operation]
     split_input = graph[step.operation].effect is Effect.KERNEL and planned.input.kind == "K"
-    if step.output is not None and step.output.layout.kind == "B":
+    if _is_by_images(step):
+        assert step.output is not None
         images = np.array(step.output.layout.shares, dtype=float)
         return (images > 0).astype(float), images
     layout = planned.input if split_input else planned.output
     return _parts(layout), np.full(len(layout.shares), float(batch_size))
+
+
+def _is_by_images(step: Step) -> bool:
+    return step.output is not None and step.output.layout.kind == "B"
 
 
 def _parts(layout: Layout) -> Times:

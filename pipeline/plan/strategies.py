@@ -152,7 +152,7 @@ def image_shares(
     if costs is None:
         raise InputError("strategy 'batch' needs a calibration, or shares, to split the images")
     points = np.unique([1.0, batch_size])
-    times = np.stack([costs.whole_steps(int(one)) for one in points], axis=1)
+    times = np.stack([costs.steps_by_images(int(one)) for one in points], axis=1)
     return balanced(batch_size, [points] * ranks, list(times), caps=_caps(batch_size, most))
 
 

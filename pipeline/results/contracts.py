@@ -32,7 +32,7 @@ device_set, link, strategy)` flags cells whose repetitions spread much. A simula
     update_overhead, update_time(device, repetition)  calibration_time()
     link_time(source, destination, message_bytes, repetition)  link_latency, link_bandwidth(source, destination)
     turn_time(turn_bytes, repetition)  probe_step_time(probe, repetition)
-    turn_growth(company)  summing_time()
+    probe_busy_time(probe, device, repetition)  turn_growth(company)  summing_time()  stretch(device, layout)
 
 **Accuracy** (`accuracy.zarr`): accuracy(seed, strategy, epoch), loss(seed, strategy, step), and of a control, `single`
 from initial weights that are one rounding away, control_accuracy(seed, epoch) and control_loss(seed, step); `network`,
@@ -172,6 +172,12 @@ CALIBRATION: Mapping[str, Variable] = {
         ("turn_bytes", "repetition"), "s", "time of an exchange between all ranks, which hardly compute before it"
     ),
     "probe_step_time": Variable(("probe", "repetition"), "s", "time of a real step of all devices"),
+    "probe_busy_time": Variable(
+        ("probe", "device", "repetition"), "s", "time that a device computes beside others in a real step"
+    ),
+    "stretch": Variable(
+        ("device", "layout"), "1", "time of a computation in a real step over its time as measured by itself"
+    ),
     "turn_growth": Variable(
         ("company",), "1", "how much longer an exchange takes for each second of computing before it"
     ),

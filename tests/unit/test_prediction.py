@@ -116,11 +116,11 @@ def _gathers(costs: Costs, links: Links, ranks: int, late: float = 0.0) -> tuple
         simulation._links, simulation._costs = links, costs
         simulation._free = np.zeros((1, ranks))
         simulation._free[0, 0] = late
-        simulation._computed, simulation._handling = np.zeros(ranks), np.zeros((1, 1))
+        simulation._handling = np.zeros((1, 1))
         simulation._egress, simulation._ingress = np.zeros((1, ranks)), np.zeros((1, ranks))
         for _ in range(2):
             step = simulation._message_by_message if follow else simulation._in_sum
-            simulation._free = np.maximum(simulation._free, step(moved, 1))
+            simulation._free = np.maximum(simulation._free, step(moved, 1, np.zeros(ranks)))
         found.append(simulation._free[0])
     return found[0], found[1]
 
@@ -238,3 +238,45 @@ def test_three_ranks_that_send_at_once_crowd_the_measured_links_but_not_assumed_
                           and one.direction == "forward" and one.target.layout.kind == "R")  # fmt: skip
         assert slow[images] == pytest.approx(usual[images]), "only the master sends the images"
         assert (np.nanmax(slow[gather]) > 1.2 * np.nanmax(usual[gather])) == longer
+
+
+def test_waiting_grows_with_the_computing_only_where_nothing_else_is_to_be_done(graph: Graph) -> None:
+    costs, links = costs_of(graph, [1e9] * 2), Links.uniform(np.array([0.0]), np.array([1e12]))
+    plan = plan_network(graph, "kernel", batch_size=BATCH, labels=["a", "b"], costs=costs)
+    program = compile_program(graph, plan, BATCH)
+    usual, grown = (
+        predict_timeline(graph, plan, program, replace(costs, turn_growth=np.full((2, 3), growth)), links=links)[0]
+        for growth in (0.0, 0.5)
+    )
+    # From when the last rank is there.
+    longer = (grown - usual)[..., 1].max(axis=1) - (grown - usual)[..., 0].max(axis=1)
+    of = {place: one for place, one in enumerate(program.instructions) if isinstance(one, Exchange)}
+    assert any(one.deferred for one in of.values())
+    assert longer[[place for place, one in of.items() if one.deferred]] == pytest.approx(0.0)
+    gather = next(place for place, one in of.items() if place > 0 and not one.deferred)
+    computed = np.diff(usual[gather - 1]).max()
+    assert isinstance(program.instructions[gather - 1], Compute)
+    assert longer[gather] == pytest.approx(0.5 * computed)
+
+
+@pytest.mark.parametrize(("strategy", "layout"), [("kernel", 0), ("paper", 0), ("batch", 1)])
+def test_computing_beside_others_is_stretched_as_the_probes_were(graph: Graph, strategy: str, layout: int) -> None:
+    costs = costs_of(graph, [1e10] * 2)
+    usual, instructions = _busy(graph, strategy, costs)
+    stretch = np.ones((2, 2))
+    stretch[:, layout] = 1.5, 1.5
+    stretched, _ = _busy(graph, strategy, replace(costs, stretch=stretch))
+    for place, one in enumerate(instructions):
+        if isinstance(one, Compute) and one.steps:
+            factor = 1.5 if len(one.ranks) > 1 else 1.0
+            assert stretched[place] == pytest.approx(factor * usual[place], nan_ok=True)
+
+
+def test_who_is_stretched_more_gets_less(graph: Graph) -> None:
+    costs = costs_of(graph, [1e10] * 2)
+    for strategy, layout in (("kernel", 0), ("batch", 1)):
+        stretch = np.ones((2, 2))
+        stretch[1, layout] = 3.0
+        plan = plan_network(graph, strategy, batch_size=BATCH, labels=["a", "b"], costs=replace(costs, stretch=stretch))  # type: ignore[arg-type]
+        first, second = plan["conv2"].output.shares
+        assert first / second == pytest.approx(3, rel=0.1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,6 @@ from pipeline.calibration.probes import Probing
 from pipeline.graph.trace import trace
 from pipeline.plan.costs import Costs
 from pipeline.plan.instructions import COMPANIES
-from pipeline.plan.program import compile_program
 from tests import synthetic
 
 
@@ -23,56 +24,66 @@ def model() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(32 * 28 * 28, 10))
 
 
-def _predicted(task: Probing, calibration: xr.Dataset) -> np.ndarray:
-    costs = Costs.of(calibration)
-    programs = {name: compile_program(task.graph, plan, task.images) for name, plan in task.plans.items()}
-    return np.array(
-        [probes._predicted(task, programs[probes._strategy_of(probe)], probe, costs) for probe in probes.PROBES]
-    )
+def _measured(model: nn.Module, *factors: float, **true: Any) -> tuple[xr.Dataset, Probing]:
+    """A calibration whose probes took so many times as long as it predicts with what is ``true``, and what they were.
 
-
-def _measured(model: nn.Module, *factors: float) -> tuple[xr.Dataset, Probing]:
-    """A calibration whose probes took so many times as long as it predicts, and what they were."""
+    ``true`` are ``stretch``, a growth for each company, and ``summing_time``.
+    """
     graph = trace(model, torch.zeros(2, 3, 32, 32))
-    calibration = synthetic.calibration_of(graph, ["cpu", "cpu@0.5"]).drop_vars("probe_step_time")
+    calibration = synthetic.calibration_of(graph, ["cpu", "cpu@0.5"]).drop_vars(("probe_step_time", "probe_busy_time"))
     task = probes.probing(model, graph, calibration)
-    times = _predicted(task, calibration) * factors
-    probe = np.array(probes.PROBES, object)
-    return calibration.assign(probe_step_time=(("probe", "repetition"), times[:, None])).assign_coords(
-        probe=probe
-    ), task
+    so = calibration.assign(
+        stretch=(("device", "layout"), true.get("stretch", np.ones((2, 2)))),
+        turn_growth=("company", [true.get(company, 0.0) for company in COMPANIES]),
+        summing_time=true.get("summing_time", 0.0),
+    )
+    steps, busy = _predicted(task, so)
+    return calibration.assign(
+        probe_step_time=(("probe", "repetition"), (steps * (factors or 1.0))[:, None]),
+        probe_busy_time=(("probe", "device", "repetition"), busy[:, :, None]),
+    ).assign_coords(probe=np.array(probes.PROBES, object)), task
 
 
-def test_with_what_is_found_the_probes_take_what_they_took(model: nn.Module) -> None:
-    calibration, task = _measured(model, 1.2, 1.6, 1.3)
+def _predicted(task: Probing, calibration: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    costs, steps = Costs.of(calibration), probes._Steps(task)
+    seconds = [steps.seconds(probe, costs) for probe in probes.PROBES]
+    return np.array(seconds), np.array([steps.busy(probe, costs) for probe in probes.PROBES])
+
+
+def test_what_made_the_probes_slow_is_found(model: nn.Module) -> None:
+    true = {"master": 0.3, "everyone": 0.2, "moments": 0.4, "summing_time": 3e-9}
+    stretch = np.array([[1.1, 0.9], [1.2, 1.3]])
+    calibration, task = _measured(model, stretch=stretch, **true)
     found = probes.fitted(calibration, task)
-    measured = calibration.probe_step_time.values[:, 0]
-    assert _predicted(task, found) == pytest.approx(measured, rel=0.01)
-    growth = dict(zip(COMPANIES, found.turn_growth.values, strict=True))
-    assert growth["master"] == 0  # of which the probes say nothing
-    assert growth["everyone"] > 0.01
-    assert growth["moments"] > 0.01
-    assert found.summing_time > 1e-10
+    steps, busy = _predicted(task, found)
+    assert steps == pytest.approx(calibration.probe_step_time.values[:, 0], rel=0.01)
+    assert busy == pytest.approx(calibration.probe_busy_time.values[:, :, 0], rel=0.01)
+    assert found.stretch.values == pytest.approx(stretch, rel=0.01)
+    assert dict(zip(COMPANIES, found.turn_growth.values, strict=True)) == pytest.approx(
+        {company: true[company] for company in COMPANIES}, rel=0.1
+    )
+    assert float(found.summing_time) == pytest.approx(true["summing_time"], rel=0.05)
 
 
 def test_steps_that_were_faster_than_predicted_make_nothing_negative(model: nn.Module) -> None:
-    found = probes.fitted(*_measured(model, 0.7, 0.7, 0.8))
+    found = probes.fitted(*_measured(model, 0.7, 0.7, 0.7, 0.8))
     assert (found.turn_growth >= 0).all()
     assert (found.turn_growth < 0.01).all()
     assert 0 < found.summing_time < 1e-10
+    assert found.stretch.values == pytest.approx(1.0)
 
 
 def test_steps_that_take_forever_are_believed_up_to_a_limit(model: nn.Module) -> None:
-    found = probes.fitted(*_measured(model, 100.0, 1000.0, 100.0))
+    found = probes.fitted(*_measured(model, 100.0, 100.0, 1000.0, 100.0))
     assert found.turn_growth.sel(company="everyone") == 2
     assert found.summing_time == pytest.approx(1e-8)
 
 
 def test_probes_without_such_exchanges_say_nothing_of_them() -> None:
     plain = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 30 * 30, 10))
-    found = probes.fitted(*_measured(plain, 1.5, 1.5, 1.2))
+    found = probes.fitted(*_measured(plain, master=0.5, summing_time=3e-9))
     assert found.turn_growth.sel(company="moments") == 0  # no batch normalisation
-    assert found.summing_time > 1e-10
+    assert found.summing_time == pytest.approx(3e-9, rel=0.05)
 
 
 def test_what_does_not_fit_into_memory_is_not_tried(model: nn.Module) -> None:

@@ -45,6 +45,7 @@ def costs_of(graph: Graph, speeds: list[float], *, latency: float = 1e-4, bandwi
         input_part=np.full(len(chains), 0.5),
         by_images=np.ones((len(chains), 2)),
         alone=np.ones((ranks, len(chains), 2)),
+        stretch=np.ones((ranks, 2)),
         turn=np.zeros(ranks),
         turn_growth=np.zeros((ranks, 3)),
         summing=np.zeros(ranks),
