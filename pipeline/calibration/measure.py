@@ -21,7 +21,7 @@ from torch import nn
 
 from pipeline.calibration.cache import cached
 from pipeline.calibration.links import LINK_BYTES, TURN_BYTES, link_of
-from pipeline.calibration.probes import PROBES, Probed, fitted, probe_rank, probing
+from pipeline.calibration.probes import MOST_STEPS, PROBES, Probed, fitted, probe_rank, probing
 from pipeline.calibration.segments import Chain, chains_of, geometry
 from pipeline.calibration.worker import Measurement, Task, measure_rank, split_plan
 from pipeline.cluster.devices import Member, discover
@@ -141,7 +141,7 @@ def _dataset(
         link = link_of(link_time[source, destination], LINK_BYTES)
         latency[source, destination], bandwidth[source, destination] = link.latency, link.bandwidth
     times = np.stack([measurement.times for measurement in measured])[:, everywhere]
-    made = max(int(np.isfinite(times).any(axis=(0, 1, 2, 3, 5)).sum()), repetitions)
+    made = max(int(np.isfinite(times).any(axis=(0, 1, 2, 3, 5)).sum()), repetitions, MOST_STEPS if ranks > 1 else 1)
     times = _padded(times, made, axis=4)
     alone = _padded(np.stack([one.alone for one in measured])[:, everywhere], made, axis=2)
     by_images = _padded(np.stack([one.by_images for one in measured])[:, everywhere], made, axis=2)

@@ -10,6 +10,7 @@ them, and what a byte of gradients costs.
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,7 @@ from pipeline.plan.costs import Costs
 from pipeline.plan.fitting import needed_memory
 from pipeline.plan.instructions import COMPANIES, Company, Compute, Exchange
 from pipeline.plan.plan import Plan, Strategy
-from pipeline.plan.prediction import predict_timeline
+from pipeline.plan.prediction import is_shared, predict_timeline
 from pipeline.plan.program import Program, compile_program
 from pipeline.plan.strategies import plan_network
 from pipeline.run.clock import Clock
@@ -48,8 +49,9 @@ _TELLS: dict[str, Company] = {"paper": "master", "kernel": "everyone", _SUMMING 
 """Which waiting each tells of, in the order in which they are looked at."""
 _STRETCHED = {"K": "kernel", "B": _SUMMING + _WITHOUT_SUMS}
 """Which tells how long computations take, by ``LAYOUTS``."""
-_MEASURED_S, _LEAST, _MOST = 5.0, 3, 8
-"""Each is repeated until so much time is measured, but so often at least and at most."""
+_ROUNDS, _MEASURED_S, _MOST = 2, 0.5, 4
+"""In each round, each is repeated until about so much time is measured, but so often at most."""
+MOST_STEPS = _ROUNDS * _MOST
 _LONG_STEP_S, _SAME_S = 0.4, 1e-9
 _STRETCH = 0.5, 2.0
 _MOST_GROWTH, _MOST_S_PER_BYTE, _LITTLE = 2.0, 1e-8, 1e-3
@@ -100,13 +102,13 @@ class Probed:
     steps: NDArray[np.float64]
     """Of the whole step, the same on all ranks."""
     busy: NDArray[np.float64]
-    """In which this rank computed beside others."""
+    """In which this rank computed its share of the network."""
 
 
 def probe_rank(context: RankContext, task: Probing) -> Probed:
     """Take the steps; every rank runs this."""
     torch.manual_seed(0)
-    steps, busy = np.full((2, len(PROBES), _MOST), np.nan)
+    taken: dict[str, list[tuple[float, float]]] = {probe: [] for probe in PROBES}
     model = task.model
     if context.rank == 0:
         model = copy.deepcopy(model).to_empty(device="cpu")
@@ -115,19 +117,18 @@ def probe_rank(context: RankContext, task: Probing) -> Probed:
     for strategy, plan in task.plans.items():
         executions[strategy] = Execution(context, model, task.graph, plan)
         executions[strategy].prepare(Recipe(loss=_sum, optimizer=_Standstill), seed=0)
-    # In turn, as a processor may be slower for some seconds.
-    spent = 0.0
-    for repetition in range(-1, _MOST):
-        if repetition >= _LEAST and spent > _MEASURED_S:
-            break
-        for index, probe in enumerate(PROBES):
-            if _strategy_of(probe) not in executions:
-                continue
-            seconds = _step(context, executions[_strategy_of(probe)], task.images, last=_sums(probe))
-            if repetition >= 0:  # before, memory is set up
-                steps[index, repetition], busy[index, repetition] = seconds
-                spent += seconds[0]
-    return Probed(steps=steps, busy=busy)
+    # In rounds, as a processor may be slower for some seconds.
+    for _ in range(_ROUNDS):
+        for probe, times in taken.items():
+            if _strategy_of(probe) in executions:
+                execution = executions[_strategy_of(probe)]
+                step = functools.partial(_step, context, execution, task.images, last=_sums(probe))
+                first, _ = step()  # which sets up memory, and finds in the cache what others have left there
+                times += [step() for _ in range(min(max(int(_MEASURED_S / first), 1), _MOST))]
+    found = np.full((len(PROBES), MOST_STEPS, 2), np.nan)
+    for index, times in enumerate(taken.values()):
+        found[index, : len(times)] = np.array(times).reshape(-1, 2)
+    return Probed(steps=found[..., 0], busy=found[..., 1])
 
 
 def _strategy_of(probe: str) -> Strategy:
@@ -226,9 +227,9 @@ class _Steps:
         return float(np.nanmax(self._timeline(probe, costs)[1]))
 
     def busy(self, probe: str, costs: Costs) -> NDArray[np.float64]:
-        """How long each device should compute beside others, (device) in s."""
+        """How long each device should compute its share, (device) in s."""
         program, timeline_IR2 = self._timeline(probe, costs)
-        return _busy(program, timeline_IR2)
+        return _busy(self._task.plans[_strategy_of(probe)], program, timeline_IR2)
 
     def _timeline(self, probe: str, costs: Costs) -> tuple[Program, NDArray[np.float64]]:
         strategy, graph = _strategy_of(probe), self._task.graph
@@ -242,15 +243,17 @@ class _Steps:
         return program, predict_timeline(graph, plan, program, standing, itemsize=self._task.itemsize)[0]
 
 
-def _busy(program: Program, timeline_IR2: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How long each rank computes beside others, (rank) in s, in a timeline of (instruction, rank, 2)."""
-    beside = [isinstance(one, Compute) and len(one.ranks) > 1 for one in program.instructions]
-    found: NDArray[np.float64] = np.nansum(np.diff(timeline_IR2[beside], axis=-1), axis=(0, 2))
+def _busy(plan: Plan, program: Program, timeline_IR2: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How long each rank computes what is shared out, (rank) in s, in a timeline of (instruction, rank, 2)."""
+    shared = [
+        isinstance(one, Compute) and any(is_shared(plan, step) for step in one.steps) for one in program.instructions
+    ]
+    found: NDArray[np.float64] = np.nansum(np.diff(timeline_IR2[shared], axis=-1), axis=(0, 2))
     return found
 
 
 def _step(context: RankContext, execution: Execution, images: int, *, last: bool) -> tuple[float, float]:
-    """How long one training step takes all ranks, and this one's computations beside others, in s."""
+    """How long one training step takes all ranks, and this one's share of the computations, in s."""
     on_master = context.rank == 0
     x_BCHW = torch.rand(images, *execution.graph.input_shape) if on_master else None
     y_B = torch.zeros(images, dtype=torch.long) if on_master else None
@@ -263,7 +266,7 @@ def _step(context: RankContext, execution: Execution, images: int, *, last: bool
     took = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
     dist.all_reduce(took, dist.ReduceOp.MAX, context.group)
     execution.forget()
-    return took.item(), float(_busy(program, clock.times[-1][:, None])[0])
+    return took.item(), float(_busy(execution.plan, program, clock.times[-1][:, None])[0])
 
 
 def _sum(output: Any, _: torch.Tensor) -> torch.Tensor:

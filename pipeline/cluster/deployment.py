@@ -42,8 +42,11 @@ _CONFIGURATION: dict[str, Any] = {
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
 }
-# Dask's own values turn every large tensor into fresh pages, which costs 30-65 % of a training step.
-_ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
+# What ranks free they soon need again. With Dask's own values every large tensor is made of fresh pages, which costs
+# 30-65 % of a training step; so it is, whatever the values, in the heaps that the system's library gives to threads
+# other than the first, which hold no more than 64 MiB: ranks run in such threads, and shall use the first one's.
+ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
+"""Environment of a worker process, by which its memory is managed."""
 
 
 @contextlib.contextmanager
@@ -164,9 +167,9 @@ def _worker_environment() -> Iterator[None]:
     A nanny writes its pre-spawn values into the environment of this process, and what it finds there beats the
     configuration, so values left over from an earlier cluster would win over ours.
     """
-    spawned = {**dask.config.get("distributed.nanny.pre-spawn-environ"), **_ALLOCATOR}
+    spawned = {**dask.config.get("distributed.nanny.pre-spawn-environ"), **ALLOCATOR}
     before = {name: os.environ.get(name) for name in (*spawned, "PYTHONHASHSEED")}
-    os.environ.update(_ALLOCATOR)
+    os.environ.update(ALLOCATOR)
     try:
         with dask.config.set({"distributed.nanny.pre-spawn-environ": spawned}):
             yield

@@ -74,8 +74,8 @@ class Costs:
     """(device, segment, direction) what part of these times a segment takes while the other devices wait: devices that
     share a processor take memory bandwidth, cache and clock from each other."""
     stretch: NDArray[np.float64]
-    """(device, layout) how many times as long computations take in a real step, by whether the devices share the
-    kernels or the images (``LAYOUTS``)."""
+    """(device, layout) how many times as long computations take in a real step in which the devices share the kernels,
+    or the images (``LAYOUTS``)."""
     turn: NDArray[np.float64]
     """(device) in s, from its having computed until others that wait for that go on, beside what is sent to them."""
     turn_growth: NDArray[np.float64]

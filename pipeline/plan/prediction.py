@@ -136,7 +136,7 @@ def compute_seconds(graph: Graph, plan: Plan, program: Program, instruction: Ins
             whole = step_seconds(graph, plan, step, way, program.batch_size, costs)
             if len(instruction.ranks) == 1:
                 whole = whole * costs.alone_part(step.operation, way)
-            else:
+            if is_shared(plan, step):
                 whole = whole * costs.stretch[:, LAYOUTS.index("B" if _is_by_images(step) else "K")]
             total += _part_of(instruction, costs.input_part_of(step.operation)) * whole
     return total
@@ -322,6 +322,12 @@ def _work(graph: Graph, plan: Plan, step: Step, batch_size: int) -> tuple[Times,
         return (images > 0).astype(float), images
     layout = planned.input if split_input else planned.output
     return _parts(layout), np.full(len(layout.shares), float(batch_size))
+
+
+def is_shared(plan: Plan, step: Step) -> bool:
+    """Whether the planned operation is not the master's alone."""
+    planned = plan[step.operation]
+    return planned.input.kind != "M" or planned.output.kind != "M"
 
 
 def _is_by_images(step: Step) -> bool:

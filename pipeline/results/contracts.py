@@ -173,7 +173,7 @@ CALIBRATION: Mapping[str, Variable] = {
     ),
     "probe_step_time": Variable(("probe", "repetition"), "s", "time of a real step of all devices"),
     "probe_busy_time": Variable(
-        ("probe", "device", "repetition"), "s", "time that a device computes beside others in a real step"
+        ("probe", "device", "repetition"), "s", "time that a device computes its share in a real step"
     ),
     "stretch": Variable(
         ("device", "layout"), "1", "time of a computation in a real step over its time as measured by itself"
