@@ -165,6 +165,7 @@ def _dataset(
             "kernels": (("segment", "share"), measured[0].kernels[everywhere]),
             "update_overhead": (("device", "repetition"), _padded(update[..., 0], made, axis=1)),
             "update_time": (("device", "repetition"), _padded(update[..., 1], made, axis=1)),
+            "update_time_alone": (("device", "repetition"), _padded(update[..., 2], made, axis=1)),
             "device_label": ("device", np.array([member.device.label for member in members], dtype=object)),
             "link_time": (("source", "destination", "message_bytes", "repetition"), _padded(link_time, made, axis=3)),
             "turn_time": (("turn_bytes", "repetition"), _padded(measured[0].turns.waiting, made, axis=1)),

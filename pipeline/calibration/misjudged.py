@@ -20,6 +20,7 @@ _OF_THE_DEVICE = (
     "backward_resuming_time",
     "update_overhead",
     "update_time",
+    "update_time_alone",
 )
 
 

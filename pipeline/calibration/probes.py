@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -33,25 +34,27 @@ from pipeline.plan.costs import Costs
 from pipeline.plan.fitting import needed_memory
 from pipeline.plan.instructions import COMPANIES, Company, Compute, Exchange
 from pipeline.plan.plan import Plan, Strategy
-from pipeline.plan.prediction import is_shared, predict_timeline
+from pipeline.plan.prediction import layout_of, predict_timeline
 from pipeline.plan.program import Program, compile_program
-from pipeline.plan.strategies import plan_network
+from pipeline.plan.strategies import Kind, plan_network
 from pipeline.run.clock import Clock
 from pipeline.run.execution import Execution
 from pipeline.run.recipe import Recipe, Turn
 
 _WITHOUT_SUMS = " without sums"
 _SUMMING: Strategy = "batch"
-_PROBED: tuple[Strategy, ...] = ("paper", "kernel", "batch")
+_PROBED: dict[Strategy, Kind] = {"single": "M", "paper": "K", "kernel": "K", "batch": "B"}
+"""The strategies whose steps are taken, and what in them the devices are said to be busy with."""
 PROBES = (*_PROBED, _SUMMING + _WITHOUT_SUMS)
 """None updates its weights; the last leaves out the sums of gradients, as all but the last of several batches do."""
 _TELLS: dict[str, Company] = {"paper": "master", "kernel": "everyone", _SUMMING + _WITHOUT_SUMS: "moments"}
 """Which waiting each tells of, in the order in which they are looked at."""
-_STRETCHED = {"K": "kernel", "B": _SUMMING + _WITHOUT_SUMS}
-"""Which tells how long computations take, by ``LAYOUTS``."""
-_ROUNDS, _MEASURED_S, _MOST = 2, 0.5, 4
-"""In each round, each is repeated until about so much time is measured, but so often at most."""
-MOST_STEPS = _ROUNDS * _MOST
+_STRETCHED: dict[Kind, str] = {"M": "single", "K": "kernel", "B": _SUMMING + _WITHOUT_SUMS}
+"""Which tells how long computations take."""
+_WARMUP, _MEASURED_S, _MOST = (2, 1), 0.5, 4
+"""In each round each begins with so many steps that do not count, which set up memory or find in the cache what others
+have left there. Then it is repeated until about so much time is measured, but so often at most."""
+MOST_STEPS = len(_WARMUP) * _MOST
 _LONG_STEP_S, _SAME_S = 0.4, 1e-9
 _STRETCH = 0.5, 2.0
 _MOST_GROWTH, _MOST_S_PER_BYTE, _LITTLE = 2.0, 1e-8, 1e-3
@@ -85,12 +88,13 @@ def probing(model: nn.Module, graph: Graph, calibration: xr.Dataset) -> Probing:
     images = max(most if 1 / float((1 / costs.whole_steps(most)).sum()) < _LONG_STEP_S else few, costs.devices)
     labels = [str(label) for label in calibration.device_label.values]
     plans: dict[Strategy, Plan] = {}
-    left = costs.memory_left
+    left = costs.memory_left.copy()
     for strategy in _PROBED if graph[graph.outputs[0]].differentiable else ():
         plan = plan_network(graph, strategy, batch_size=images, labels=labels, costs=costs)
         needed = needed_memory(graph, plan, itemsize=itemsize)
-        if (needed <= left).all():
-            left = left - needed  # they are there at the same time
+        devices = list(plan.devices)
+        if (needed <= left[devices]).all():
+            left[devices] -= needed  # they are there at the same time
             plans[strategy] = replace(plan, channels_last=costs.channels_last)
     return Probing(model=model, graph=graph, plans=plans, images=images, itemsize=itemsize)
 
@@ -102,33 +106,41 @@ class Probed:
     steps: NDArray[np.float64]
     """Of the whole step, the same on all ranks."""
     busy: NDArray[np.float64]
-    """In which this rank computed its share of the network."""
+    """In which this rank computed what the strategy shares out, or all alone."""
 
 
 def probe_rank(context: RankContext, task: Probing) -> Probed:
     """Take the steps; every rank runs this."""
     torch.manual_seed(0)
     taken: dict[str, list[tuple[float, float]]] = {probe: [] for probe in PROBES}
-    model = task.model
-    if context.rank == 0:
-        model = copy.deepcopy(model).to_empty(device="cpu")
-        initialise((*model.parameters(), *model.buffers()))
-    executions = {}
-    for strategy, plan in task.plans.items():
-        executions[strategy] = Execution(context, model, task.graph, plan)
-        executions[strategy].prepare(Recipe(loss=_sum, optimizer=_Standstill), seed=0)
+    executions = {strategy: _execution(context, task, plan) for strategy, plan in task.plans.items()}
     # In rounds, as a processor may be slower for some seconds.
-    for _ in range(_ROUNDS):
+    for warmup in _WARMUP:
         for probe, times in taken.items():
             if _strategy_of(probe) in executions:
                 execution = executions[_strategy_of(probe)]
                 step = functools.partial(_step, context, execution, task.images, last=_sums(probe))
-                first, _ = step()  # which sets up memory, and finds in the cache what others have left there
+                first = [step() for _ in range(warmup)][-1][0]
                 times += [step() for _ in range(min(max(int(_MEASURED_S / first), 1), _MOST))]
     found = np.full((len(PROBES), MOST_STEPS, 2), np.nan)
     for index, times in enumerate(taken.values()):
         found[index, : len(times)] = np.array(times).reshape(-1, 2)
     return Probed(steps=found[..., 0], busy=found[..., 1])
+
+
+def _execution(context: RankContext, task: Probing, plan: Plan) -> Execution | None:
+    """What takes the steps on this rank; None if it has no part in them."""
+    if context.rank not in plan.devices:
+        return None
+    here, model = context, task.model
+    if plan.ranks == 1:
+        here = replace(context, rank=0, size=1, group=None)
+    if here.rank == 0:
+        model = copy.deepcopy(model).to_empty(device="cpu")
+        initialise((*model.parameters(), *model.buffers()))
+    execution = Execution(here, model, task.graph, plan)
+    execution.prepare(Recipe(loss=_sum, optimizer=_Standstill), seed=0)
+    return execution
 
 
 def _strategy_of(probe: str) -> Strategy:
@@ -145,20 +157,21 @@ def fitted(calibration: xr.Dataset, task: Probing) -> xr.Dataset:
     What a probe says nothing of, as its plan has no such exchange, stays as it is.
     """
     steps, stretch = _Steps(task), calibration.stretch.copy(deep=True)
+    before, busy = Costs.of(calibration), _typical(calibration.probe_busy_time)
     for layout, probe in _STRETCHED.items():
         if probe in steps.probes:
-            busy = calibration.probe_busy_time.sel(probe=probe).median("repetition").values
-            stretch.loc[{"layout": layout}] = _stretch(steps, Costs.of(calibration), probe, busy)
+            stretch.loc[{"layout": layout}] = _stretch(steps, before, probe, busy.sel(probe=probe).values)
     costs = Costs.of(calibration.assign(stretch=stretch))
-    took = {str(one): float(calibration.probe_step_time.sel(probe=one).median("repetition")) for one in steps.probes}
+    typical = _typical(calibration.probe_step_time)
+    took = {probe: float(typical.sel(probe=probe)) for probe in steps.probes}
     growth = calibration.turn_growth.copy(deep=True)
     for probe, company in _TELLS.items():
-        value = _growth(steps, costs, probe, company, took[probe]) if probe in took else None
+        value = _growth(steps, costs, probe, company, took[probe]) if probe in steps.probes else None
         if value is not None:
             growth.loc[{"company": company}] = value
             costs = _growing(costs, company, value)
     summing = None
-    if _SUMMING in took:
+    if _SUMMING in steps.probes:
         # What the sums add to a step; whatever else was predicted wrong is in both.
         added = took[_SUMMING] - took[_SUMMING + _WITHOUT_SUMS]
         summing = _summing(steps, costs, steps.seconds(_SUMMING + _WITHOUT_SUMS, costs) + added)
@@ -166,13 +179,25 @@ def fitted(calibration: xr.Dataset, task: Probing) -> xr.Dataset:
 
 
 def _stretch(steps: _Steps, costs: Costs, probe: str, busy: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How many times as long as by itself each device computes if it is so ``busy`` in a probe, (device) in s."""
+    """How many times as long as by itself each device computes if it is so ``busy`` in a probe, (device) in s.
+
+    What one device alone does tells it for all.
+    """
     least, most = (np.full_like(costs.stretch, one) for one in _STRETCH)
     early, late = (steps.busy(probe, replace(costs, stretch=one)) for one in (least, most))
     known = (late - early > _SAME_S) & np.isfinite(busy)  # who computes nothing tells nothing
     along = np.where(known, (busy - early) / np.where(known, late - early, 1.0), 0.0)
     found = _STRETCH[0] + np.clip(along, 0.0, 1.0) * (_STRETCH[1] - _STRETCH[0])
-    return np.where(known, found, 1.0)
+    plan = steps.plan(probe)
+    return np.full(costs.devices, found[plan.devices[0]]) if plan.ranks == 1 else np.where(known, found, 1.0)
+
+
+def _typical(repeated: xr.DataArray) -> xr.DataArray:
+    """The median of the repetitions, of two the lower: what disturbs a step only makes it longer."""
+    ascending = np.sort(repeated.transpose(..., "repetition").values, axis=-1)  # NaN at the end
+    middle = np.maximum(np.isfinite(ascending).sum(axis=-1, keepdims=True) - 1, 0) // 2
+    found = repeated.isel(repetition=0, drop=True)
+    return found.copy(data=np.take_along_axis(ascending, middle, axis=-1)[..., 0])
 
 
 def _growth(steps: _Steps, costs: Costs, probe: str, company: Company, took: float) -> float | None:
@@ -222,49 +247,60 @@ class _Steps:
         """Those of the ``PROBES`` that are taken."""
         return tuple(one for one in PROBES if _strategy_of(one) in self._programs)
 
+    def plan(self, probe: str) -> Plan:
+        """What is trained."""
+        return self._task.plans[_strategy_of(probe)]
+
     def seconds(self, probe: str, costs: Costs) -> float:
         """The predicted time of one step in s."""
         return float(np.nanmax(self._timeline(probe, costs)[1]))
 
     def busy(self, probe: str, costs: Costs) -> NDArray[np.float64]:
-        """How long each device should compute its share, (device) in s."""
+        """How long each device should be busy with what the strategy shares out, (device) in s; NaN for no part."""
         program, timeline_IR2 = self._timeline(probe, costs)
-        return _busy(self._task.plans[_strategy_of(probe)], program, timeline_IR2)
+        found = np.full(costs.devices, np.nan)
+        found[list(self.plan(probe).devices)] = _busy(self.plan(probe), program, timeline_IR2)
+        return found
 
     def _timeline(self, probe: str, costs: Costs) -> tuple[Program, NDArray[np.float64]]:
-        strategy, graph = _strategy_of(probe), self._task.graph
-        plan, program = self._task.plans[strategy], self._programs[strategy]
+        graph, plan, program = self._task.graph, self.plan(probe), self._programs[_strategy_of(probe)]
         if _sums(probe):
             left = program.backward
         else:
             left = tuple(one for one in program.backward if not isinstance(one, Exchange) or one.moves != "gradients")
         standing = replace(costs, update=np.zeros(costs.devices), update_overhead=np.zeros(costs.devices))
+        standing = standing.only(plan.devices)
         program = replace(program, backward=left)
         return program, predict_timeline(graph, plan, program, standing, itemsize=self._task.itemsize)[0]
 
 
 def _busy(plan: Plan, program: Program, timeline_IR2: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How long each rank computes what is shared out, (rank) in s, in a timeline of (instruction, rank, 2)."""
-    shared = [
-        isinstance(one, Compute) and any(is_shared(plan, step) for step in one.steps) for one in program.instructions
+    """As ``Probed.busy``, from a timeline of (instruction, rank, 2); (rank) in s."""
+    layout = _PROBED[plan.strategy]
+    counts = [
+        isinstance(one, Compute) and any(layout_of(plan, step) == layout for step in one.steps)
+        for one in program.instructions
     ]
-    found: NDArray[np.float64] = np.nansum(np.diff(timeline_IR2[shared], axis=-1), axis=(0, 2))
+    found: NDArray[np.float64] = np.nansum(np.diff(timeline_IR2[counts], axis=-1), axis=(0, 2))
     return found
 
 
-def _step(context: RankContext, execution: Execution, images: int, *, last: bool) -> tuple[float, float]:
-    """How long one training step takes all ranks, and this one's share of the computations, in s."""
-    on_master = context.rank == 0
-    x_BCHW = torch.rand(images, *execution.graph.input_shape) if on_master else None
-    y_B = torch.zeros(images, dtype=torch.long) if on_master else None
-    program = execution.program(images)
-    clock = Clock(len(program.instructions), offset=0.0, keep=1)
+def _step(context: RankContext, execution: Execution | None, images: int, *, last: bool) -> tuple[float, float]:
+    """How long one training step takes all ranks, and how long this one is busy as ``Probed.busy``, in s."""
+    x_BCHW = y_B = None
+    if execution is not None and execution.context.rank == 0:
+        x_BCHW, y_B = torch.rand(images, *execution.graph.input_shape), torch.zeros(images, dtype=torch.long)
+    program = None if execution is None else execution.program(images)
+    clock = Clock(0 if program is None else len(program.instructions), offset=0.0, keep=1)
     context.barrier()
     start = time.perf_counter()
-    with clock.step():
-        execution.train_step(images, x_BCHW, y_B, clock, Turn(last=last))
+    if execution is not None:
+        with clock.step():
+            execution.train_step(images, x_BCHW, y_B, clock, Turn(last=last))
     took = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
     dist.all_reduce(took, dist.ReduceOp.MAX, context.group)
+    if execution is None or program is None:
+        return took.item(), math.nan
     execution.forget()
     return took.item(), float(_busy(execution.plan, program, clock.times[-1][:, None])[0])
 

@@ -113,7 +113,8 @@ class Measurement:
     kernels: NDArray[np.float64]
     """(segment, share): channels at that share; of input features for a dense layer."""
     update: NDArray[np.float64]
-    """(repetition, 2) of the optimiser: whatever its parameters, and per parameter."""
+    """(repetition, 3) of the optimiser: whatever its parameters, per parameter, and that while the other ranks wait,
+    NaN where it was not measured."""
     process_memory: int
     """Bytes that the process holds without any network, when it has done all kinds of work."""
     channels_last: bool
@@ -364,16 +365,24 @@ def _keep_busy(context: RankContext, work: Pass) -> None:
 
 
 def _measure_update(context: RankContext, task: Task) -> NDArray[np.float64]:
-    """Time of SGD with momentum in s, (repetition, 2): for parameters without a number in them, and per number."""
+    """Time of SGD with momentum in s, (repetition, 3): as ``Measurement.update``; every rank has to call it."""
     trained = {one.name: one.shape for op in task.graph.operations for one in op.parameters if one.trained}
     sizes = [math.prod(shape) for shape in trained.values()]
     total = max(sum(sizes), 1)
     scale = min(max(total, _LEAST_UPDATED), _MOST_UPDATED) / total
     full = _update_of(context, [max(1, round(scale * size)) for size in sizes])
     empty = _update_of(context, [1] * len(sizes))
-    overheads = [empty() for _ in range(max(task.repetitions, _LEAST_REPETITIONS))]
-    least = min(overheads)  # what disturbed one of them is no work on parameters
-    return np.array([(overhead, max(full() - least, 0.0) / (scale * total)) for overhead in overheads])
+    times = np.full((max(task.repetitions, _LEAST_REPETITIONS), 3), np.nan)
+    times[:, 0] = [empty() for _ in times]
+    least = times[:, 0].min()  # what disturbed one of them is no work on parameters
+    context.barrier()
+    times[:, 1] = [max(full() - least, 0.0) / (scale * total) for _ in times]
+    for rank in task.alone if context.group is not None else ():
+        context.barrier()
+        if rank == context.rank:
+            times[:, 2] = [max(full() - least, 0.0) / (scale * total) for _ in times]
+    context.barrier()
+    return times
 
 
 def _update_of(context: RankContext, sizes: Sequence[int]) -> Callable[[], float]:

@@ -22,11 +22,11 @@ less, but measurements of them by some per cent, which would make one of them wa
 
 CROWD = 3
 """With so many ranks several links are in use at once."""
-LAYOUTS: tuple[Literal["K", "B"], ...] = ("K", "B")
+LAYOUTS: tuple[Literal["K", "B", "M"], ...] = ("K", "B", "M")
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 """As they follow each other in arrays with that axis."""
 _SECONDS = ("fixed", "per_image", "whole", "call", "resuming", "update", "update_overhead")
-_OF_A_DEVICE = (*_SECONDS, "alone", "stretch", "turn", "turn_growth", "summing", "crowding")
+_OF_A_DEVICE = (*_SECONDS, "alone", "update_alone", "stretch", "turn", "turn_growth", "summing", "crowding")
 """Arrays of which the first axis is the device's."""
 _HALF = 0.5
 """The gradients of a convolution's input and of its weights take the same number of operations."""
@@ -73,9 +73,11 @@ class Costs:
     alone: NDArray[np.float64]
     """(device, segment, direction) what part of these times a segment takes while the other devices wait: devices that
     share a processor take memory bandwidth, cache and clock from each other."""
+    update_alone: NDArray[np.float64]
+    """(device) what part of its time the update of a parameter takes while the other devices wait."""
     stretch: NDArray[np.float64]
     """(device, layout) how many times as long computations take in a real step in which the devices share the kernels,
-    or the images (``LAYOUTS``)."""
+    or the images, or one does it all (``LAYOUTS``)."""
     turn: NDArray[np.float64]
     """(device) in s, from its having computed until others that wait for that go on, beside what is sent to them."""
     turn_growth: NDArray[np.float64]
@@ -127,6 +129,7 @@ class Costs:
             input_part=_input_part(until_input, parts[1]),
             by_images=_by_images(calibration, times[:, :, :, -1]),
             alone=_alone(calibration, kinds, times[:, :, :, -1]),
+            update_alone=_update_alone(calibration, kinds, update[:, 1]),
             stretch=stretch,
             turn=np.full(len(kinds), _turn(calibration)),
             turn_growth=np.tile(calibration.turn_growth.sel(company=list(COMPANIES)).values, (len(kinds), 1)),
@@ -306,6 +309,16 @@ def _alone(calibration: xr.Dataset, kinds: Sequence[str], times: NDArray[np.floa
     """
     alone = _both(calibration, "forward_time_alone", "backward_time_alone")
     beside = times[:, :, -1]  # the whole segment, the largest share
+    return _part_alone(kinds, alone, beside)
+
+
+def _update_alone(calibration: xr.Dataset, kinds: Sequence[str], beside: NDArray[np.float64]) -> NDArray[np.float64]:
+    """As ``Costs.update_alone``, from the time ``beside`` others, (device)."""
+    return _part_alone(kinds, _typical(calibration["update_time_alone"])[:, None], beside[:, None])[:, 0]
+
+
+def _part_alone(kinds: Sequence[str], alone: NDArray[np.float64], beside: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What part of the times ``beside`` others those ``alone`` are, (device, ...), at most 1."""
     known = np.isfinite(alone) & (beside > 0)
     part = np.where(known, np.minimum(alone / np.where(known, beside, 1.0), 1.0), np.nan)
     for index, kind in enumerate(kinds):

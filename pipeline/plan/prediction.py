@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,7 +129,8 @@ def compute_seconds(graph: Graph, plan: Plan, program: Program, instruction: Ins
     """Time of a computation or of the update on each rank in s, (rank)."""
     if not isinstance(instruction, Compute):
         updated = _updated(program)
-        return np.where(updated > 0, costs.update_overhead + updated * costs.update, 0.0)
+        each = costs.update * (costs.update_alone if np.count_nonzero(updated) == 1 else 1.0)
+        return np.where(updated > 0, costs.update_overhead + updated * each, 0.0)
     way = instruction.direction
     total = costs.call[:, DIRECTIONS.index(way)].copy()
     for step in instruction.steps:
@@ -136,8 +138,7 @@ def compute_seconds(graph: Graph, plan: Plan, program: Program, instruction: Ins
             whole = step_seconds(graph, plan, step, way, program.batch_size, costs)
             if len(instruction.ranks) == 1:
                 whole = whole * costs.alone_part(step.operation, way)
-            if is_shared(plan, step):
-                whole = whole * costs.stretch[:, LAYOUTS.index("B" if _is_by_images(step) else "K")]
+            whole = whole * costs.stretch[:, LAYOUTS.index(layout_of(plan, step))]
             total += _part_of(instruction, costs.input_part_of(step.operation)) * whole
     return total
 
@@ -324,10 +325,12 @@ def _work(graph: Graph, plan: Plan, step: Step, batch_size: int) -> tuple[Times,
     return _parts(layout), np.full(len(layout.shares), float(batch_size))
 
 
-def is_shared(plan: Plan, step: Step) -> bool:
-    """Whether the planned operation is not the master's alone."""
+def layout_of(plan: Plan, step: Step) -> Literal["K", "B", "M"]:
+    """Whether the devices share the kernels or the images of an operation, or the master does it alone."""
     planned = plan[step.operation]
-    return planned.input.kind != "M" or planned.output.kind != "M"
+    if planned.input.kind == planned.output.kind == "M":
+        return "M"
+    return "B" if _is_by_images(step) else "K"
 
 
 def _is_by_images(step: Step) -> bool:

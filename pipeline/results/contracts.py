@@ -29,7 +29,7 @@ device_set, link, strategy)` flags cells whose repetitions spread much. A simula
     forward_call_time, backward_call_time(device, repetition)
     forward_resuming_time, backward_resuming_time(device, repetition)
     kernels(segment, share)  device_label, process_memory, memory_limit(device)
-    update_overhead, update_time(device, repetition)  calibration_time()
+    update_overhead, update_time, update_time_alone(device, repetition)  calibration_time()
     link_time(source, destination, message_bytes, repetition)  link_latency, link_bandwidth(source, destination)
     turn_time(turn_bytes, repetition)  probe_step_time(probe, repetition)
     probe_busy_time(probe, device, repetition)  turn_growth(company)  summing_time()  stretch(device, layout)
@@ -163,6 +163,9 @@ CALIBRATION: Mapping[str, Variable] = {
     ),
     "update_overhead": Variable(("device", "repetition"), "s", "time of the optimiser whatever its parameters"),
     "update_time": Variable(("device", "repetition"), "s", "time of the optimiser per parameter"),
+    "update_time_alone": Variable(
+        ("device", "repetition"), "s", "time of the optimiser per parameter, while the other devices wait"
+    ),
     "calibration_time": Variable((), "s", "time that the whole calibration took"),
     "device_label": Variable(("device",), "1", "device of a rank", text=True),
     "process_memory": Variable(("device",), "bytes", "memory of a rank's process without any network"),

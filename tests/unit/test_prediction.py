@@ -263,7 +263,7 @@ def test_waiting_grows_with_the_computing_only_where_nothing_else_is_to_be_done(
 def test_computing_what_is_shared_is_stretched_as_the_probes_were(graph: Graph, strategy: str, layout: int) -> None:
     costs = costs_of(graph, [1e10] * 2)
     usual, instructions = _busy(graph, strategy, costs)
-    stretch = np.ones((2, 2))
+    stretch = np.ones((2, 3))
     stretch[:, layout] = 1.5, 1.5
     stretched, _ = _busy(graph, strategy, replace(costs, stretch=stretch))
     for place, one in enumerate(instructions):
@@ -276,7 +276,7 @@ def test_computing_what_is_shared_is_stretched_as_the_probes_were(graph: Graph, 
 def test_who_is_stretched_more_gets_less(graph: Graph) -> None:
     costs = costs_of(graph, [1e10] * 2)
     for strategy, layout in (("kernel", 0), ("batch", 1)):
-        stretch = np.ones((2, 2))
+        stretch = np.ones((2, 3))
         stretch[1, layout] = 3.0
         plan = plan_network(graph, strategy, batch_size=BATCH, labels=["a", "b"], costs=replace(costs, stretch=stretch))  # type: ignore[arg-type]
         first, second = plan["conv2"].output.shares
