@@ -171,6 +171,7 @@ def _dataset(
             "turn_time": (("turn_bytes", "repetition"), _padded(measured[0].turns.waiting, made, axis=1)),
             "turn_growth": ("company", np.full(len(COMPANIES), measured[0].turns.growing)),
             "summing_time": 0.0,
+            "beginning_time": 0.0,
             "probe_step_time": (("probe", "repetition"), np.full((len(PROBES), made), np.nan)),
             "probe_busy_time": (("probe", "device", "repetition"), np.full((len(PROBES), ranks, made), np.nan)),
             "stretch": (("device", "layout"), np.ones((ranks, len(LAYOUTS)))),

@@ -152,7 +152,7 @@ def _sums(probe: str) -> bool:
 
 
 def fitted(calibration: xr.Dataset, task: Probing) -> xr.Dataset:
-    """``calibration`` with the ``stretch``, the ``turn_growth`` and the ``summing_time`` that make its probes true.
+    """``calibration`` with what makes its probes true: how much longer computations, exchanges, sums and steps take.
 
     What a probe says nothing of, as its plan has no such exchange, stays as it is.
     """
@@ -164,6 +164,8 @@ def fitted(calibration: xr.Dataset, task: Probing) -> xr.Dataset:
     costs = Costs.of(calibration.assign(stretch=stretch))
     typical = _typical(calibration.probe_step_time)
     took = {probe: float(typical.sel(probe=probe)) for probe in steps.probes}
+    beginning = max(took["single"] - steps.seconds("single", costs), 0.0) if "single" in took else 0.0
+    costs = replace(costs, beginning=np.full(costs.devices, beginning))
     growth = calibration.turn_growth.copy(deep=True)
     for probe, company in _TELLS.items():
         value = _growth(steps, costs, probe, company, took[probe]) if probe in steps.probes else None
@@ -175,7 +177,9 @@ def fitted(calibration: xr.Dataset, task: Probing) -> xr.Dataset:
         # What the sums add to a step; whatever else was predicted wrong is in both.
         added = took[_SUMMING] - took[_SUMMING + _WITHOUT_SUMS]
         summing = _summing(steps, costs, steps.seconds(_SUMMING + _WITHOUT_SUMS, costs) + added)
-    return calibration.assign(stretch=stretch, turn_growth=growth, summing_time=summing or 0.0)
+    return calibration.assign(
+        stretch=stretch, turn_growth=growth, summing_time=summing or 0.0, beginning_time=beginning
+    )
 
 
 def _stretch(steps: _Steps, costs: Costs, probe: str, busy: NDArray[np.float64]) -> NDArray[np.float64]:

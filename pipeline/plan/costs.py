@@ -25,7 +25,7 @@ CROWD = 3
 LAYOUTS: tuple[Literal["K", "B", "M"], ...] = ("K", "B", "M")
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 """As they follow each other in arrays with that axis."""
-_SECONDS = ("fixed", "per_image", "whole", "call", "resuming", "update", "update_overhead")
+_SECONDS = ("fixed", "per_image", "whole", "beginning", "call", "resuming", "update", "update_overhead")
 _OF_A_DEVICE = (*_SECONDS, "alone", "update_alone", "stretch", "turn", "turn_growth", "summing", "crowding")
 """Arrays of which the first axis is the device's."""
 _HALF = 0.5
@@ -53,6 +53,8 @@ class Costs:
     whole: NDArray[np.float64]
     """(device, segment, 2, direction) what is fixed and what is per image where nothing is divided: of somebody who has
     all kernels, for all images or some. May be less than a large part, whose backward computation is divided."""
+    beginning: NDArray[np.float64]
+    """(device) in s that a step takes before its first computation, and after its last."""
     call: NDArray[np.float64]
     """(device, direction) in s that every computation takes beside what its segments do."""
     resuming: NDArray[np.float64]
@@ -122,6 +124,7 @@ class Costs:
             whole=np.stack([fixed[:, :, -1], per_image[:, :, -1]], axis=2),
             latency=calibration.link_latency.values,
             seconds_per_byte=1 / calibration.link_bandwidth.values,
+            beginning=np.full(len(kinds), float(calibration.beginning_time)),
             call=call,
             resuming=resuming,
             update=update[:, 1],

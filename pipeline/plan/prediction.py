@@ -169,7 +169,7 @@ class _Simulation:
         self._handling = np.minimum(self._links.latency.max(axis=(1, 2)), _HANDLING_S)[:, None]
         """What each exchange keeps its ranks busy in s, in sum, (case, 1)."""
         shape = (links.cases, program.ranks)
-        self._free = np.zeros(shape)
+        self._free = np.tile(costs.beginning, (links.cases, 1))
         """When each rank has ended what it does itself."""
         self._egress, self._ingress = np.zeros(shape), np.zeros(shape)
         """When the ports of each rank are free again."""
@@ -220,7 +220,11 @@ class _Simulation:
         """When each rank has ended its part, (case, rank); a rank without one ends at once."""
         unit = exchange.spec.rest * self._itemsize
         moved = exchange.traffic
-        turns = self._turns(exchange, moved.sent[0] > 0)
+        sends = moved.sent[0] > 0
+        if not sends.any():  # every rank copies what it has
+            here = np.isin(np.arange(self._program.ranks), exchange.ranks)
+            return self._free + np.where(here, self._handling / 2, 0.0)
+        turns = self._turns(exchange, sends)
         if self._links.alike and self._program.ranks > _PAIRWISE_RANKS:
             return self._in_sum(moved, unit, turns)
         return self._message_by_message(moved, unit, turns)
@@ -253,8 +257,6 @@ class _Simulation:
         """Each port takes its messages one after the other, in the order of the other end's ranks."""
         size = moved.matrix
         travels = size > 0
-        if not travels.any():
-            return self._free
         sends, receives = np.any(travels, axis=1), np.any(travels, axis=0)
         duration = size * unit * self._links.seconds_per_byte
         if not self._links.alike and np.count_nonzero(sends) >= CROWD:
@@ -276,8 +278,6 @@ class _Simulation:
         latency, per_byte = self._links.latency[:, :, 0], self._links.seconds_per_byte[:, :, 0]
         (sent, out_size), (received, in_size) = moved.sent, moved.received
         sends, receives = sent > 0, received > 0
-        if not sends.any():
-            return self._free
         latency = latency + turns.max()
         leaving, arriving = out_size * unit * per_byte, in_size * unit * per_byte
         begin = np.where(sends, np.maximum(self._free, self._egress), -np.inf)
@@ -348,7 +348,8 @@ def _predict_ddp(graph: Graph, costs: Costs, batch_size: int, itemsize: int, lin
     elements = float(sum(np.prod(shape) for shape in trained.values()))
     ranks = costs.devices
     compute = float(costs.whole_steps(-(-batch_size // ranks)).max())
-    step = np.full(links.cases, compute + float((costs.update_overhead + costs.update * elements).max()))
+    update = costs.update_overhead + costs.update * elements
+    step = np.full(links.cases, compute + float((costs.beginning + update).max()))
     if ranks == 1:
         return step
     hop = links.latency + elements * itemsize / ranks * links.seconds_per_byte

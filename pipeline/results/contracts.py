@@ -32,7 +32,8 @@ device_set, link, strategy)` flags cells whose repetitions spread much. A simula
     update_overhead, update_time, update_time_alone(device, repetition)  calibration_time()
     link_time(source, destination, message_bytes, repetition)  link_latency, link_bandwidth(source, destination)
     turn_time(turn_bytes, repetition)  probe_step_time(probe, repetition)
-    probe_busy_time(probe, device, repetition)  turn_growth(company)  summing_time()  stretch(device, layout)
+    probe_busy_time(probe, device, repetition)  stretch(device, layout)  turn_growth(company)
+    summing_time()  beginning_time()
 
 **Accuracy** (`accuracy.zarr`): accuracy(seed, strategy, epoch), loss(seed, strategy, step), and of a control, `single`
 from initial weights that are one rounding away, control_accuracy(seed, epoch) and control_loss(seed, step); `network`,
@@ -178,6 +179,7 @@ CALIBRATION: Mapping[str, Variable] = {
     "probe_busy_time": Variable(
         ("probe", "device", "repetition"), "s", "time that a device computes its share in a real step"
     ),
+    "beginning_time": Variable((), "s", "time of a step before its first computation and after its last"),
     "stretch": Variable(
         ("device", "layout"), "1", "time of a computation in a real step over its time as measured by itself"
     ),

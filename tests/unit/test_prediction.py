@@ -281,3 +281,37 @@ def test_who_is_stretched_more_gets_less(graph: Graph) -> None:
         plan = plan_network(graph, strategy, batch_size=BATCH, labels=["a", "b"], costs=replace(costs, stretch=stretch))  # type: ignore[arg-type]
         first, second = plan["conv2"].output.shares
         assert first / second == pytest.approx(3, rel=0.1)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "single", "kernel", "batch"])
+def test_what_a_step_takes_besides_its_instructions_is_added(graph: Graph, strategy: str) -> None:
+    costs = costs_of(graph, [1e10] * 2)
+    plan = plan_network(graph, strategy, batch_size=BATCH, labels=["a", "b"], costs=costs)  # type: ignore[arg-type]
+    usual, longer = (
+        predict_step(graph, plan, replace(costs, beginning=np.full(2, one)).only(plan.devices), batch_size=BATCH)
+        for one in (0.0, 1.0)
+    )
+    assert longer - usual == pytest.approx(1.0)
+
+
+def test_who_updates_alone_does_so_in_less_time(graph: Graph) -> None:
+    costs = costs_of(graph, [1e10] * 2)
+    for strategy, factor in (("paper", 0.5), ("kernel", 1.0)):
+        before, instructions = _busy(graph, strategy, costs)
+        after, _ = _busy(graph, strategy, replace(costs, update_alone=np.full(2, 0.5)))
+        update = next(place for place, one in enumerate(instructions) if not isinstance(one, Compute | Exchange))
+        assert np.nanmax(before[update]) > 0
+        assert after[update] == pytest.approx(factor * before[update], nan_ok=True)
+
+
+def test_an_exchange_with_nobody_takes_a_copy(graph: Graph) -> None:
+    costs = costs_of(graph, [1e10] * 2, latency=1e-4)
+    labels = ["a", "b"]
+    plan = plan_network(graph, "kernel", batch_size=BATCH, labels=labels, costs=costs, shares=(1.0, 0.0))
+    program = compile_program(graph, plan, BATCH)
+    timeline = predict_timeline(graph, plan, program, costs)[0]
+    took = timeline[..., 1] - timeline[..., 0]
+    local = [place for place, one in enumerate(program.instructions) if isinstance(one, Exchange)
+             and not (one.traffic.sent[0] > 0).any()]  # fmt: skip
+    assert local
+    assert took[local][:, 0] == pytest.approx(0.5e-4)

@@ -36,6 +36,7 @@ def _measured(model: nn.Module, *factors: float, **true: Any) -> tuple[xr.Datase
         stretch=(("device", "layout"), true.get("stretch", np.ones((2, 3)))),
         turn_growth=("company", [true.get(company, 0.0) for company in COMPANIES]),
         summing_time=true.get("summing_time", 0.0),
+        beginning_time=true.get("beginning_time", 0.0),
     )
     steps, busy = _predicted(task, so)
     return calibration.assign(
@@ -51,7 +52,7 @@ def _predicted(task: Probing, calibration: xr.Dataset) -> tuple[np.ndarray, np.n
 
 
 def test_what_made_the_probes_slow_is_found(model: nn.Module) -> None:
-    true = {"master": 0.3, "everyone": 0.2, "moments": 0.4, "summing_time": 3e-9}
+    true = {"master": 0.3, "everyone": 0.2, "moments": 0.4, "summing_time": 3e-9, "beginning_time": 1e-3}
     stretch = np.array([[1.1, 0.9, 1.05], [1.2, 1.3, 1.05]])
     calibration, task = _measured(model, stretch=stretch, **true)
     found = probes.fitted(calibration, task)
@@ -63,13 +64,15 @@ def test_what_made_the_probes_slow_is_found(model: nn.Module) -> None:
         {company: true[company] for company in COMPANIES}, rel=0.1
     )
     assert float(found.summing_time) == pytest.approx(true["summing_time"], rel=0.05)
+    assert float(found.beginning_time) == pytest.approx(true["beginning_time"], rel=0.01)
 
 
 def test_steps_that_were_faster_than_predicted_make_nothing_negative(model: nn.Module) -> None:
-    found = probes.fitted(*_measured(model, 0.7, 0.7, 0.7, 0.7, 0.8))
+    found = probes.fitted(*_measured(model, 0.9, 0.7, 0.7, 0.7, 0.8))
     assert (found.turn_growth >= 0).all()
     assert (found.turn_growth < 0.01).all()
     assert 0 < found.summing_time < 1e-10
+    assert found.beginning_time == 0
     assert found.stretch.values == pytest.approx(1.0)
 
 

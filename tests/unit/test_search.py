@@ -36,6 +36,7 @@ def costs_of(graph: Graph, speeds: list[float], *, latency: float = 1e-4, bandwi
         fixed=np.full_like(both, 1e-5),
         per_image=both,
         whole=np.stack([np.full_like(both[:, :, -1], 1e-5), both[:, :, -1]], axis=2),
+        beginning=np.zeros(ranks),
         call=np.zeros((ranks, 2)),
         resuming=np.zeros((ranks, 2)),
         latency=np.full((ranks, ranks), latency),
