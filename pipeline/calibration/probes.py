@@ -51,7 +51,7 @@ _TELLS: dict[str, Company] = {"paper": "master", "kernel": "everyone", _SUMMING 
 """Which waiting each tells of, in the order in which they are looked at."""
 _STRETCHED: dict[Kind, str] = {"M": "single", "K": "kernel", "B": _SUMMING + _WITHOUT_SUMS}
 """Which tells how long computations take."""
-_WARMUP, _MEASURED_S, _MOST = (2, 1), 0.5, 4
+_WARMUP, _MEASURED_S, _MOST = (2, 1), 0.4, 4
 """In each round each begins with so many steps that do not count, which set up memory or find in the cache what others
 have left there. Then it is repeated until about so much time is measured, but so often at most."""
 MOST_STEPS = len(_WARMUP) * _MOST

@@ -45,7 +45,7 @@ _MEASURED_S, _MOST_REPETITIONS = 0.5, 8
 """Short steps are repeated until so much time is measured, or so often."""
 _LONG_S = 0.4
 """What setting up operations adds to a step as long as this is little."""
-_CERTAIN, _ENOUGH_S = 0.02, 10.0
+_CERTAIN, _ENOUGH_S = 0.02, 6.0
 """What is uncertain by less than this part of a whole step, or has taken so long already, is not measured again."""
 _DIRECTIONS = 2
 _CLEARLY = 0.95
@@ -233,7 +233,8 @@ class _Segments:
                 run = self._pass(self._whole, dict(enumerate(task.chains)), task.images[-1]).run
                 if not self._is_long:
                     run()
-                times = np.stack([run()[:, :_DIRECTIONS] for _ in range(self._repetitions)], axis=1)
+                for repetition in range(1 if self._is_long else self._repetitions):
+                    times[:, repetition] = run()[:, :_DIRECTIONS]
         context.barrier()
         return times
 
@@ -253,7 +254,8 @@ class _Segments:
         """With as few images as are measured: computations as long as those of which each rank does a part."""
         task = self._task
         work = self._pass(self._whole, dict(enumerate(task.chains)), task.images[0])
-        return measure_turns(self._context, transport, work, max(self._repetitions, _LEAST_REPETITIONS))
+        repetitions = self._repetitions if self._is_long else max(self._repetitions, _LEAST_REPETITIONS)
+        return measure_turns(self._context, transport, work, repetitions)
 
     def _times(
         self, execution: Execution, segments: Mapping[int, Chain], images: Sequence[int], repetitions: int
