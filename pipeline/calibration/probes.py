@@ -12,8 +12,9 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -158,9 +159,10 @@ def fitted(calibration: xr.Dataset, task: Probing) -> xr.Dataset:
     """
     steps, stretch = _Steps(task), calibration.stretch.copy(deep=True)
     before, busy = Costs.of(calibration), _typical(calibration.probe_busy_time)
+    kinds = [re.split(r"[@\[]", str(label))[0] for label in calibration.device_label.values]  # whatever the speed
     for layout, probe in _STRETCHED.items():
         if probe in steps.probes:
-            stretch.loc[{"layout": layout}] = _stretch(steps, before, probe, busy.sel(probe=probe).values)
+            stretch.loc[{"layout": layout}] = _stretch(steps, before, probe, busy.sel(probe=probe).values, kinds)
     costs = Costs.of(calibration.assign(stretch=stretch))
     typical = _typical(calibration.probe_step_time)
     took = {probe: float(typical.sel(probe=probe)) for probe in steps.probes}
@@ -182,18 +184,24 @@ def fitted(calibration: xr.Dataset, task: Probing) -> xr.Dataset:
     )
 
 
-def _stretch(steps: _Steps, costs: Costs, probe: str, busy: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How many times as long as by itself each device computes if it is so ``busy`` in a probe, (device) in s.
+def _stretch(
+    steps: _Steps, costs: Costs, probe: str, busy: NDArray[np.float64], kinds: Sequence[str]
+) -> NDArray[np.float64]:
+    """How many times as long as by itself each device computes if they are so ``busy`` in a probe, (device) in s.
 
-    What one device alone does tells it for all.
+    One number for all devices of a kind: of one by itself, shares of a few kernels or images tell too little. What one
+    device alone does tells it for all.
     """
     least, most = (np.full_like(costs.stretch, one) for one in _STRETCH)
     early, late = (steps.busy(probe, replace(costs, stretch=one)) for one in (least, most))
     known = (late - early > _SAME_S) & np.isfinite(busy)  # who computes nothing tells nothing
-    along = np.where(known, (busy - early) / np.where(known, late - early, 1.0), 0.0)
-    found = _STRETCH[0] + np.clip(along, 0.0, 1.0) * (_STRETCH[1] - _STRETCH[0])
-    plan = steps.plan(probe)
-    return np.full(costs.devices, found[plan.devices[0]]) if plan.ranks == 1 else np.where(known, found, 1.0)
+    alone, found = steps.plan(probe).ranks == 1, np.ones(costs.devices)
+    for kind in set(kinds):
+        alike = np.array([alone or one == kind for one in kinds])
+        if (alike & known).any():
+            before, after, was = (one[alike & known].sum() for one in (early, late, busy))
+            found[alike] = np.interp((was - before) / (after - before), (0.0, 1.0), _STRETCH)
+    return found
 
 
 def _typical(repeated: xr.DataArray) -> xr.DataArray:

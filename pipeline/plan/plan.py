@@ -88,19 +88,20 @@ class Plan:
             return (1 / self.ranks,) * self.ranks
         flops = [0.0] * self.ranks
         for operation in graph.convolutions:
-            output = self[operation.name].output
-            for rank, share in enumerate(output.shares):
-                flops[rank] += operation.flops_per_image * share / sum(output.shares)
+            planned = self[operation.name]
+            split = planned.input if planned.output.kind == "P" else planned.output
+            for rank, share in enumerate(split.shares):
+                flops[rank] += operation.flops_per_image * share / sum(split.shares)
         total = sum(flops)
         return tuple(one / total if total else float(rank == 0) for rank, one in enumerate(flops))
 
     def split_convolutions(self, graph: Graph) -> float:
-        """The fraction of the convolutions' FLOPs that is split, by kernels or by images; NaN without convolutions."""
+        """The fraction of the convolutions' FLOPs that is split, in any way; NaN without convolutions."""
         total = sum(operation.flops_per_image for operation in graph.convolutions)
         split = sum(
             operation.flops_per_image
             for operation in graph.convolutions
-            if self.strategy == "ddp" or self[operation.name].output.kind in ("K", "B")
+            if self.strategy == "ddp" or self[operation.name].output.kind in ("K", "B", "P")
         )
         return split / total if total else math.nan
 

@@ -8,6 +8,7 @@ places where one kind of split could give way to another, and then changes layer
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import permutations, product
@@ -15,7 +16,8 @@ from itertools import permutations, product
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.graph.trace import Graph
+from pipeline.graph.effects import Effect
+from pipeline.graph.trace import Graph, Operation
 from pipeline.plan.costs import Costs
 from pipeline.plan.fitting import PlanWith, check_memory, fits, is_scarce, most_within_memory
 from pipeline.plan.plan import Plan, Strategy
@@ -36,7 +38,8 @@ from pipeline.plan.ties import Tie
 UNIFORM: tuple[Strategy, ...] = ("single", "equal", "paper", "kernel", "batch")
 """The exact strategies, all of which are tried on all devices."""
 _KINDS: tuple[Kind, ...] = ("K", "B", "M")
-_EXHAUSTIVE = 100
+"""Of every layer; a convolution whose input may be split can be split by that, too."""
+_EXHAUSTIVE = 200
 """Up to so many combinations of kinds all are tried."""
 _SETS_SEARCHED = 2
 """Of a small number of devices; of a large one the layers are searched for the best set alone."""
@@ -73,6 +76,8 @@ class _Search:
         self._graph, self._costs, self._batch_size, self._labels = graph, costs, batch_size, labels
         self._itemsize, self._links = itemsize, links
         self._layers = [one.name for one in layers_of(graph)]
+        self._kinds = [_kinds_of(one, first=not place) for place, one in enumerate(layers_of(graph))]
+        self._narrowing = [_narrows(graph, one) for one in layers_of(graph)]
         self._structure = structure_of(graph)
         self._scarce = is_scarce(graph, costs, batch_size, itemsize=itemsize)
         self._splits: dict[tuple[int, ...], tuple[Split, tuple[int, ...]]] = {}
@@ -179,23 +184,49 @@ class _Search:
                 tried[kinds] = self._try(self._mixed(dict(zip(self._layers, kinds, strict=True)), devices))
             return tried[kinds]
 
-        layers = len(self._layers)
-        if len(_KINDS) ** layers <= _EXHAUSTIVE:
-            for kinds in product(_KINDS, repeat=layers):
+        if math.prod(len(one) for one in self._kinds) <= _EXHAUSTIVE:
+            for kinds in product(*self._kinds):
                 time_of(kinds)
             return
         tries = min(_MOST_TRIES, max(_LEAST_TRIES, _WORK // (len(self._graph.operations) * len(devices))))
-        for kinds in _two_parts(layers, tries // 2):
+        for kinds in _two_parts(len(self._layers), tries // 2):
             time_of(kinds)
+        time_of(self._with_sums(min(tried, key=lambda kinds: tried[kinds])))
+        everything: Kind = "K"
+        time_of(self._with_sums((everything,) * len(self._layers)))
         current = min(tried, key=lambda kinds: tried[kinds])
         improved = True
         while improved:
             improved = False
-            for kinds in _neighbours(current):
+            for kinds in self._neighbours(current):
                 if len(tried) >= tries:
                     return
                 if time_of(kinds) < tried[current]:
                     current, improved = kinds, True
+
+    def _with_sums(self, kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
+        """The same but for convolutions that give less than they take: sums of their outputs travel instead."""
+        return tuple(
+            "I" if kind == "K" and narrowing and "I" in possible else kind
+            for kind, narrowing, possible in zip(kinds, self._narrowing, self._kinds, strict=True)
+        )
+
+    def _neighbours(self, kinds: tuple[Kind, ...]) -> Iterator[tuple[Kind, ...]]:
+        """Another kind for one layer, the last first: there the weights are largest and the tensors smallest."""
+        for place in reversed(range(len(kinds))):
+            for kind in self._kinds[place]:
+                if kind != kinds[place]:
+                    yield (*kinds[:place], kind, *kinds[place + 1 :])
+
+
+def _kinds_of(layer: Operation, *, first: bool) -> tuple[Kind, ...]:
+    by_input = layer.convolution and layer.effect is Effect.KERNEL and not first
+    return (*_KINDS, "I") if by_input else _KINDS
+
+
+def _narrows(graph: Graph, layer: Operation) -> bool:
+    """Whether a layer gives fewer numbers than it takes."""
+    return math.prod(layer.shape or ()) < math.prod(graph.shape_of(layer.inputs[0]) or ())
 
 
 def _device_sets(costs: Costs, batch_size: int) -> Iterator[tuple[int, ...]]:
@@ -220,11 +251,3 @@ def _two_parts(layers: int, tries: int) -> Iterator[tuple[Kind, ...]]:
     for border in borders[::-stride]:
         for first, second in pairs:
             yield (first,) * border + (second,) * (layers - border)
-
-
-def _neighbours(kinds: tuple[Kind, ...]) -> Iterator[tuple[Kind, ...]]:
-    """Another kind for one layer, the last first: there the weights are largest and the tensors smallest."""
-    for place in reversed(range(len(kinds))):
-        for kind in _KINDS:
-            if kind != kinds[place]:
-                yield (*kinds[:place], kind, *kinds[place + 1 :])

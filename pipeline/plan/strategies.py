@@ -18,7 +18,7 @@ from pipeline.plan.plan import STRATEGIES, OperationPlan, Plan, Strategy, parame
 from pipeline.plan.shares import Most, balanced, equal, proportional
 from pipeline.plan.ties import Tie, bound, on_master, ties
 
-Kind = Literal["M", "K", "B"]
+Kind = Literal["M", "K", "B", "I"]
 """How a layer is split: not at all, by kernels or by images."""
 
 Split = Callable[[Tie], tuple[int, ...]]
@@ -216,7 +216,8 @@ class Mixed:
     """A plan in which every convolution and dense layer is split in its own way, and the rest follows.
 
     A layer of kind ``M`` stays on the master, ``K`` is split by kernels (a dense layer by the features that it finds
-    split), ``B`` by images. What lies between does what it can where its inputs are.
+    split), ``B`` by images, and ``I`` by the input channels that it finds split, or else by kernels. What lies between
+    does what it can where its inputs are.
     """
 
     def __init__(
@@ -252,7 +253,7 @@ class Mixed:
 
     def _taking_part(self) -> tuple[int, ...]:
         """The ranks that have a part of some layer."""
-        layers = [one for one in layers_of(self._graph) if one.convolution and self._kinds[one.name] == "K"]
+        layers = [one for one in layers_of(self._graph) if one.convolution and self._kinds[one.name] in "KI"]
         held = [self._shares_of(one) for one in layers]
         if self._images is not None and "B" in self._kinds.values():
             held.append(self._images.shares)
@@ -298,8 +299,8 @@ class Mixed:
         if operation.effect is Effect.GROUPED:
             shares = self._shares_of(operation)
             return kernels(_of_groups(operation, shares)), kernels(shares)
-        if not operation.convolution and inputs[0].kind == "K":
-            # Each rank multiplies the features it has; only the small sums travel.
+        if inputs[0].kind == "K" and (kind == "I" or not operation.convolution):
+            # Each rank multiplies the channels or features it has; only the sums travel.
             return inputs[0], partial(inputs[0].shares)
         if not operation.convolution and all(layout.kind == "M" for layout in inputs):
             return master(self._ranks), master(self._ranks)

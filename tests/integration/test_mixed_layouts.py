@@ -92,9 +92,9 @@ def _random_plan(graph: Graph, seed: int) -> Plan:
         else:
             kinds = "MRBK"
         source, target = _drawn(operation, draw, kinds)
-        if operation.effect is Effect.KERNEL and not operation.convolution and draw.random() < 0.4:
-            features = next(one.shape[1] for one in operation.parameters if one.input_axis is not None)
-            source = kernels(_shares(draw, features))
+        if operation.effect is Effect.KERNEL and draw.random() < 0.4:
+            taken = next(one.shape[one.input_axis] for one in operation.parameters if one.input_axis is not None)
+            source = kernels(_shares(draw, taken))
             target = partial(source.shares)
         if shared is not None:
             source, target = shared.input, shared.output

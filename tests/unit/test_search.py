@@ -92,7 +92,7 @@ def _exhaustive(graph: Graph, costs: Costs, batch_size: int) -> float:
             plan_network(graph, one, batch_size=batch_size, labels=labels, costs=some) for one in ("paper", "equal")
         ]
         kinds: tuple[Kind, ...]
-        for kinds in product("KBM", repeat=len(layers)):  # type: ignore[assignment]
+        for kinds in product("KBMI", repeat=len(layers)):  # type: ignore[assignment]
             mixed = Mixed(graph, ranks, dict(zip(layers, kinds, strict=True)), split, of_images)
             plans.append(
                 search.Plan(
@@ -116,6 +116,20 @@ def test_auto_equals_exhaustive_search_on_small_networks(
         plan = fastest_plan(graph, costs, batch_size=32, labels=labels)
         found = float(predict_step(graph, plan, costs.only(plan.devices), batch_size=32)[0])
         assert found == pytest.approx(best, rel=1e-9)
+
+
+def test_a_convolution_that_gives_less_than_it_takes_is_split_by_its_input_over_slow_links() -> None:
+    """As the bottlenecks of ResNets and MobileNets do: what travels is the sums of the few outputs."""
+    layers = [nn.Conv2d(3, 512, 3, padding=1), nn.ReLU(), nn.Conv2d(512, 64, 1), nn.ReLU(), nn.Conv2d(64, 512, 3)]
+    graph = trace(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), torch.zeros(2, 3, 8, 8))
+    costs = costs_of(graph, [1e10, 1e10], bandwidth=1e8)
+    plan = fastest_plan(graph, costs, batch_size=4, labels=["a", "b"])
+    narrow = plan["_2"]
+    assert (narrow.input.kind, narrow.output.kind) == ("K", "P")
+    assert plan.split_convolutions(graph) == pytest.approx(1.0)
+    assert plan.convolution_shares(graph) == pytest.approx((0.5, 0.5), abs=0.02)
+    time = float(predict_step(graph, plan, costs, batch_size=4)[0])
+    assert min(predicted(graph, costs, strategy, 4) for strategy in ("single", "kernel", "batch")) > 1.1 * time
 
 
 def test_a_slow_device_behind_a_slow_link_is_left_out(graph: Graph) -> None:
