@@ -34,6 +34,8 @@ _TURNS = 24
 """How many turns with much to send are measured at once."""
 _LEAST_TURNS = 4
 """Of fewer nobody can tell how they grow."""
+_ENOUGH_S, _LEAST_REPETITIONS = 2.0, 2
+"""Over slow links all is repeated for about so long, but so often at least."""
 _MOST_RESUMING_S = 1e-3
 """What is longer than that is noise of long computations."""
 
@@ -54,7 +56,7 @@ def link_of(time_MR: NDArray[np.float64], sizes: Sequence[int]) -> Link:
 
     The smallest message gives the latency, the largest what is left for its bytes.
     """
-    median = np.median(time_MR, axis=1)
+    median = np.nanmedian(time_MR, axis=1)
     moving = max(float(median[-1] - median[0]), 1e-9)
     return Link(latency=float(median[0]), bandwidth=(sizes[-1] - sizes[0]) / moving)
 
@@ -80,20 +82,36 @@ def measure_turns(context: RankContext, transport: Transport, work: Pass, repeti
     seldom = -(-work.computations // _TURNS)
     alone = [_through(context, work) for _ in range(repetitions)]
     small, large = (
-        # The first time sets up the messages.
-        [_through(context, work, turn, every) for _ in range(1 + repetitions)][1:]
+        _repeated(context, functools.partial(_through, context, work, turn, every), repetitions)
         for turn, every in ((little, 1), (much, seldom))
     )
     before, waits = _waits(context, small)
     lines = np.array([_line(before, one) for one in waits])
     growing = float(np.median(lines[:, 1]))
     seldom_before, seldom_waits = _waits(context, large)
+    waiting = np.full((len(TURN_BYTES), repetitions), np.nan)
+    waiting[0, : len(lines)] = lines[:, 0]
     rest = np.median(seldom_waits - growing * seldom_before, axis=1) if len(seldom_before) else lines[:, 0]
+    waiting[1, : len(rest)] = np.maximum(rest, 0.0)
     return Turns(
-        waiting=np.stack([lines[:, 0], np.maximum(rest, 0.0)]),
+        waiting=waiting,
         growing=growing,
         resuming=_resuming(alone, small, _MOST_RESUMING_S / context.device.speed),
     )
+
+
+def _repeated(context: RankContext, walk: Callable[[], _Walk], repetitions: int) -> list[_Walk]:
+    """``walk`` so often, or as often as there is time for; the same on all ranks. The first sets up the messages."""
+    start = time.perf_counter()
+    walk()
+    took = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+    dist.all_reduce(took, dist.ReduceOp.MAX, context.group)
+    return [walk() for _ in range(_possible(repetitions, took.item()))]
+
+
+def _possible(repetitions: int, seconds: float) -> int:
+    """How often to repeat what takes so long."""
+    return min(repetitions, max(_LEAST_REPETITIONS, int(_ENOUGH_S / max(seconds, 1e-6))))
 
 
 class _Walk(NamedTuple):
@@ -176,7 +194,7 @@ def _turn_of(context: RankContext, transport: Transport, size: int) -> Callable[
 def _round_trips(
     context: RankContext, transport: Transport, lower: int, higher: int, repetitions: int
 ) -> NDArray[np.float64]:
-    times = np.empty((len(LINK_BYTES), repetitions))
+    times = np.full((len(LINK_BYTES), repetitions), np.nan)
     for index, size in enumerate(LINK_BYTES):
         elements = size // 4
         here, there = (_all_on(end, elements, context.size) for end in (lower, higher))
@@ -190,14 +208,21 @@ def _round_trips(
         back = replace(out, direction="backward")
         message = torch.zeros(1, elements, device=context.torch_device)
         starts = context.rank == lower
-        for repetition in range(-1, repetitions):
-            start = time.perf_counter()
-            for one in (out, back):
-                sends = starts == (one is out)
-                transport.exchange(one, message if sends else None, None if sends else message)
-            if repetition >= 0:
-                times[index, repetition] = time.perf_counter() - start
+        trip = functools.partial(_trip, transport, out, back, message, starts=starts)
+        possible = torch.tensor(_possible(repetitions, trip()))  # which sets up the messages
+        (dist.send if starts else dist.recv)(possible, higher if starts else lower, context.group)
+        for repetition in range(int(possible)):
+            times[index, repetition] = trip()
     return times
+
+
+def _trip(transport: Transport, out: Exchange, back: Exchange, message: torch.Tensor, *, starts: bool) -> float:
+    """How long ``message`` takes there and back, in s; whoever ``starts`` has it."""
+    start = time.perf_counter()
+    for one in (out, back):
+        sends = starts == (one is out)
+        transport.exchange(one, message if sends else None, None if sends else message)
+    return time.perf_counter() - start
 
 
 def _all_on(rank: int, elements: int, ranks: int) -> Layout:

@@ -34,7 +34,7 @@ from pipeline.results.provenance import provenance
 
 FRACTIONS = (1 / 32, 0.125, 0.25, 0.5, 1.0)
 _FLOPS_PER_STEP = 7e10
-"""A calibration uses as many images as make a step of about this much work (0.4 s on a CPU core)."""
+"""A calibration uses as many images as make a step of about this much work (some 0.4 s on a CPU core)."""
 _LEAST_IMAGES = 4
 _PASSES = 2
 """How many more times at most what is uncertain is measured."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,32 +30,32 @@ from pipeline._torchvision import Importable
 from pipeline.calibration.passes import initialise
 from pipeline.cluster.gang import RankContext
 from pipeline.graph.trace import Graph, model_dtype
-from pipeline.plan.costs import Costs
+from pipeline.plan.costs import Costs, Shared
 from pipeline.plan.fitting import needed_memory
 from pipeline.plan.instructions import COMPANIES, Company, Compute, Exchange
 from pipeline.plan.plan import Plan, Strategy
 from pipeline.plan.prediction import layout_of, predict_timeline
 from pipeline.plan.program import Program, compile_program
-from pipeline.plan.strategies import Kind, plan_network
+from pipeline.plan.strategies import plan_network
 from pipeline.run.clock import Clock
 from pipeline.run.execution import Execution
 from pipeline.run.recipe import Recipe, Turn
 
 _WITHOUT_SUMS = " without sums"
 _SUMMING: Strategy = "batch"
-_PROBED: dict[Strategy, Kind] = {"single": "M", "paper": "K", "kernel": "K", "batch": "B"}
-"""The strategies whose steps are taken, and what in them the devices are said to be busy with."""
+_PROBED: dict[Strategy, Shared] = {"kernel": "K", "batch": "B", "single": "M", "paper": "K"}
+"""The strategies whose steps are taken, those first that shall have the memory, and what is timed of them."""
 PROBES = (*_PROBED, _SUMMING + _WITHOUT_SUMS)
 """None updates its weights; the last leaves out the sums of gradients, as all but the last of several batches do."""
 _TELLS: dict[str, Company] = {"paper": "master", "kernel": "everyone", _SUMMING + _WITHOUT_SUMS: "moments"}
 """Which waiting each tells of, in the order in which they are looked at."""
-_STRETCHED: dict[Kind, str] = {"M": "single", "K": "kernel", "B": _SUMMING + _WITHOUT_SUMS}
+_STRETCHED: dict[Shared, str] = {"M": "single", "K": "kernel", "B": _SUMMING + _WITHOUT_SUMS}
 """Which tells how long computations take."""
 _WARMUP, _MEASURED_S, _MOST = (2, 1), 0.4, 4
 """In each round each begins with so many steps that do not count, which set up memory or find in the cache what others
 have left there. Then it is repeated until about so much time is measured, but so often at most."""
 MOST_STEPS = len(_WARMUP) * _MOST
-_LONG_STEP_S, _SAME_S = 0.4, 1e-9
+_LONG_STEP_S, _VERY_LONG_STEP_S, _SAME_S = 0.4, 3.0, 1e-9
 _STRETCH = 0.5, 2.0
 _MOST_GROWTH, _MOST_S_PER_BYTE, _LITTLE = 2.0, 1e-8, 1e-3
 """Between these, or a little of the most and the most, the values are looked for."""
@@ -121,7 +120,11 @@ def probe_rank(context: RankContext, task: Probing) -> Probed:
             if _strategy_of(probe) in executions:
                 execution = executions[_strategy_of(probe)]
                 step = functools.partial(_step, context, execution, task.images, last=_sums(probe))
-                first = [step() for _ in range(warmup)][-1][0]
+                if times and times[-1][0] > _VERY_LONG_STEP_S:
+                    continue
+                first, _ = step()
+                if first < _VERY_LONG_STEP_S:
+                    first = min(first, *(step()[0] for _ in range(warmup - 1)), math.inf)
                 times += [step() for _ in range(min(max(int(_MEASURED_S / first), 1), _MOST))]
     found = np.full((len(PROBES), MOST_STEPS, 2), np.nan)
     for index, times in enumerate(taken.values()):
@@ -158,13 +161,13 @@ def fitted(calibration: xr.Dataset, task: Probing) -> xr.Dataset:
     What a probe says nothing of, as its plan has no such exchange, stays as it is.
     """
     steps, stretch = _Steps(task), calibration.stretch.copy(deep=True)
-    before, busy = Costs.of(calibration), _typical(calibration.probe_busy_time)
-    kinds = [re.split(r"[@\[]", str(label))[0] for label in calibration.device_label.values]  # whatever the speed
+    before, busy = Costs.of(calibration), _lower_median(calibration.probe_busy_time)
+    kinds = ["gpu" if str(label).startswith("gpu") else "cpu" for label in calibration.device_label.values]
     for layout, probe in _STRETCHED.items():
         if probe in steps.probes:
             stretch.loc[{"layout": layout}] = _stretch(steps, before, probe, busy.sel(probe=probe).values, kinds)
     costs = Costs.of(calibration.assign(stretch=stretch))
-    typical = _typical(calibration.probe_step_time)
+    typical = _lower_median(calibration.probe_step_time)
     took = {probe: float(typical.sel(probe=probe)) for probe in steps.probes}
     beginning = max(took["single"] - steps.seconds("single", costs), 0.0) if "single" in took else 0.0
     costs = replace(costs, beginning=np.full(costs.devices, beginning))
@@ -189,22 +192,21 @@ def _stretch(
 ) -> NDArray[np.float64]:
     """How many times as long as by itself each device computes if they are so ``busy`` in a probe, (device) in s.
 
-    One number for all devices of a kind: of one by itself, shares of a few kernels or images tell too little. What one
-    device alone does tells it for all.
+    One number for all devices of a kind: of one by itself, shares of a few kernels or images tell too little.
     """
     least, most = (np.full_like(costs.stretch, one) for one in _STRETCH)
     early, late = (steps.busy(probe, replace(costs, stretch=one)) for one in (least, most))
     known = (late - early > _SAME_S) & np.isfinite(busy)  # who computes nothing tells nothing
-    alone, found = steps.plan(probe).ranks == 1, np.ones(costs.devices)
+    found = np.ones(costs.devices)
     for kind in set(kinds):
-        alike = np.array([alone or one == kind for one in kinds])
+        alike = np.array([one == kind for one in kinds])
         if (alike & known).any():
             before, after, was = (one[alike & known].sum() for one in (early, late, busy))
             found[alike] = np.interp((was - before) / (after - before), (0.0, 1.0), _STRETCH)
     return found
 
 
-def _typical(repeated: xr.DataArray) -> xr.DataArray:
+def _lower_median(repeated: xr.DataArray) -> xr.DataArray:
     """The median of the repetitions, of two the lower: what disturbs a step only makes it longer."""
     ascending = np.sort(repeated.transpose(..., "repetition").values, axis=-1)  # NaN at the end
     middle = np.maximum(np.isfinite(ascending).sum(axis=-1, keepdims=True) - 1, 0) // 2

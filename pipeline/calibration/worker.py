@@ -130,11 +130,11 @@ def measure_rank(context: RankContext, task: Task) -> Measurement:
     torch.manual_seed(0)
     model = copy.deepcopy(task.model).to_empty(device="cpu")
     initialise((*model.parameters(), *model.buffers()))
-    channels_last, seconds = _faster_order(context, model, task)
+    channels_last, own, slowest = _faster_order(context, model, task)
     whole = _execution_of(context, model, task.graph, None, channels_last=channels_last)
     calls = np.array([call_seconds(whole) for _ in range(max(task.repetitions, _LEAST_REPETITIONS))])
     forward, backward = (float(one) for one in np.median(calls, axis=0))
-    segments = _Segments(context, model, task, whole, (forward, backward), seconds)
+    segments = _Segments(context, model, task, whole, (forward, backward), own, slowest)
     for _ in range(1 + task.passes):
         todo = segments.uncertain()
         if not todo:
@@ -173,15 +173,17 @@ class _Segments:
         task: Task,
         whole: Execution,
         call: tuple[float, float],
-        seconds: float,
+        own: float,
+        slowest: float,
     ) -> None:
         """``whole`` is an execution of this rank alone; ``call`` what a computation of nothing takes, both ways.
 
-        ``seconds`` is about what the slowest rank takes for all segments with the most images.
+        ``own`` and ``slowest`` are about what this and the slowest rank take for all segments with the most images.
         """
         self._context, self._model, self._task, self._whole, self._call = context, model, task, whole, call
-        self._done, self._spent, self._is_long = 0, 0.0, seconds > _LONG_S
-        enough = math.ceil(_MEASURED_S / max(seconds, 1e-6))
+        self._done, self._spent = 0, 0.0
+        self._is_long, self._is_long_for_all = own > _LONG_S, slowest > _LONG_S
+        enough = math.ceil(_MEASURED_S / max(slowest, 1e-6))
         self._repetitions = max(task.repetitions, min(enough, _MOST_REPETITIONS))
         shape = (len(task.chains), len(task.fractions))
         self.times = np.full((*shape, len(task.images), self._repetitions + task.passes, len(PARTS)), np.nan)
@@ -254,7 +256,7 @@ class _Segments:
         """With as few images as are measured: computations as long as those of which each rank does a part."""
         task = self._task
         work = self._pass(self._whole, dict(enumerate(task.chains)), task.images[0])
-        repetitions = self._repetitions if self._is_long else max(self._repetitions, _LEAST_REPETITIONS)
+        repetitions = self._repetitions if self._is_long_for_all else max(self._repetitions, _LEAST_REPETITIONS)
         return measure_turns(self._context, transport, work, repetitions)
 
     def _times(
@@ -278,10 +280,10 @@ class _Segments:
         return _execution_of(self._context, self._model, self._task.graph, plan, channels_last=last)
 
 
-def _faster_order(context: RankContext, model: nn.Module, task: Task) -> tuple[bool, float]:
+def _faster_order(context: RankContext, model: nn.Module, task: Task) -> tuple[bool, float, float]:
     """Whether the whole network takes clearly less time with the channels last in memory, over all ranks.
 
-    And about how long the slowest rank takes for all segments with the most images then, in s; the same on all ranks.
+    And about how long this and the slowest rank take for all segments with the most images then, in s.
     """
     orders = (False, True) if may_have_channels_last(model) else (False,)
     seconds = np.array([_order_seconds(context, model, task, channels_last=last) for last in orders])
@@ -290,7 +292,7 @@ def _faster_order(context: RankContext, model: nn.Module, task: Task) -> tuple[b
         dist.all_reduce(total, group=context.group)
         dist.all_reduce(slowest, dist.ReduceOp.MAX, context.group)
     last = len(orders) > 1 and bool(total[1] < _CLEARLY * total[0])
-    return last, float(slowest[int(last)])
+    return last, float(seconds[int(last), 1]), float(slowest[int(last)])
 
 
 def _order_seconds(context: RankContext, model: nn.Module, task: Task, *, channels_last: bool) -> tuple[float, float]:
@@ -301,7 +303,8 @@ def _order_seconds(context: RankContext, model: nn.Module, task: Task, *, channe
         for images in (task.images[0], task.images[-1])
     )
     try:
-        few.run()
+        # The first order of all also fills the memory that the other takes up again.
+        (few if channels_last else most).run()
         times = most.run()[:, :_DIRECTIONS]
         for _ in range(min(int(_LONG_S / max(times.sum(), 1e-6)), _MOST_REPETITIONS)):
             times = np.minimum(times, most.run()[:, :_DIRECTIONS])
@@ -349,8 +352,8 @@ def _images_plan(graph: Graph, images: int) -> Plan:
 
 def _channels(graph: Graph, plan: Plan, chain: Chain) -> int:
     """The first rank's channels of a segment."""
-    first = plan[chain.operations[0]]
-    layout = first.input if first.input.kind == "K" else first.output
+    first, of_input = plan[chain.operations[0]], graph[chain.operations[0]].effect is Effect.KERNEL
+    layout = first.input if of_input and first.input.kind == "K" else first.output
     return layout.shares[0] if layout.kind == "K" else graph[chain.operations[0]].channels or 1
 
 

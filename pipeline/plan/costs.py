@@ -22,7 +22,8 @@ less, but measurements of them by some per cent, which would make one of them wa
 
 CROWD = 3
 """With so many ranks several links are in use at once."""
-LAYOUTS: tuple[Literal["K", "B", "M"], ...] = ("K", "B", "M")
+Shared = Literal["K", "B", "M"]
+LAYOUTS: tuple[Shared, ...] = ("K", "B", "M")
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 """As they follow each other in arrays with that axis."""
 _SECONDS = ("fixed", "per_image", "whole", "beginning", "call", "resuming", "update", "update_overhead")
@@ -254,11 +255,6 @@ class Costs:
     def steps_by_images(self, images: int) -> NDArray[np.float64]:
         """Forward and backward of the whole network for a part of the images in a real step in s, (device)."""
         found: NDArray[np.float64] = self.whole_steps(images) * self.stretch[:, LAYOUTS.index("B")]
-        return found
-
-    def alone_steps(self, batch_size: int) -> NDArray[np.float64]:
-        """Forward and backward of the whole network on each device while the others wait in s, (device)."""
-        found: NDArray[np.float64] = (self._whole(batch_size) * self.alone).sum(axis=(1, 2))
         return found
 
     def _whole(self, batch_size: int) -> NDArray[np.float64]:

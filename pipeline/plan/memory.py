@@ -163,10 +163,10 @@ class _Account:
                 and step.output is not None
                 and operation.convolution
             ):
-                parts = np.array(step.output.layout.shares, dtype=float)
-                fraction = parts / parts.sum() if step.output.layout.kind in "KB" else (parts > 0).astype(float)
+                divided = step.inputs[0].layout if step.output.layout.kind == "P" else step.output.layout
+                parts = np.array(divided.shares, dtype=float)
                 weights = sum(math.prod(one.shape) for one in operation.parameters) * self._itemsize
-                split = fraction if step.output.layout.kind == "K" else (fraction > 0).astype(float)
+                split = parts / parts.sum() if divided.kind == "K" else (parts > 0).astype(float)
                 inputs = sum((self._size(one) for one in step.inputs), np.zeros(self._ranks))
                 times = 2 if instruction.direction == "backward" else 1
                 most = np.maximum(most, times * (inputs + self._size(step.output)) + weights * split)

@@ -31,6 +31,11 @@ class OperationPlan:
         """The ranks that take part."""
         return self.output.holders
 
+    @property
+    def divided(self) -> Layout:
+        """What its work is divided by: its output, or its input where the ranks' outputs are summands."""
+        return self.input if self.output.kind == "P" else self.output
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterPlan:
@@ -88,10 +93,9 @@ class Plan:
             return (1 / self.ranks,) * self.ranks
         flops = [0.0] * self.ranks
         for operation in graph.convolutions:
-            planned = self[operation.name]
-            split = planned.input if planned.output.kind == "P" else planned.output
-            for rank, share in enumerate(split.shares):
-                flops[rank] += operation.flops_per_image * share / sum(split.shares)
+            shares = self[operation.name].divided.shares
+            for rank, share in enumerate(shares):
+                flops[rank] += operation.flops_per_image * share / sum(shares)
         total = sum(flops)
         return tuple(one / total if total else float(rank == 0) for rank, one in enumerate(flops))
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph
 from pipeline.links import Link
-from pipeline.plan.costs import CROWD, DIRECTIONS, LAYOUTS, Costs
+from pipeline.plan.costs import CROWD, DIRECTIONS, LAYOUTS, Costs, Shared
 from pipeline.plan.instructions import (
     COMPANIES,
     Compute,
@@ -138,7 +137,6 @@ def compute_seconds(graph: Graph, plan: Plan, program: Program, instruction: Ins
             whole = step_seconds(graph, plan, step, way, program.batch_size, costs)
             if len(instruction.ranks) == 1:
                 whole = whole * costs.alone_part(step.operation, way)
-            whole = whole * costs.stretch[:, LAYOUTS.index(layout_of(plan, step))]
             total += _part_of(instruction, costs.input_part_of(step.operation)) * whole
     return total
 
@@ -149,14 +147,15 @@ def _part_of(instruction: Compute, input_part: float) -> float:
 
 def step_seconds(graph: Graph, plan: Plan, step: Step, direction: Direction, batch_size: int, costs: Costs) -> Times:
     """Time of each rank's part of one operation in s, (rank)."""
-    fraction, images = _work(graph, plan, step, batch_size)
-    seconds = costs.seconds(step.operation, fraction, direction, images)
+    fraction, images = _work(plan, step, batch_size)
+    stretch = costs.stretch[:, LAYOUTS.index(layout_of(plan, step))]
+    seconds = costs.seconds(step.operation, fraction, direction, images) * stretch
     if step.part != "normalise":
         return seconds
     segment = costs.segment_with(step.operation)
     normalised = sum(graph[name].effect is Effect.BATCHNORM for name in segment)
     beyond = (costs.by_images_part(segment[0], direction) - 1) / normalised
-    found: Times = seconds + beyond * costs.seconds(segment[0], fraction, direction, images)
+    found: Times = seconds + beyond * costs.seconds(segment[0], fraction, direction, images) * stretch
     return found
 
 
@@ -313,19 +312,17 @@ def _updated(program: Program) -> Times:
     return elements
 
 
-def _work(graph: Graph, plan: Plan, step: Step, batch_size: int) -> tuple[Times, Times]:
-    """Each rank's part of an operation: the fraction of its kernels, and for how many images; both (rank)."""
-    planned = plan[step.operation]
-    split_input = graph[step.operation].effect is Effect.KERNEL and planned.input.kind == "K"
+def _work(plan: Plan, step: Step, batch_size: int) -> tuple[Times, Times]:
+    """Each rank's part of an operation: of its kernels or input channels, and for how many images; both (rank)."""
     if _is_by_images(step):
         assert step.output is not None
         images = np.array(step.output.layout.shares, dtype=float)
         return (images > 0).astype(float), images
-    layout = planned.input if split_input else planned.output
+    layout = plan[step.operation].divided
     return _parts(layout), np.full(len(layout.shares), float(batch_size))
 
 
-def layout_of(plan: Plan, step: Step) -> Literal["K", "B", "M"]:
+def layout_of(plan: Plan, step: Step) -> Shared:
     """Whether the devices share the kernels or the images of an operation, or the master does it alone."""
     planned = plan[step.operation]
     if planned.input.kind == planned.output.kind == "M":
@@ -347,7 +344,7 @@ def _predict_ddp(graph: Graph, costs: Costs, batch_size: int, itemsize: int, lin
     trained = {one.name: one.shape for op in graph.operations for one in op.parameters if one.trained}
     elements = float(sum(np.prod(shape) for shape in trained.values()))
     ranks = costs.devices
-    compute = float(costs.whole_steps(-(-batch_size // ranks)).max())
+    compute = float(costs.steps_by_images(-(-batch_size // ranks)).max())
     update = costs.update_overhead + costs.update * elements
     step = np.full(links.cases, compute + float((costs.beginning + update).max()))
     if ranks == 1:

@@ -20,7 +20,7 @@ from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph, Operation
 from pipeline.plan.costs import Costs
 from pipeline.plan.fitting import PlanWith, check_memory, fits, is_scarce, most_within_memory
-from pipeline.plan.plan import Plan, Strategy
+from pipeline.plan.plan import OperationPlan, Plan, Strategy
 from pipeline.plan.prediction import Links, predict_step
 from pipeline.plan.shares import Most
 from pipeline.plan.strategies import (
@@ -178,10 +178,14 @@ class _Search:
 
     def _search_layers(self, devices: tuple[int, ...]) -> None:
         tried: dict[tuple[Kind, ...], float] = {}
+        known: dict[tuple[OperationPlan, ...], float] = {}  # by what it comes to: there may be no input to be split
 
         def time_of(kinds: tuple[Kind, ...]) -> float:
             if kinds not in tried:
-                tried[kinds] = self._try(self._mixed(dict(zip(self._layers, kinds, strict=True)), devices))
+                plan = self._mixed(dict(zip(self._layers, kinds, strict=True)), devices)
+                if plan.operations not in known:
+                    known[plan.operations] = self._try(plan)
+                tried[kinds] = known[plan.operations]
             return tried[kinds]
 
         if math.prod(len(one) for one in self._kinds) <= _EXHAUSTIVE:
@@ -199,7 +203,7 @@ class _Search:
         while improved:
             improved = False
             for kinds in self._neighbours(current):
-                if len(tried) >= tries:
+                if len(known) >= tries:
                     return
                 if time_of(kinds) < tried[current]:
                     current, improved = kinds, True

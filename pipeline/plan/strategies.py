@@ -19,7 +19,7 @@ from pipeline.plan.shares import Most, balanced, equal, proportional
 from pipeline.plan.ties import Tie, bound, on_master, ties
 
 Kind = Literal["M", "K", "B", "I"]
-"""How a layer is split: not at all, by kernels or by images."""
+"""How a layer is split: not at all, by kernels, by images or by input channels."""
 
 Split = Callable[[Tie], tuple[int, ...]]
 """Shares of operations that are tied to each other, in channels."""

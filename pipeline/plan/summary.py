@@ -15,6 +15,7 @@ from pipeline.plan.memory import predict_memory
 from pipeline.plan.plan import Plan
 from pipeline.plan.prediction import Links, predict_step, predict_timeline, step_seconds
 from pipeline.plan.program import Program, compile_program
+from pipeline.plan.strategies import plan_network
 
 _DEVICES_TRIED = 8
 _WORTH_SAYING = 1.03
@@ -80,15 +81,15 @@ def summarise(
     seconds = step(chosen, used)
     speeds = costs.throughputs(batch_size)
     fastest = int(np.argmax(speeds))
-    update = costs.update_overhead + costs.update * _trained(graph)
-    alone = float((costs.alone_steps(batch_size) + update)[fastest])
+    single = plan_network(graph, "single", batch_size=batch_size, labels=all_labels, costs=costs)
+    alone = predict_step(graph, single, costs.only(single.devices), batch_size=batch_size, itemsize=itemsize)[0]
     rows, busy, on_master = _rows(graph, plan, chosen, itemsize, used)
     without_links = step(chosen, replace(used, latency=used.latency * 0, seconds_per_byte=used.seconds_per_byte * 0))
     return Summary(
         rows=rows,
         step_seconds=seconds,
         baseline=all_labels[fastest],
-        speedup=alone / seconds,
+        speedup=float(alone) / seconds,
         bound=float(speeds.sum() / speeds.max()),
         limit=_limit(plan, seconds, without_links, busy, on_master),
         memory=tuple(predict_memory(graph, plan, itemsize=itemsize)),
@@ -107,7 +108,7 @@ def _rows(
     """A row per operation; the seconds each rank computes; and for how long the master alone does."""
     if plan.strategy == "ddp":
         part = -(-plan.batch_size // plan.ranks)
-        each = costs.whole_steps(part)
+        each = costs.steps_by_images(part)
         row = Row(
             operation="the whole network", layouts="B", shares=(part,) * plan.ranks, seconds=tuple(each),
             exchanged_bytes=2.0 * (plan.ranks - 1) * _trained(graph) * itemsize, exchange_seconds=float("nan"),
@@ -125,7 +126,7 @@ def _rows(
             Row(
                 operation=operation.name,
                 layouts=" → ".join(kinds),
-                shares=planned.output.shares,
+                shares=planned.divided.shares,
                 seconds=tuple(times),
                 exchanged_bytes=moved.get(operation.name, 0.0),
                 exchange_seconds=waited.get(operation.name, 0.0),

@@ -175,7 +175,7 @@ CALIBRATION: Mapping[str, Variable] = {
     "turn_time": Variable(
         ("turn_bytes", "repetition"), "s", "time of an exchange between all ranks, which hardly compute before it"
     ),
-    "probe_step_time": Variable(("probe", "repetition"), "s", "time of a real step of all devices"),
+    "probe_step_time": Variable(("probe", "repetition"), "s", "time of a real step"),
     "probe_busy_time": Variable(
         ("probe", "device", "repetition"), "s", "time that a device computes its share in a real step"
     ),

@@ -44,6 +44,20 @@ def calibration(client: Client) -> xr.Dataset:
     return calibrate(network("20:50"), torch.zeros(BATCH, 3, 32, 32), client, network="20:50", repetitions=2)
 
 
+def test_the_fastest_device_may_be_another_than_the_first(client: Client) -> None:
+    members = tuple(reversed(discover(client)))
+    found = calibrate(
+        network("4:8"), torch.zeros(BATCH, 3, 32, 32), client, members=members, fractions=(0.5,), repetitions=1
+    )
+    assert [str(label) for label in found.device_label.values] == ["cpu@0.25", "cpu"]
+    busy = np.isfinite(found.probe_busy_time).any("repetition")
+    assert busy.sel(probe="single").values.tolist() == [False, True]
+    assert busy.drop_sel(probe="single").all()
+    assert np.isfinite(found.probe_step_time).any("repetition").all()
+    assert (found.stretch > 0).all()
+    assert found.kernels.sel(segment="dense").values.tolist() == [100, 200]  # features: 8 channels of 5x5
+
+
 def test_a_calibration_keeps_every_repetition_of_every_segment_and_link(calibration: xr.Dataset) -> None:
     validate_calibration(calibration)
     assert list(calibration.segment.values) == ["conv1", "relu1+pool1", "conv2", "relu2+pool2+flatten", "dense"]

@@ -87,8 +87,8 @@ def fresh_pages() -> list[int]:
 def test_a_rank_gets_the_memory_again_that_it_has_freed(client: Client) -> None:
     """In a task, as ranks are: threads other than the first would by themselves have fresh pages every time."""
     pages = client.submit(fresh_pages, pure=False).result()
-    assert pages[0] > 10_000
-    assert min(pages[-3:]) < 1000
+    assert pages[0] > 100  # of huge ones; thousands of small ones
+    assert min(pages[-3:]) < 0.1 * pages[0]
 
 
 def test_everything_listens_on_loopback_only(client: Client) -> None:

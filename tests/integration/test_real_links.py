@@ -24,7 +24,7 @@ from pipeline.results.stores import open_zip
 
 MEGABITS = 25
 LINK = f"{MEGABITS}Mbit/s"
-NETWORK, BATCH, REPETITIONS = "50:500", "32", "3"
+NETWORK, BATCH, REPETITIONS = "20:100", "32", "3"
 STRATEGIES = ("kernel", "batch")
 SUBNET = "10.213.77"
 _PATIENCE_S = 60.0

@@ -63,7 +63,8 @@ def test_all_segments_run_forward_and_then_in_reverse(graph: Graph, plan: str) -
 def test_a_pass_leaves_nothing_behind_however_it_ends(graph: Graph) -> None:
     execution = _execution(graph, split_plan(graph, 0.5))
     steps = _pass(graph, execution, {i: one for i, one in enumerate(chains_of(graph)) if one.splittable}).steps()
-    next(steps)
+    while next(steps).part == "forward":
+        pass
     assert execution.values
     steps.close()  # type: ignore[attr-defined]  # a generator
     assert not execution.values
@@ -77,7 +78,9 @@ def test_what_any_call_takes_is_not_the_segments(graph: Graph) -> None:
     assert 0 < backward < 0.1
     chains = dict(enumerate(chains_of(graph)))
     cuts = [chain.operations[0] for chain in chains.values()]
+    usual = _pass(graph, execution, chains)
+    usual.run()  # sets up torch's operations
     # A call that took an hour would leave next to nothing, but not less.
     rest = Pass(execution, graph, chains, cuts, IMAGES, call=(3600.0, 3600.0)).run()
     assert (rest[:, :2] > 0).all()
-    assert rest[:, :2].sum() < 0.5 * _pass(graph, execution, chains).run()[:, :2].sum()
+    assert rest[:, :2].sum() < 0.5 * usual.run()[:, :2].sum()

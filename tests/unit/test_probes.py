@@ -68,7 +68,7 @@ def test_what_made_the_probes_slow_is_found(model: nn.Module) -> None:
 
 
 def test_steps_that_were_faster_than_predicted_make_nothing_negative(model: nn.Module) -> None:
-    found = probes.fitted(*_measured(model, 0.9, 0.7, 0.7, 0.7, 0.8))
+    found = probes.fitted(*_measured(model, 0.7, 0.7, 0.9, 0.7, 0.8))
     assert (found.turn_growth >= 0).all()
     assert (found.turn_growth < 0.01).all()
     assert 0 < found.summing_time < 1e-10
@@ -77,7 +77,7 @@ def test_steps_that_were_faster_than_predicted_make_nothing_negative(model: nn.M
 
 
 def test_steps_that_take_forever_are_believed_up_to_a_limit(model: nn.Module) -> None:
-    found = probes.fitted(*_measured(model, 1.0, 100.0, 100.0, 1000.0, 100.0))
+    found = probes.fitted(*_measured(model, 100.0, 1000.0, 1.0, 100.0, 100.0))
     assert found.turn_growth.sel(company="everyone") == 2
     assert found.summing_time == pytest.approx(1e-8)
 
