@@ -21,6 +21,9 @@ from pipeline.plan.prediction import Links, predict_step
 from pipeline.plan.search import fastest_plan
 from pipeline.plan.strategies import Shares, plan_network
 
+_DOUBT = 0.05
+"""About how much predictions err."""
+
 
 def make_plan(model: nn.Module, calibration: xr.Dataset, *, batch_size: int, strategy: Strategy = "auto") -> Plan:
     """Plan ``model`` for the devices that ``calibration`` measured.
@@ -57,7 +60,9 @@ def plan_graph(
         check_calibration(calibration, graph, labels)
         costs = Costs.of(calibration)
     if strategy == "auto" and costs is not None and len(labels) > 1 and shares is None:
-        plan = fastest_plan(graph, costs, batch_size=batch_size, labels=labels, itemsize=itemsize, links=links)
+        plan = fastest_plan(
+            graph, costs, batch_size=batch_size, labels=labels, itemsize=itemsize, links=links, doubt=_DOUBT
+        )
     else:
         if strategy == "auto":
             strategy = "single" if len(labels) == 1 else "kernel"

@@ -51,13 +51,21 @@ _SMALL_SET = 8
 
 
 def fastest_plan(
-    graph: Graph, costs: Costs, *, batch_size: int, labels: Sequence[str], itemsize: int = 4, links: Links | None = None
+    graph: Graph,
+    costs: Costs,
+    *,
+    batch_size: int,
+    labels: Sequence[str],
+    itemsize: int = 4,
+    links: Links | None = None,
+    doubt: float = 0.0,
 ) -> Plan:
     """The plan with the least predicted step time for the devices called ``labels``, which may leave some out.
 
-    ``links`` (one case) replace the measured ones. Never predicted slower than any of ``UNIFORM``.
+    ``links`` (one case) replace the measured ones. Never predicted slower than any of ``UNIFORM``. A plan that mixes
+    kinds of splits, of which a calibration has run none, has to be faster than these by the fraction ``doubt``.
     """
-    return _Search(graph, costs, batch_size, tuple(labels), itemsize, links).best()
+    return _Search(graph, costs, batch_size, tuple(labels), itemsize, links).best(doubt)
 
 
 def fastest_times(
@@ -83,10 +91,11 @@ class _Search:
         self._splits: dict[tuple[int, ...], tuple[Split, tuple[int, ...]]] = {}
         self._limits: dict[tuple[Strategy, tuple[int, ...]], Most | None] = {}
         self._best: tuple[float, Plan] | None = None
+        self._best_uniform: tuple[float, Plan] | None = None
         self.times = np.full(1 if links is None else links.cases, np.inf)
         """The least predicted step time so far in each case of the links, (case) in s."""
 
-    def best(self) -> Plan:
+    def best(self, doubt: float = 0.0) -> Plan:
         everyone = tuple(range(self._costs.devices))
         for device in everyone if self._scarce else ():
             self._try(self._uniform("single", (device,)))
@@ -106,6 +115,8 @@ class _Search:
                 itemsize=self._itemsize,
             )
         assert self._best is not None
+        if self._best_uniform is not None and self._best[0] > (1 - doubt) * self._best_uniform[0]:
+            return self._best_uniform[1]
         return self._best[1]
 
     def _try(self, plan: Plan) -> float:
@@ -121,6 +132,8 @@ class _Search:
         mean = float(np.exp(np.log(times).mean()))  # geometric: no case outweighs another
         if self._best is None or mean < self._best[0]:
             self._best = mean, plan
+        if plan.strategy in UNIFORM and (self._best_uniform is None or mean < self._best_uniform[0]):
+            self._best_uniform = mean, plan
         return mean
 
     def _uniform(self, strategy: Strategy, devices: tuple[int, ...]) -> Plan:

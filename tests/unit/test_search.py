@@ -118,6 +118,20 @@ def test_auto_equals_exhaustive_search_on_small_networks(
         assert found == pytest.approx(best, rel=1e-9)
 
 
+def test_a_mixed_plan_has_to_be_faster_than_predictions_err(graph: Graph) -> None:
+    costs = costs_of(graph, [1e11, 6e10, 3e10], bandwidth=3e7)
+    labels = ["a", "b", "c"]
+    mixed = fastest_plan(graph, costs, batch_size=32, labels=labels)
+    assert mixed.strategy == "auto"
+    time = float(predict_step(graph, mixed, costs.only(mixed.devices), batch_size=32)[0])
+    cautious = fastest_plan(graph, costs, batch_size=32, labels=labels, doubt=1.0)
+    assert cautious.strategy in search.UNIFORM
+    gain = 1 - time / float(predict_step(graph, cautious, costs.only(cautious.devices), batch_size=32)[0])
+    assert gain > 0
+    for doubt, strategy in ((0.9 * gain, "auto"), (1.1 * gain, cautious.strategy)):
+        assert fastest_plan(graph, costs, batch_size=32, labels=labels, doubt=doubt).strategy == strategy
+
+
 def test_a_convolution_that_gives_less_than_it_takes_is_split_by_its_input_over_slow_links() -> None:
     """As the bottlenecks of ResNets and MobileNets do: what travels is the sums of the few outputs."""
     layers = [nn.Conv2d(3, 512, 3, padding=1), nn.ReLU(), nn.Conv2d(512, 64, 1), nn.ReLU(), nn.Conv2d(64, 512, 3)]
