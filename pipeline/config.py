@@ -434,13 +434,17 @@ def device_sets(config: Config) -> tuple[str, ...]:
 
 
 def calibration_source(config: Config, device_set: str) -> str:
-    """The device set whose calibration serves `device_set`: the largest configured one that contains its devices.
+    """The device set whose calibration serves `device_set`: the first configured one of the same devices.
 
-    One calibration of '4 x cpu@0.45' so serves one to four such devices. The first of equally large sets wins.
+    What devices take from each other, and wait for each other, depends on how many they are. One device alone is
+    measured in every calibration that it is in, so the largest configured set with it serves.
     """
     needed = Counter(parse_device_set(device_set))
-    candidates = (text for text in device_sets(config) if needed <= Counter(parse_device_set(text)))
-    return max(candidates, key=lambda text: len(parse_device_set(text)), default=device_set)
+    counted = {text: Counter(parse_device_set(text)) for text in device_sets(config)}
+    if needed.total() > 1:
+        return next((text for text, devices in counted.items() if devices == needed), device_set)
+    candidates = (text for text, devices in counted.items() if needed <= devices)
+    return max(candidates, key=lambda text: counted[text].total(), default=device_set)
 
 
 def calibrations(config: Config) -> tuple[tuple[str, str], ...]:

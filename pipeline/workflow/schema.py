@@ -18,7 +18,7 @@ DEFAULT_FILE = FOLDER / "default.yaml"
 SCHEMA_FILE = FOLDER / "schema.json"
 
 _HEAD = (
-    "The default study, for two cores and under fifteen minutes, written from pipeline/config.py by `python -m "
+    "The default study, for two cores and some fifteen minutes, written from pipeline/config.py by `python -m "
     "pipeline.workflow.schema`. Change single values with `snakemake --cores all --config data=FOLDER`, or name a file "
     "of your own with --configfile, in which you write what differs: experiments in it replace all of these."
 )

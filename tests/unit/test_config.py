@@ -234,12 +234,12 @@ class TestGrid:
 
 
 class TestCalibration:
-    def test_the_largest_set_that_contains_the_devices_serves_them(self) -> None:
+    def test_devices_serve_themselves_and_the_largest_set_with_it_serves_one_alone(self) -> None:
         config = study(x={"device_sets": ["cpu@0.45", "2 x cpu@0.45", "4 x cpu@0.45", "cpu + cpu@0.5"]})
         sources = {text: calibration_source(config, text) for text in device_sets(config)}
         assert sources == {
             "cpu@0.45": "4 x cpu@0.45",
-            "2 x cpu@0.45": "4 x cpu@0.45",
+            "2 x cpu@0.45": "2 x cpu@0.45",
             "4 x cpu@0.45": "4 x cpu@0.45",
             "cpu + cpu@0.5": "cpu + cpu@0.5",
         }

@@ -106,3 +106,8 @@ def test_waiting_grows_with_the_computing_as_measured_and_not_at_all_where_nobod
     assert links._line(before[:3], np.array([0.002, 0.004, 0.003])) == (0.003, 0.0)
     assert links._line(before, 0.01 - 0.1 * before)[1] == 0  # who computes longer is not waited for less
     assert links._line(before[:0], waits[:0]) == (0.0, 0.0)
+
+
+def test_what_takes_long_over_a_slow_link_is_repeated_less() -> None:
+    assert [links._possible(5, seconds) for seconds in (1e-4, 0.1, 0.7, 60.0)] == [5, 5, 2, 2]
+    assert links._possible(1, 60.0) == 1
