@@ -1,10 +1,10 @@
-"""A few real training steps of all devices together, and what they take longer than predicted.
+"""A few real training steps, of all devices together and of one alone, and what they take longer than predicted.
 
 Segments and messages that are measured apart do not tell everything: ranks that share cores keep each other from
 computing while they exchange, and gradients that are summed beside the backward pass take memory bandwidth and cache
 from it. Each is laid to a number: how many times as long computations take, how much longer exchanges with the master,
 of activations between all ranks, and of the moments of batch normalisation take for each second of computing before
-them, and what a byte of gradients costs.
+them, what a byte of gradients costs, and what a step takes beside its instructions.
 """
 
 from __future__ import annotations
@@ -55,10 +55,14 @@ _WARMUP, _MEASURED_S, _MOST = (2, 1), 0.4, 4
 """In each round each begins with so many steps that do not count, which set up memory or find in the cache what others
 have left there. Then it is repeated until about so much time is measured, but so often at most."""
 MOST_STEPS = len(_WARMUP) * _MOST
-_LONG_STEP_S, _VERY_LONG_STEP_S, _SAME_S = 0.4, 3.0, 1e-9
+_LONG_STEP_S, _VERY_LONG_STEP_S = 0.4, 3.0
+"""Where all devices together would take longer than the first, few images do; of longer steps than the second, a
+single one is measured after a single one that does not count."""
 _STRETCH = 0.5, 2.0
 _MOST_GROWTH, _MOST_S_PER_BYTE, _LITTLE = 2.0, 1e-8, 1e-3
 """Between these, or a little of the most and the most, the values are looked for."""
+_SAME_S = 1e-9
+"""Times that differ by less do not depend on the value."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,15 +121,14 @@ def probe_rank(context: RankContext, task: Probing) -> Probed:
     # In rounds, as a processor may be slower for some seconds.
     for warmup in _WARMUP:
         for probe, times in taken.items():
-            if _strategy_of(probe) in executions:
-                execution = executions[_strategy_of(probe)]
-                step = functools.partial(_step, context, execution, task.images, last=_sums(probe))
-                if times and times[-1][0] > _VERY_LONG_STEP_S:
-                    continue
-                first, _ = step()
-                if first < _VERY_LONG_STEP_S:
-                    first = min(first, *(step()[0] for _ in range(warmup - 1)), math.inf)
-                times += [step() for _ in range(min(max(int(_MEASURED_S / first), 1), _MOST))]
+            if _strategy_of(probe) not in executions or (times and times[-1][0] > _VERY_LONG_STEP_S):
+                continue
+            execution = executions[_strategy_of(probe)]
+            step = functools.partial(_step, context, execution, task.images, last=_sums(probe))
+            before, _ = step()
+            for _ in range(warmup - 1 if before < _VERY_LONG_STEP_S else 0):
+                before, _ = step()
+            times += [step() for _ in range(min(max(int(_MEASURED_S / before), 1), _MOST))]
     found = np.full((len(PROBES), MOST_STEPS, 2), np.nan)
     for index, times in enumerate(taken.values()):
         found[index, : len(times)] = np.array(times).reshape(-1, 2)

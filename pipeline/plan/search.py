@@ -209,8 +209,7 @@ class _Search:
         for kinds in _two_parts(len(self._layers), tries // 2):
             time_of(kinds)
         time_of(self._with_sums(min(tried, key=lambda kinds: tried[kinds])))
-        everything: Kind = "K"
-        time_of(self._with_sums((everything,) * len(self._layers)))
+        time_of(self._with_sums(tuple(possible[0] for possible in self._kinds)))  # all by kernels
         current = min(tried, key=lambda kinds: tried[kinds])
         improved = True
         while improved:
