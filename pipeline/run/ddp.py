@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,10 @@ class DataParallel:
         weighted, so that every image still counts the same.
         """
         self._parallel.train()
+        with self._summing(turn.last):
+            return self._step(part, x_BCHW, y_B, clock, turn)
+
+    def _step(self, part: float, x_BCHW: torch.Tensor, y_B: torch.Tensor, clock: Clock, turn: Turn) -> float:
         if turn.first:
             self._optimizer.zero_grad()
         x_BCHW, y_B = x_BCHW.to(self.device, self.dtype), y_B.to(self.device)
@@ -68,6 +73,12 @@ class DataParallel:
             self._scheduler.step(loss)
         else:
             self._scheduler.step()
+
+    def _summing(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Gradients travel once for all batches that are accumulated."""
+        if last or not isinstance(self._parallel, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return cast("contextlib.AbstractContextManager[None]", self._parallel.no_sync())
 
     def _update(self) -> None:
         if self._recipe.clip_norm is not None:

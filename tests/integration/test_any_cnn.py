@@ -459,6 +459,10 @@ def test_the_norm_of_weights_in_copies_is_clipped_once(client: Client) -> None:
     _check(client, _made(ResNet), "batch", clip_norm=0.05, accumulate=2)
 
 
+def test_ddp_sums_once_for_all_batches_of_an_update(client: Client) -> None:
+    _check(client, _made(TiedWeights), "ddp", accumulate=3, clip_norm=0.1, batch_size=4, epochs=2)
+
+
 @pytest.mark.parametrize("strategy", ["kernel", "batch"])
 def test_single_precision_is_exact_to_single_precision(client: Client, strategy: str) -> None:
     torch.manual_seed(3)
