@@ -19,9 +19,10 @@ from distributed import Client
 from numpy.typing import NDArray
 from torch import nn
 
+from pipeline.calibration.attribution import fitted
 from pipeline.calibration.cache import cached
 from pipeline.calibration.links import LINK_BYTES, TURN_BYTES, link_of
-from pipeline.calibration.probes import MOST_STEPS, PROBES, Probed, fitted, probe_rank, probing
+from pipeline.calibration.probes import MOST_STEPS, PROBES, Probed, probe_rank, probing
 from pipeline.calibration.segments import Chain, chains_of, geometry
 from pipeline.calibration.worker import Measurement, Task, measure_rank, split_plan
 from pipeline.cluster.devices import Member, discover
@@ -171,6 +172,7 @@ def _dataset(
             "turn_time": (("turn_bytes", "repetition"), _padded(measured[0].turns.waiting, made, axis=1)),
             "turn_growth": ("company", np.full(len(COMPANIES), measured[0].turns.growing)),
             "summing_time": 0.0,
+            "reducing_time": 0.0,
             "beginning_time": 0.0,
             "probe_step_time": (("probe", "repetition"), np.full((len(PROBES), made), np.nan)),
             "probe_busy_time": (("probe", "device", "repetition"), np.full((len(PROBES), ranks, made), np.nan)),

@@ -22,12 +22,12 @@ less, but measurements of them by some per cent, which would make one of them wa
 
 CROWD = 3
 """With so many ranks several links are in use at once."""
-Shared = Literal["K", "B", "M"]
-LAYOUTS: tuple[Shared, ...] = ("K", "B", "M")
+Shared = Literal["K", "B", "M", "ddp"]
+LAYOUTS: tuple[Shared, ...] = ("K", "B", "M", "ddp")
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 """As they follow each other in arrays with that axis."""
 _SECONDS = ("fixed", "per_image", "whole", "beginning", "call", "resuming", "update", "update_overhead")
-_OF_A_DEVICE = (*_SECONDS, "alone", "update_alone", "stretch", "turn", "turn_growth", "summing", "crowding")
+_OF_A_DEVICE = (*_SECONDS, "alone", "update_alone", "stretch", "turn", "turn_growth", "summing", "reducing", "crowding")
 """Arrays of which the first axis is the device's."""
 _HALF = 0.5
 """The gradients of a convolution's input and of its weights take the same number of operations."""
@@ -80,7 +80,7 @@ class Costs:
     """(device) what part of its time the update of a parameter takes while the other devices wait."""
     stretch: NDArray[np.float64]
     """(device, layout) how many times as long computations take in a real step in which the devices share the kernels,
-    or the images, or one does it all (``LAYOUTS``)."""
+    or the images, or one does it all, or under ``ddp`` (``LAYOUTS``)."""
     turn: NDArray[np.float64]
     """(device) in s, from its having computed until others that wait for that go on, beside what is sent to them."""
     turn_growth: NDArray[np.float64]
@@ -88,6 +88,8 @@ class Costs:
     devices that share cores wait for them."""
     summing: NDArray[np.float64]
     """(device) in s per byte of gradients that are sent or received to be summed; 0 where nothing is known of that."""
+    reducing: NDArray[np.float64]
+    """(device) in s per byte of gradients that ``ddp`` sums, beside its messages."""
     crowding: NDArray[np.float64]
     """(device) how many times as long a byte takes when all devices send at once."""
     memory: NDArray[np.float64] | None = None
@@ -138,6 +140,7 @@ class Costs:
             turn=np.full(len(kinds), _turn(calibration)),
             turn_growth=np.tile(calibration.turn_growth.sel(company=list(COMPANIES)).values, (len(kinds), 1)),
             summing=np.full(len(kinds), float(calibration.summing_time)),
+            reducing=np.full(len(kinds), float(calibration.reducing_time)),
             crowding=np.full(len(kinds), _crowding(calibration)),
             memory=np.maximum(calibration.memory_limit.values - calibration.process_memory.values, 0.0),
             channels_last=bool(calibration.attrs.get("channels_last", 0)),
@@ -183,6 +186,10 @@ class Costs:
     def segment_with(self, operation: str) -> tuple[str, ...]:
         """The operations of the calibrated segment that ``operation`` is in; itself alone if it is in none."""
         return self._segments.get(operation, (operation,))
+
+    def place_of(self, operation: str) -> int | None:
+        """Which of the ``segments`` an operation is in; None if in none."""
+        return self._places.get(self.segment_with(operation)[0])
 
     def input_part_of(self, operation: str) -> float:
         """The fraction of an operation's divided backward computation until its input has its gradient."""
@@ -249,7 +256,7 @@ class Costs:
 
     def whole_steps(self, batch_size: int) -> NDArray[np.float64]:
         """Forward and backward of the whole network on each device beside the others in s, (device)."""
-        found: NDArray[np.float64] = self._whole(batch_size).sum(axis=(1, 2))
+        found: NDArray[np.float64] = self.whole_segments(batch_size).sum(axis=(1, 2))
         return found
 
     def steps_by_images(self, images: int) -> NDArray[np.float64]:
@@ -257,8 +264,8 @@ class Costs:
         found: NDArray[np.float64] = self.whole_steps(images) * self.stretch[:, LAYOUTS.index("B")]
         return found
 
-    def _whole(self, batch_size: int) -> NDArray[np.float64]:
-        """Every whole segment in s, (device, segment, direction)."""
+    def whole_segments(self, batch_size: int) -> NDArray[np.float64]:
+        """Forward and backward of every whole segment on each device beside the others in s, (device, segment, 2)."""
         found: NDArray[np.float64] = self.whole[:, :, 0] + batch_size * self.whole[:, :, 1]
         return found
 

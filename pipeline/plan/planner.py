@@ -16,8 +16,9 @@ from pipeline.graph.trace import Graph, trace
 from pipeline.plan.checks import check_calibration
 from pipeline.plan.costs import Costs
 from pipeline.plan.fitting import check_memory, is_scarce, most_within_memory
+from pipeline.plan.link_cases import Links
 from pipeline.plan.plan import STRATEGIES, Plan, Strategy
-from pipeline.plan.prediction import Links, predict_step
+from pipeline.plan.prediction import predict_step
 from pipeline.plan.search import fastest_plan
 from pipeline.plan.strategies import Shares, plan_network
 

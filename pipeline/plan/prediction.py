@@ -5,16 +5,13 @@ Many links can be tried at once: everything that depends on the link has an axis
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph
-from pipeline.links import Link
 from pipeline.plan.costs import CROWD, DIRECTIONS, LAYOUTS, Costs, Shared
+from pipeline.plan.data_parallel import predict_data_parallel
 from pipeline.plan.instructions import (
     COMPANIES,
     Compute,
@@ -25,6 +22,7 @@ from pipeline.plan.instructions import (
     may_go_on,
 )
 from pipeline.plan.layouts import Layout
+from pipeline.plan.link_cases import Links
 from pipeline.plan.plan import Plan
 from pipeline.plan.program import Program, compile_program
 from pipeline.plan.traffic import Traffic
@@ -39,62 +37,6 @@ _PAIRWISE_RANKS = 48
 """Up to so many ranks every message is followed; beyond, the sums of what each rank sends and receives."""
 
 
-@dataclass(frozen=True, eq=False)
-class Links:
-    """What messages cost, in several cases at once.
-
-    The arrays have the shape (case, sender, receiver), or (case, 1, 1) where all pairs are alike.
-    """
-
-    latency: Times
-    """In s, from the last byte's leaving the sender to its reaching the receiver, whom it does not occupy."""
-    seconds_per_byte: Times
-    """How long a byte occupies the sender's and the receiver's port."""
-
-    @classmethod
-    def measured(cls, costs: Costs) -> Links:
-        """The one case that the calibration has measured."""
-        return cls(costs.latency[None], costs.seconds_per_byte[None])
-
-    @classmethod
-    def uniform(cls, latency: Times, bandwidth: Times) -> Links:
-        """Links of the same latency in s and bandwidth in bytes/s between all ranks, one case per entry, (case)."""
-        return cls(np.asarray(latency)[:, None, None], 1 / np.asarray(bandwidth)[:, None, None])
-
-    @classmethod
-    def one(cls, link: Link) -> Links:
-        """The one case of a link that is the same between all ranks."""
-        return cls.uniform(np.array([link.latency]), np.array([link.bandwidth]))
-
-    def of(self, devices: Sequence[int]) -> Links:
-        """The links between ``devices`` alone."""
-        if self.alike:
-            return self
-        chosen = np.ix_(range(self.cases), list(devices), list(devices))
-        return Links(self.latency[chosen], self.seconds_per_byte[chosen])
-
-    def with_software(self, costs: Costs) -> Links:
-        """The links with what sending takes besides, as the calibration found it over the fastest of its own links.
-
-        That is half its time for each byte: one end copies while the message is under way.
-        """
-        pairs = ~np.eye(len(costs.latency), dtype=bool)
-        if not pairs.any():
-            return self
-        fastest = float(costs.latency[pairs].min()), float(costs.seconds_per_byte[pairs].min())
-        return Links(self.latency + fastest[0], self.seconds_per_byte + fastest[1] / 2)
-
-    @property
-    def cases(self) -> int:
-        """Number of cases."""
-        return len(self.latency)
-
-    @property
-    def alike(self) -> bool:
-        """Whether all pairs of ranks are alike."""
-        return self.latency.shape[1:] == (1, 1)
-
-
 def predict_step(
     graph: Graph, plan: Plan, costs: Costs, *, batch_size: int, itemsize: int = 4, links: Links | None = None
 ) -> Times:
@@ -104,7 +46,7 @@ def predict_step(
     """
     if plan.strategy == "ddp":
         over = links.with_software(costs) if links else Links.measured(costs)
-        return _predict_ddp(graph, costs, batch_size, itemsize, over)
+        return predict_data_parallel(graph, costs, batch_size, itemsize, over)
     program = compile_program(graph, plan, batch_size)
     timeline = predict_timeline(graph, plan, program, costs, itemsize=itemsize, links=links)
     found: Times = np.nanmax(timeline, axis=(1, 2, 3))
@@ -337,21 +279,3 @@ def _is_by_images(step: Step) -> bool:
 def _parts(layout: Layout) -> Times:
     shares = np.array(layout.shares, dtype=float)
     return shares / shares.sum() if layout.kind in ("K", "B") else (shares > 0).astype(float)
-
-
-def _predict_ddp(graph: Graph, costs: Costs, batch_size: int, itemsize: int, links: Links) -> Times:
-    """Equal parts of the batch, then a ring all-reduce of all gradients, which overlaps with nothing here."""
-    trained = {one.name: one.shape for op in graph.operations for one in op.parameters if one.trained}
-    elements = float(sum(np.prod(shape) for shape in trained.values()))
-    ranks = costs.devices
-    compute = float(costs.steps_by_images(-(-batch_size // ranks)).max())
-    update = costs.update_overhead + costs.update * elements
-    step = np.full(links.cases, compute + float((costs.beginning + update).max()))
-    if ranks == 1:
-        return step
-    hop = links.latency + elements * itemsize / ranks * links.seconds_per_byte
-    if not links.alike:
-        here = np.arange(ranks)
-        hop = hop[:, here, (here + 1) % ranks]
-    slowest: Times = hop.reshape(links.cases, -1).max(axis=1)
-    return step + 2 * (ranks - 1) * slowest

@@ -20,8 +20,9 @@ from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph, Operation
 from pipeline.plan.costs import Costs
 from pipeline.plan.fitting import PlanWith, check_memory, fits, is_scarce, most_within_memory
+from pipeline.plan.link_cases import Links
 from pipeline.plan.plan import OperationPlan, Plan, Strategy
-from pipeline.plan.prediction import Links, predict_step
+from pipeline.plan.prediction import predict_step
 from pipeline.plan.shares import Most
 from pipeline.plan.strategies import (
     Kind,

@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 
 from pipeline.graph.trace import Graph
 from pipeline.plan.costs import Costs
+from pipeline.plan.data_parallel import part_seconds
 from pipeline.plan.instructions import Compute, Direction, Exchange
+from pipeline.plan.link_cases import Links
 from pipeline.plan.memory import predict_memory
 from pipeline.plan.plan import Plan
-from pipeline.plan.prediction import Links, predict_step, predict_timeline, step_seconds
+from pipeline.plan.prediction import predict_step, predict_timeline, step_seconds
 from pipeline.plan.program import Program, compile_program
 from pipeline.plan.strategies import plan_network
 
@@ -108,7 +110,7 @@ def _rows(
     """A row per operation; the seconds each rank computes; and for how long the master alone does."""
     if plan.strategy == "ddp":
         part = -(-plan.batch_size // plan.ranks)
-        each = costs.steps_by_images(part)
+        each = part_seconds(costs, plan.batch_size).sum(axis=1)
         row = Row(
             operation="the whole network", layouts="B", shares=(part,) * plan.ranks, seconds=tuple(each),
             exchanged_bytes=2.0 * (plan.ranks - 1) * _trained(graph) * itemsize, exchange_seconds=float("nan"),

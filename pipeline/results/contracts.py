@@ -33,7 +33,7 @@ device_set, link, strategy)` flags cells whose repetitions spread much. A simula
     link_time(source, destination, message_bytes, repetition)  link_latency, link_bandwidth(source, destination)
     turn_time(turn_bytes, repetition)  probe_step_time(probe, repetition)
     probe_busy_time(probe, device, repetition)  stretch(device, layout)  turn_growth(company)
-    summing_time()  beginning_time()
+    summing_time()  reducing_time()  beginning_time()
 
 **Accuracy** (`accuracy.zarr`): accuracy(seed, strategy, epoch), loss(seed, strategy, step), and of a control, `single`
 from initial weights that are one rounding away, control_accuracy(seed, epoch) and control_loss(seed, step); `network`,
@@ -187,6 +187,7 @@ CALIBRATION: Mapping[str, Variable] = {
         ("company",), "1", "how much longer an exchange takes for each second of computing before it"
     ),
     "summing_time": Variable((), "s/byte", "what summing gradients costs a device"),
+    "reducing_time": Variable((), "s/byte", "what summing gradients takes ddp beside its messages"),
     "link_latency": Variable(("source", "destination"), "s", "latency of a link"),
     "link_bandwidth": Variable(("source", "destination"), "bytes/s", "bandwidth of a link"),
 }

@@ -19,10 +19,11 @@ from pipeline.graph.trace import Graph, trace
 from pipeline.links import parse_link
 from pipeline.plan.costs import Costs
 from pipeline.plan.labels import instruction_labels
+from pipeline.plan.link_cases import Links
 from pipeline.plan.memory import predict_memory
 from pipeline.plan.plan import Plan, Strategy
 from pipeline.plan.planner import plan_graph, predicted_step_time
-from pipeline.plan.prediction import Links, predict_timeline
+from pipeline.plan.prediction import predict_timeline
 from pipeline.plan.program import compile_program
 from pipeline.results.contracts import FAILED, OK, OUT_OF_MEMORY, CellIndex, describe, unmeasured_cell, validate_cell
 from pipeline.results.timeline import busy_times, label_variables

@@ -15,8 +15,9 @@ from pipeline.links import Link
 from pipeline.plan.checks import check_calibration, check_plan
 from pipeline.plan.costs import Costs
 from pipeline.plan.labels import DDP_LABELS, instruction_labels
+from pipeline.plan.link_cases import Links
 from pipeline.plan.plan import Plan
-from pipeline.plan.prediction import Links, predict_step, predict_timeline
+from pipeline.plan.prediction import predict_step, predict_timeline
 from pipeline.plan.program import compile_program
 from pipeline.results.timeline import timeline_dataset
 

@@ -23,8 +23,9 @@ from pipeline.links import Link, parse_link
 from pipeline.networks import network as build
 from pipeline.plan.checks import check_calibration
 from pipeline.plan.costs import Costs
+from pipeline.plan.link_cases import Links
 from pipeline.plan.plan import Strategy
-from pipeline.plan.prediction import Links, predict_step
+from pipeline.plan.prediction import predict_step
 from pipeline.plan.search import fastest_times
 from pipeline.plan.strategies import plan_network
 from pipeline.results.contracts import NOT_PLANNED, OK, describe, validate_timing

@@ -58,6 +58,27 @@ def test_the_fastest_device_may_be_another_than_the_first(client: Client) -> Non
     assert found.kernels.sel(segment="dense").values.tolist() == [100, 200]  # features: 8 channels of 5x5
 
 
+class _OneTooMany(nn.Module):
+    """Has a layer that it does not use, which DistributedDataParallel does not train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 5), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 28 * 28, 10))
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)  # type: ignore[no-any-return]
+
+
+def test_what_ddp_cannot_train_is_calibrated_without_it(client: Client) -> None:
+    found = calibrate(_OneTooMany(), torch.zeros(BATCH, 3, 32, 32), client, fractions=(0.5,), repetitions=1)
+    taken = np.isfinite(found.probe_step_time).any("repetition")
+    without = [str(probe) for probe in found.probe.values[~taken]]
+    assert without == ["ddp", "ddp without sums"]
+    assert found.reducing_time == 0
+    assert (found.stretch.sel(layout="ddp") == 1).all()
+
+
 def test_a_calibration_keeps_every_repetition_of_every_segment_and_link(calibration: xr.Dataset) -> None:
     validate_calibration(calibration)
     assert list(calibration.segment.values) == ["conv1", "relu1+pool1", "conv2", "relu2+pool2+flatten", "dense"]

@@ -12,10 +12,11 @@ from torch import nn
 from pipeline.graph.trace import Graph, trace
 from pipeline.networks import network
 from pipeline.plan import prediction
-from pipeline.plan.costs import DIRECTIONS, Costs
+from pipeline.plan.costs import DIRECTIONS, LAYOUTS, Costs
 from pipeline.plan.instructions import Compute, Exchange
 from pipeline.plan.layouts import kernels, master
-from pipeline.plan.prediction import Links, predict_step, predict_timeline
+from pipeline.plan.link_cases import Links
+from pipeline.plan.prediction import predict_step, predict_timeline
 from pipeline.plan.program import compile_program
 from pipeline.plan.strategies import plan_network
 from pipeline.plan.traffic import traffic
@@ -263,7 +264,7 @@ def test_waiting_grows_with_the_computing_only_where_nothing_else_is_to_be_done(
 def test_computing_what_is_shared_is_stretched_as_the_probes_were(graph: Graph, strategy: str, layout: int) -> None:
     costs = costs_of(graph, [1e10] * 2)
     usual, instructions = _busy(graph, strategy, costs)
-    stretch = np.ones((2, 3))
+    stretch = np.ones((2, len(LAYOUTS)))
     stretch[:, layout] = 1.5, 1.5
     stretched, _ = _busy(graph, strategy, replace(costs, stretch=stretch))
     for place, one in enumerate(instructions):
@@ -276,7 +277,7 @@ def test_computing_what_is_shared_is_stretched_as_the_probes_were(graph: Graph, 
 def test_who_is_stretched_more_gets_less(graph: Graph) -> None:
     costs = costs_of(graph, [1e10] * 2)
     for strategy, layout in (("kernel", 0), ("batch", 1)):
-        stretch = np.ones((2, 3))
+        stretch = np.ones((2, len(LAYOUTS)))
         stretch[1, layout] = 3.0
         plan = plan_network(graph, strategy, batch_size=BATCH, labels=["a", "b"], costs=replace(costs, stretch=stretch))  # type: ignore[arg-type]
         first, second = plan["conv2"].output.shares

@@ -10,10 +10,10 @@ import torch
 import xarray as xr
 from torch import nn
 
-from pipeline.calibration import links, probes
+from pipeline.calibration import attribution, links, probes
 from pipeline.calibration.probes import Probing
 from pipeline.graph.trace import trace
-from pipeline.plan.costs import Costs
+from pipeline.plan.costs import LAYOUTS, Costs
 from pipeline.plan.instructions import COMPANIES
 from tests import synthetic
 
@@ -27,15 +27,16 @@ def model() -> nn.Module:
 def _measured(model: nn.Module, *factors: float, **true: Any) -> tuple[xr.Dataset, Probing]:
     """A calibration whose probes took so many times as long as it predicts with what is ``true``, and what they were.
 
-    ``true`` are ``stretch``, a growth for each company, and ``summing_time``.
+    ``true`` are ``stretch``, a growth for each company, ``summing_time``, ``reducing_time`` and ``beginning_time``.
     """
     graph = trace(model, torch.zeros(2, 3, 32, 32))
     calibration = synthetic.calibration_of(graph, ["cpu", "cpu@0.5"]).drop_vars(("probe_step_time", "probe_busy_time"))
     task = probes.probing(model, graph, calibration)
     so = calibration.assign(
-        stretch=(("device", "layout"), true.get("stretch", np.ones((2, 3)))),
+        stretch=(("device", "layout"), true.get("stretch", np.ones((2, len(LAYOUTS))))),
         turn_growth=("company", [true.get(company, 0.0) for company in COMPANIES]),
         summing_time=true.get("summing_time", 0.0),
+        reducing_time=true.get("reducing_time", 0.0),
         beginning_time=true.get("beginning_time", 0.0),
     )
     steps, busy = _predicted(task, so)
@@ -46,16 +47,17 @@ def _measured(model: nn.Module, *factors: float, **true: Any) -> tuple[xr.Datase
 
 
 def _predicted(task: Probing, calibration: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
-    costs, steps = Costs.of(calibration), probes._Steps(task)
+    costs, steps = Costs.of(calibration), attribution._Steps(task)
     seconds = [steps.seconds(probe, costs) for probe in probes.PROBES]
     return np.array(seconds), np.array([steps.busy(probe, costs) for probe in probes.PROBES])
 
 
 def test_what_made_the_probes_slow_is_found(model: nn.Module) -> None:
     true = {"master": 0.3, "everyone": 0.2, "moments": 0.4, "summing_time": 3e-9, "beginning_time": 1e-3}
-    stretch = np.array([[1.1, 0.9, 1.05]] * 2)  # both are CPUs
+    true["reducing_time"] = 5e-9
+    stretch = np.array([[1.1, 0.9, 1.05, 1.2]] * 2)  # both are CPUs
     calibration, task = _measured(model, stretch=stretch, **true)
-    found = probes.fitted(calibration, task)
+    found = attribution.fitted(calibration, task)
     steps, busy = _predicted(task, found)
     assert steps == pytest.approx(calibration.probe_step_time.values[:, 0], rel=0.01)
     assert busy == pytest.approx(calibration.probe_busy_time.values[:, :, 0], rel=0.01, nan_ok=True)
@@ -64,11 +66,23 @@ def test_what_made_the_probes_slow_is_found(model: nn.Module) -> None:
         {company: true[company] for company in COMPANIES}, rel=0.1
     )
     assert float(found.summing_time) == pytest.approx(true["summing_time"], rel=0.05)
+    assert float(found.reducing_time) == pytest.approx(true["reducing_time"], rel=0.05)
     assert float(found.beginning_time) == pytest.approx(true["beginning_time"], rel=0.01)
 
 
+def test_who_does_more_of_the_work_says_more_of_how_long_it_takes(model: nn.Module) -> None:
+    calibration, task = _measured(model)
+    busy = calibration.probe_busy_time.copy(deep=True)
+    throughputs = Costs.of(calibration).throughputs(task.images)
+    part = throughputs / throughputs.sum()
+    assert part[0] > part[1]
+    busy.loc[{"probe": "kernel", "device": 0}] *= 1.3
+    found = attribution.fitted(calibration.assign(probe_busy_time=busy), task).stretch.sel(layout="K")
+    assert found.values == pytest.approx(1 + 0.3 * part[0], rel=0.03)
+
+
 def test_steps_that_were_faster_than_predicted_make_nothing_negative(model: nn.Module) -> None:
-    found = probes.fitted(*_measured(model, 0.7, 0.7, 0.9, 0.7, 0.8))
+    found = attribution.fitted(*_measured(model, 0.7, 0.7, 0.8, 0.9, 0.7, 0.7, 0.8))
     assert (found.turn_growth >= 0).all()
     assert (found.turn_growth < 0.01).all()
     assert 0 < found.summing_time < 1e-10
@@ -77,14 +91,14 @@ def test_steps_that_were_faster_than_predicted_make_nothing_negative(model: nn.M
 
 
 def test_steps_that_take_forever_are_believed_up_to_a_limit(model: nn.Module) -> None:
-    found = probes.fitted(*_measured(model, 100.0, 1000.0, 1.0, 100.0, 100.0))
+    found = attribution.fitted(*_measured(model, 100.0, 1000.0, 100.0, 1.0, 100.0, 100.0, 10.0))
     assert found.turn_growth.sel(company="everyone") == 2
     assert found.summing_time == pytest.approx(1e-8)
 
 
 def test_probes_without_such_exchanges_say_nothing_of_them() -> None:
     plain = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 30 * 30, 10))
-    found = probes.fitted(*_measured(plain, master=0.5, summing_time=3e-9))
+    found = attribution.fitted(*_measured(plain, master=0.5, summing_time=3e-9))
     assert found.turn_growth.sel(company="moments") == 0  # no batch normalisation
     assert found.summing_time == pytest.approx(3e-9, rel=0.05)
 
@@ -95,7 +109,7 @@ def test_what_does_not_fit_into_memory_is_not_tried(model: nn.Module) -> None:
     calibration["memory_limit"] = calibration.process_memory + 1e5
     task = probes.probing(model, graph, calibration)
     assert task.plans == {}
-    assert probes.fitted(calibration, task).summing_time == 0
+    assert attribution.fitted(calibration, task).summing_time == 0
 
 
 def test_waiting_grows_with_the_computing_as_measured_and_not_at_all_where_nobody_can_tell() -> None:

@@ -14,9 +14,10 @@ import pipeline.plan.search as search
 from pipeline.calibration.segments import chains_of
 from pipeline.graph.trace import Graph, trace
 from pipeline.networks import network
-from pipeline.plan.costs import Costs
+from pipeline.plan.costs import LAYOUTS, Costs
+from pipeline.plan.link_cases import Links
 from pipeline.plan.plan import STRATEGIES, Strategy
-from pipeline.plan.prediction import Links, predict_step
+from pipeline.plan.prediction import predict_step
 from pipeline.plan.search import fastest_plan, fastest_times
 from pipeline.plan.strategies import Kind, Mixed, image_shares, kernel_split, layers_of, plan_network
 
@@ -47,10 +48,11 @@ def costs_of(graph: Graph, speeds: list[float], *, latency: float = 1e-4, bandwi
         by_images=np.ones((len(chains), 2)),
         alone=np.ones((ranks, len(chains), 2)),
         update_alone=np.ones(ranks),
-        stretch=np.ones((ranks, 3)),
+        stretch=np.ones((ranks, len(LAYOUTS))),
         turn=np.zeros(ranks),
         turn_growth=np.zeros((ranks, 3)),
         summing=np.zeros(ranks),
+        reducing=np.zeros(ranks),
         crowding=np.ones(ranks),
     )
 
