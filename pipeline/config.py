@@ -89,7 +89,9 @@ class Timing(Section):
     warmup: Annotated[int, Field(ge=0)] = 2
     """Steps before the clock starts."""
     repetitions: Positive = 5
-    """Timed steps per cell, all of them kept."""
+    """Timed steps per cell at least, all of them kept."""
+    seconds: Annotated[float, Field(ge=0, le=600)] = 2.0
+    """Short steps are repeated until about so many s are timed, as other work of a host comes in bursts."""
     seed: int = 0
     """Seed of the initial weights and of the order of the images."""
 

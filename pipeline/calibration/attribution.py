@@ -1,14 +1,15 @@
 """What the probes take longer than predicted, laid to numbers that make the prediction true.
 
 How many times as long computations take, how much longer exchanges with the master, of activations between all ranks,
-and of the moments of batch normalisation take for each second of computing before them, what a byte of gradients costs,
-and what a step takes beside its instructions.
+and of the moments of batch normalisation take for each second of computing before them, what a byte of gradients costs
+``batch`` and ``ddp``, and what a step takes beside its instructions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 import scipy.optimize
@@ -40,32 +41,31 @@ def fitted(calibration: xr.Dataset, task: Probing) -> xr.Dataset:
     What a probe says nothing of, as its plan has no such exchange, stays as it is.
     """
     steps, stretch = _Steps(task), calibration.stretch.copy(deep=True)
-    before, busy = Costs.of(calibration), _lower_median(calibration.probe_busy_time)
+    typical, busy = _lower_median(calibration.probe_step_time), _lower_median(calibration.probe_busy_time)
+    took = {probe: float(typical.sel(probe=probe)) for probe in steps.probes}
+    took = {probe: seconds for probe, seconds in took.items() if np.isfinite(seconds)}
+    before = Costs.of(calibration)
     kinds = ["gpu" if str(label).startswith("gpu") else "cpu" for label in calibration.device_label.values]
     for layout, probe in _STRETCHED.items():
-        if probe in steps.probes:
+        if probe in took:
             stretch.loc[{"layout": layout}] = _stretch(steps, before, probe, busy.sel(probe=probe).values, kinds)
+    if "ddp" not in took:  # as its images are shared out, too
+        stretch.loc[{"layout": "ddp"}] = stretch.sel(layout="B").values
     costs = Costs.of(calibration.assign(stretch=stretch))
-    typical = _lower_median(calibration.probe_step_time)
-    took = {probe: float(typical.sel(probe=probe)) for probe in steps.probes}
     beginning = max(took["single"] - steps.seconds("single", costs), 0.0) if "single" in took else 0.0
     costs = replace(costs, beginning=np.full(costs.devices, beginning))
     growth = calibration.turn_growth.copy(deep=True)
     for probe, company in _TELLS.items():
-        value = _growth(steps, costs, probe, company, took[probe]) if probe in steps.probes else None
+        value = _growth(steps, costs, probe, company, took[probe]) if probe in took else None
         if value is not None:
             growth.loc[{"company": company}] = value
             costs = _growing(costs, company, value)
-    summing = None
-    if "batch" in steps.probes:
-        # What the sums add to a step; whatever else was predicted wrong is in both.
-        added = took["batch"] - took["batch without sums"]
-        summing = _summing(steps, costs, steps.seconds("batch without sums", costs) + added)
-    reducing = _reducing(steps, costs, took["ddp"]) if np.isfinite(took.get("ddp", np.nan)) else None
+    summing = _per_byte(steps, costs, "batch", "summing", took) or 0.0
+    reducing = _per_byte(steps, costs, "ddp", "reducing", took) if "ddp" in took else summing
     return calibration.assign(
         stretch=stretch,
         turn_growth=growth,
-        summing_time=summing or 0.0,
+        summing_time=summing,
         reducing_time=reducing or 0.0,
         beginning_time=beginning,
     )
@@ -109,20 +109,21 @@ def _growth(steps: _Steps, costs: Costs, probe: str, company: Company, took: flo
     return _root(late, _MOST_GROWTH)
 
 
-def _summing(steps: _Steps, costs: Costs, took: float) -> float | None:
-    """How many s a byte of sums costs if a step with them takes so long in s; None if there are none."""
+def _per_byte(
+    steps: _Steps, costs: Costs, probe: str, name: Literal["summing", "reducing"], took: Mapping[str, float]
+) -> float | None:
+    """How many s a byte of sums costs if they add to a step what they did; None if there are none.
+
+    What they add counts, as whatever else was predicted wrong is in both.
+    """
+    if probe not in took:
+        return None
+    without = f"{probe} without sums"
+    total = steps.seconds(without, costs) + took[probe] - took[without]
 
     def late(value: float) -> float:
-        return steps.seconds("batch", replace(costs, summing=np.full(costs.devices, value))) - took
-
-    return _root(late, _MOST_S_PER_BYTE)
-
-
-def _reducing(steps: _Steps, costs: Costs, took: float) -> float | None:
-    """How many s a byte of sums costs ``ddp`` if a step takes so long in s; None if there are none."""
-
-    def late(value: float) -> float:
-        return steps.seconds("ddp", replace(costs, reducing=np.full(costs.devices, value))) - took
+        slower: dict[str, Any] = {name: np.full(costs.devices, value)}
+        return steps.seconds(probe, replace(costs, **slower)) - total
 
     return _root(late, _MOST_S_PER_BYTE)
 

@@ -47,9 +47,10 @@ _PROBED: dict[Strategy, Shared] = {"kernel": "K", "batch": "B", "single": "M", "
 """The strategies whose steps are taken, and what is timed of them."""
 PROBES = tuple(name for one in _PROBED for name in ([one, one + _WITHOUT_SUMS] if one in ("batch", "ddp") else [one]))
 """None updates its weights. Some leave out the sums of gradients, as all but the last of several batches do."""
-_ROUNDS, _MEASURED_S, _MOST = 2, 0.3, 4
-"""In each round each strategy begins with a step that does not count, which sets up memory. Then it is repeated until
-so much time is measured, but so often at most."""
+_ROUNDS, _WARMUP, _MEASURED_S, _MOST = 2, 2, 0.5, 8
+"""In each round each strategy begins with so many steps that do not count: both set up memory for messages, of which
+two may be under way. One of a device alone is enough. Then it is repeated until so much time is measured, but so often
+at most. ``ddp``, on which no plan depends, has one round."""
 MOST_STEPS = _ROUNDS * _MOST
 _LONG_STEP_S, _VERY_LONG_STEP_S = 0.4, 3.0
 """Where all devices together would take longer than the first, few images do, and where a device would for its part
@@ -84,13 +85,18 @@ def probing(model: nn.Module, graph: Graph, calibration: xr.Dataset) -> Probing:
     labels = [str(label) for label in calibration.device_label.values]
     plans: dict[Strategy, Plan] = {}
     for strategy in _PROBED if graph[graph.outputs[0]].differentiable else ():
-        if strategy == "ddp" and part_seconds(costs, images).sum(axis=1).max() > _LONG_STEP_S:
-            continue  # no plan depends on it
+        if strategy == "ddp" and not _is_short(costs, images):
+            continue
         plan = plan_network(graph, strategy, batch_size=images, labels=labels, costs=costs)
         needed = needed_memory(graph, plan, itemsize=itemsize)
         if (needed <= costs.memory_left[list(plan.devices)]).all():
             plans[strategy] = replace(plan, channels_last=costs.channels_last and strategy != "ddp")
     return Probing(model=model, graph=graph, plans=plans, images=images, itemsize=itemsize)
+
+
+def _is_short(costs: Costs, images: int) -> bool:
+    """Whether ``ddp``, on which no plan depends, takes little; and BatchNorm has more than one image everywhere."""
+    return images >= 2 * costs.devices and bool(part_seconds(costs, images).sum(axis=1).max() < _LONG_STEP_S)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +106,7 @@ class Probed:
     steps: NDArray[np.float64]
     """Of the whole step, the same on all ranks."""
     busy: NDArray[np.float64]
-    """In which this rank computed what the strategy shares out, or all alone; under ``ddp`` all but the update."""
+    """In which this rank computed what the strategy shares out, or all alone; NaN for ``ddp`` with its sums."""
 
 
 def strategy_of(probe: str) -> Strategy:
@@ -139,6 +145,8 @@ def probe_rank(context: RankContext, task: Probing) -> Probed:
             part = _part_in(context, task, plan)
             _step(context, part, last=True)
             if part is None or part.repeatable():
+                for _ in range(_WARMUP - 1 if plan.ranks > 1 else 0):
+                    _step(context, part, last=True)
                 for probe in own:
                     taken[probe] += _steps(context, part, last=sums(probe))
             del part
@@ -223,7 +231,7 @@ class _Replica:
         clock = Clock(len(DDP_LABELS), offset=0.0, keep=1)
         with clock.step():
             self._parallel.train_step(self._part, self._x_BCHW, self._y_B, clock, Turn(last=last))
-        return float(np.diff(clock.times[-1][:2]).sum())
+        return math.nan if last else float(np.diff(clock.times[-1][:2]).sum())
 
     def repeatable(self) -> bool:
         """DistributedDataParallel takes a second step only if the first has given all parameters their gradients."""

@@ -19,6 +19,7 @@ from pipeline.cli.options import (
     MomentumOption,
     NetworkOption,
     SchedulerOption,
+    SecondsOption,
     SeedOption,
 )
 from pipeline.cli.progress import Progress
@@ -48,7 +49,8 @@ def benchmark(
     ] = "loopback",
     calibration: CalibrationOption = None,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Steps before the clock starts.")] = 2,
-    repetitions: Annotated[int, typer.Option("--repetitions", min=1, help="Timed steps.")] = 5,
+    repetitions: Annotated[int, typer.Option("--repetitions", min=1, help="Least number of timed steps.")] = 5,
+    seconds: SecondsOption = 2.0,
     learning_rate: LearningRateOption = 0.01,
     momentum: MomentumOption = 0.9,
     seed: SeedOption = 0,
@@ -87,13 +89,14 @@ def benchmark(
                 optimizer=optimizer,
                 warmup=warmup,
                 repetitions=repetitions,
+                seconds=seconds,
             )
             choice = {
-                "warmup": warmup, "repetitions": repetitions, "seed": seed,
+                "warmup": warmup, "repetitions": repetitions, "seconds": seconds, "seed": seed,
                 "optimizer": "SGD", "learning_rate": learning_rate, "momentum": momentum,
             }  # fmt: skip
             for name in strategies:
-                with Progress(f"{name} {network}", warmup + repetitions) as progress:
+                with Progress(f"{name} {network}", None) as progress:
                     cells[name] = measure(strategy=name, on_progress=progress)
                 if output is not None:
                     _write(cells[name], output / f"{name}.zarr.zip", choice, images.source_name, members)

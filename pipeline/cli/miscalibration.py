@@ -18,6 +18,7 @@ from pipeline.cli.options import (
     MomentumOption,
     NetworkOption,
     SchedulerOption,
+    SecondsOption,
     SeedOption,
 )
 from pipeline.cli.progress import Progress
@@ -48,7 +49,8 @@ def miscalibration(
     batch_size: BatchSizeOption = 64,
     calibration: CalibrationOption = None,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Steps before the clock starts.")] = 2,
-    repetitions: Annotated[int, typer.Option("--repetitions", min=1, help="Timed steps.")] = 5,
+    repetitions: Annotated[int, typer.Option("--repetitions", min=1, help="Least number of timed steps.")] = 5,
+    seconds: SecondsOption = 2.0,
     learning_rate: LearningRateOption = 0.01,
     momentum: MomentumOption = 0.9,
     seed: SeedOption = 0,
@@ -88,12 +90,13 @@ def miscalibration(
                                 optimizer=optimizer,
                                 warmup=warmup,
                                 repetitions=repetitions,
+                                seconds=seconds,
                             )
                         )
                         progress(sum(map(len, cells.values())), {"error": wrong})
     store = combine_errors(cells)
     choice = {
-        "warmup": warmup, "repetitions": repetitions, "seed": seed,
+        "warmup": warmup, "repetitions": repetitions, "seconds": seconds, "seed": seed,
         "optimizer": "SGD", "learning_rate": learning_rate, "momentum": momentum,
     }  # fmt: skip
     store.attrs = provenance(

@@ -29,6 +29,9 @@ SchedulerOption = Annotated[
         "--scheduler", metavar="ADDRESS", help="Address or scheduler file of a running Dask cluster to use instead."
     ),
 ]
+SecondsOption = Annotated[
+    float, typer.Option("--seconds", min=0, help="Short steps are repeated until about so many s are timed.")
+]
 DataOption = Annotated[
     str,
     typer.Option(

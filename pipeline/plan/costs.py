@@ -264,8 +264,11 @@ class Costs:
         found: NDArray[np.float64] = self.whole_steps(images) * self.stretch[:, LAYOUTS.index("B")]
         return found
 
-    def whole_segments(self, batch_size: int) -> NDArray[np.float64]:
-        """Forward and backward of every whole segment on each device beside the others in s, (device, segment, 2)."""
+    def whole_segments(self, batch_size: int | NDArray[np.int_]) -> NDArray[np.float64]:
+        """Forward and backward of every whole segment on each device beside the others in s, (device, segment, 2).
+
+        Each may have a number of images of its own, (device, 1, 1).
+        """
         found: NDArray[np.float64] = self.whole[:, :, 0] + batch_size * self.whole[:, :, 1]
         return found
 

@@ -1,7 +1,7 @@
 """How long a step of torch's DistributedDataParallel will take: its buckets of gradients go around a ring as they fill.
 
 Each bucket is summed by a ring all-reduce when its last gradient is there on all ranks, one bucket after the other and
-beside the rest of the backward pass.
+beside the rest of the backward pass. An emulated device is taken for a real one, whose waiting is no work.
 """
 
 from __future__ import annotations
@@ -17,12 +17,18 @@ from pipeline.plan.link_cases import Links
 
 Times = NDArray[np.float64]
 
-_FIRST_BUCKET, _BUCKET = 2**20, 25 * 2**20
+FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 """How many bytes close the first and every further bucket, unless one says otherwise to torch."""
 
 
+def parts_of(batch_size: int, ranks: int) -> NDArray[np.int_]:
+    """How many images each rank computes, (rank): equal parts, of which the first take the remainder; one at least."""
+    found: NDArray[np.int_] = np.maximum(batch_size // ranks + (np.arange(ranks) < batch_size % ranks), 1)
+    return found
+
+
 def part_seconds(costs: Costs, batch_size: int) -> Times:
-    """How long each rank computes for its equal part of a batch in s, (rank, direction)."""
+    """How long each rank computes for its part of a batch in s, (rank, direction)."""
     found: Times = _segments(costs, batch_size).sum(axis=1)
     return found
 
@@ -46,8 +52,8 @@ def predict_data_parallel(graph: Graph, costs: Costs, batch_size: int, itemsize:
 
 def _segments(costs: Costs, batch_size: int) -> Times:
     """Every whole segment for a rank's part of the batch, (rank, segment, direction) in s."""
-    found: Times = costs.whole_segments(-(-batch_size // costs.devices))
-    return found * costs.stretch[:, LAYOUTS.index("ddp"), None, None]
+    images = parts_of(batch_size, costs.devices)[:, None, None]
+    return costs.whole_segments(images) * costs.stretch[:, LAYOUTS.index("ddp"), None, None]
 
 
 def _buckets(graph: Graph, costs: Costs, itemsize: int) -> list[tuple[int, float]]:
@@ -55,16 +61,19 @@ def _buckets(graph: Graph, costs: Costs, itemsize: int) -> list[tuple[int, float
     if costs.devices == 1:
         return []
     found: list[tuple[int, float]] = []
-    segment, size, seen = len(costs.segments), 0.0, set()
+    segment, size = len(costs.segments), 0.0
+    first_use: dict[str, str] = {}  # there, going backward, the gradient is complete
+    for operation in graph.operations:
+        for parameter in operation.parameters:
+            first_use.setdefault(parameter.name, operation.name)
     for operation in reversed(graph.operations):
         place = costs.place_of(operation.name)
         segment = segment if place is None else min(segment, place)
         for parameter in reversed(operation.parameters):
-            if not parameter.trained or parameter.name in seen:
+            if not parameter.trained or first_use[parameter.name] != operation.name:
                 continue
-            seen.add(parameter.name)
             size += math.prod(parameter.shape) * itemsize
-            if size >= (_BUCKET if found else _FIRST_BUCKET):
+            if size >= (BUCKET if found else FIRST_BUCKET):
                 found.append((segment, size))
                 size = 0.0
     return [*found, (segment, size)] if size else found

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pipeline.graph.trace import Graph
 from pipeline.plan.costs import Costs
-from pipeline.plan.data_parallel import part_seconds
+from pipeline.plan.data_parallel import part_seconds, parts_of
 from pipeline.plan.instructions import Compute, Direction, Exchange
 from pipeline.plan.link_cases import Links
 from pipeline.plan.memory import predict_memory
@@ -109,10 +109,10 @@ def _rows(
 ) -> tuple[tuple[Row, ...], NDArray[np.float64], float]:
     """A row per operation; the seconds each rank computes; and for how long the master alone does."""
     if plan.strategy == "ddp":
-        part = -(-plan.batch_size // plan.ranks)
+        parts = tuple(int(one) for one in parts_of(plan.batch_size, plan.ranks))
         each = part_seconds(costs, plan.batch_size).sum(axis=1)
         row = Row(
-            operation="the whole network", layouts="B", shares=(part,) * plan.ranks, seconds=tuple(each),
+            operation="the whole network", layouts="B", shares=parts, seconds=tuple(each),
             exchanged_bytes=2.0 * (plan.ranks - 1) * _trained(graph) * itemsize, exchange_seconds=float("nan"),
         )  # fmt: skip
         return (row,), each, 0.0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,9 @@ from pipeline.run.recipe import OptimizerFactory
 from pipeline.run.timeline import merged_losses, stacked
 from pipeline.run.worker import Account
 
+MOST_STEPS = 40
+"""Of one cell, unless more repetitions are asked for."""
+
 
 def measure_cell(
     *,
@@ -48,12 +53,16 @@ def measure_cell(
     believed: xr.Dataset | None = None,
     link: str = "loopback",
     repetitions: int = 5,
+    seconds: float = 0.0,
     warmup: int = 2,
     seed: int = 0,
     optimizer: OptimizerFactory = SGD,
     on_progress: OnProgress | None = None,
 ) -> xr.Dataset:
     """Time ``repetitions`` training steps of ``model`` after ``warmup`` others, as one cell of the grid.
+
+    Short steps are timed more often, up to ``MOST_STEPS`` times, until so many ``seconds`` are predicted to be timed:
+    other work of a host comes in bursts, which a few short steps are either in or not.
 
     ``members`` are the devices of ``device_set``, which ``calibration`` measured in this order; a ``link`` other than
     loopback is emulated between them. A calibration ``believed`` in its place makes the plan, whose time is still
@@ -62,6 +71,8 @@ def measure_cell(
     """
     if repetitions < 1 or warmup < 0:
         raise InputError(f"repetitions {repetitions} must be at least 1, and warm-up steps {warmup} at least 0")
+    if not seconds >= 0:
+        raise InputError(f"seconds {seconds} must be at least 0 s")
     images = len(dataset)  # type: ignore[arg-type]
     if batch_size > images:
         raise InputError(f"batch size {batch_size} is larger than the data set, which has {images} images")
@@ -78,18 +89,24 @@ def measure_cell(
     planned_from = calibration if believed is None else believed
     plan = plan_graph(graph, planned_from, batch_size=batch_size, strategy=strategy, labels=labels, links=links)
     index = CellIndex(network, batch_size, device_set, link, strategy)
+    predicted = predicted_step_time(graph, plan, Costs.of(calibration), links=links)
+    timed = max(repetitions, min(math.ceil(seconds / predicted), MOST_STEPS))
     try:
         accounts = run_plan(
             client, members, plan, graph, model, dataset,
             recipe=replace(PLAIN, optimizer=optimizer),
-            indices=_full_batches(images, batch_size, warmup + repetitions, seed), seed=seed,
+            indices=_full_batches(images, batch_size, warmup + timed, seed), seed=seed,
             label=f"{strategy} {network}", link=emulated, synchronised=True,
-            profiled=repetitions if strategy == "single" else 0, keep_weights=False, keep_steps=repetitions,
-            on_progress=on_progress,
+            profiled=repetitions if strategy == "single" else 0, keep_weights=False, keep_steps=timed,
+            on_progress=None if on_progress is None else partial(_of_total, on_progress, warmup + timed),
         )  # fmt: skip
     except (RunError, torch.OutOfMemoryError, MemoryError) as error:
         return unmeasured_cell(index, [labels[device] for device in plan.devices], _status(error))
-    return _cell(index, graph, plan, Costs.of(calibration), links, accounts, repetitions)
+    return _cell(index, graph, plan, Costs.of(calibration), links, accounts, timed)
+
+
+def _of_total(on_progress: OnProgress, total: int, done: int, values: dict[str, float]) -> None:
+    on_progress(done, {"total": total, **values})
 
 
 def _full_batches(images: int, batch_size: int, steps: int, seed: int) -> list[list[list[int]]]:

@@ -62,9 +62,8 @@ def parts_of(study: Config, rule: str, wildcards: Mapping[str, str], output: Seq
             parts = [_part("calibrations", file, _calibration_s(study, *named[wildcards["calibration"]]))]
         case "benchmark":
             group = groups(study)[wildcards["group"]]
-            steps = study.timing.warmup + group.timed_steps
             parts = [
-                _part("cells", file / f"{cell.strategy}.zarr.zip", _SECONDS_OF_A_CELL + steps * _step_s(cell))
+                _part("cells", file / f"{cell.strategy}.zarr.zip", _cell_s(study, cell, group.timed_steps))
                 for cell in group.cells
             ]
         case "accuracy":
@@ -109,12 +108,18 @@ def _training_s(study: Config, strategy: str) -> float:
 
 
 def _miscalibration_s(study: Config) -> float:
-    chosen, steps = study.miscalibration, study.timing.warmup + study.timing.repetitions
+    chosen = study.miscalibration
     cells = [
         Cell(network=chosen.network, batch_size=chosen.batch_size, device_set=chosen.device_set, link="", strategy=one)
         for one in chosen.strategies
     ]
-    return len(chosen.errors) * sum(_SECONDS_OF_A_CELL + steps * _step_s(cell) for cell in cells)
+    return len(chosen.errors) * sum(_cell_s(study, cell, study.timing.repetitions) for cell in cells)
+
+
+def _cell_s(study: Config, cell: Cell, repetitions: int) -> float:
+    step = _step_s(cell)
+    timed = max(repetitions * step, study.timing.seconds)
+    return _SECONDS_OF_A_CELL + study.timing.warmup * step + timed
 
 
 def _calibration_s(study: Config, network: str, device_set: str) -> float:

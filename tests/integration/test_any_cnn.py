@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from distributed import Client
 from torch import nn
 from torch.nn import functional as F
@@ -19,10 +20,15 @@ from torch.utils.data import TensorDataset
 import pipeline
 from pipeline._torchvision import make_importable
 from pipeline.cluster.devices import discover
+from pipeline.cluster.gang import RankContext, run_gang
 from pipeline.errors import InputError
 from pipeline.graph.effects import Effect
 from pipeline.graph.trace import trace
+from pipeline.plan.labels import DDP_LABELS
 from pipeline.run.callbacks import Epoch
+from pipeline.run.clock import Clock
+from pipeline.run.ddp import DataParallel
+from pipeline.run.recipe import Recipe, Turn
 from tests.engine import images, largest_difference, plain_loop
 
 make_importable()
@@ -459,8 +465,37 @@ def test_the_norm_of_weights_in_copies_is_clipped_once(client: Client) -> None:
     _check(client, _made(ResNet), "batch", clip_norm=0.05, accumulate=2)
 
 
-def test_ddp_sums_once_for_all_batches_of_an_update(client: Client) -> None:
+def test_ddp_averages_over_batches_and_ranks_alike(client: Client) -> None:
     _check(client, _made(TiedWeights), "ddp", accumulate=3, clip_norm=0.1, batch_size=4, epochs=2)
+
+
+def _sums_of_ddp(context: RankContext, turns: list[Turn]) -> int:
+    """How many buckets are summed in so many turns."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 6 * 6, 10))
+    parallel = DataParallel(context, model, Recipe(loss=F.cross_entropy, optimizer=MOMENTUM))
+    summed: list[int] = []
+
+    def summing(_, bucket):  # type: ignore[no-untyped-def]
+        summed.append(bucket.index())
+        future = dist.all_reduce(bucket.buffer(), group=context.group, async_op=True).get_future()
+        return future.then(lambda done: done.value()[0])
+
+    parallel._parallel.register_comm_hook(None, summing)
+    for turn in turns:
+        clock = Clock(len(DDP_LABELS), offset=0.0, keep=1)
+        with clock.step():
+            parallel.train_step(1 / context.size, torch.randn(2, 3, 8, 8), torch.tensor([1, 2]), clock, turn)
+    return len(summed)
+
+
+def test_ddp_sums_once_for_all_batches_of_an_update(client: Client) -> None:
+    members = discover(client)[:2]
+    turns = [Turn(first=place == 0, last=place == 2, weight=1 / 3) for place in (0, 1, 2)]
+    each, once = (
+        run_gang(client, members, _sums_of_ddp, [(one,)] * 2, label="sums of ddp") for one in ([Turn()] * 3, turns)
+    )
+    assert each == [3, 3]
+    assert once == [1, 1]
 
 
 @pytest.mark.parametrize("strategy", ["kernel", "batch"])

@@ -86,14 +86,16 @@ def test_steps_that_were_faster_than_predicted_make_nothing_negative(model: nn.M
     assert (found.turn_growth >= 0).all()
     assert (found.turn_growth < 0.01).all()
     assert 0 < found.summing_time < 1e-10
+    assert 0 < found.reducing_time < 1e-10
     assert found.beginning_time == 0
     assert found.stretch.values == pytest.approx(1.0)
 
 
 def test_steps_that_take_forever_are_believed_up_to_a_limit(model: nn.Module) -> None:
-    found = attribution.fitted(*_measured(model, 100.0, 1000.0, 100.0, 1.0, 100.0, 100.0, 10.0))
+    found = attribution.fitted(*_measured(model, 100.0, 1000.0, 100.0, 1.0, 100.0, 1000.0, 100.0))
     assert found.turn_growth.sel(company="everyone") == 2
     assert found.summing_time == pytest.approx(1e-8)
+    assert found.reducing_time == pytest.approx(1e-8)
 
 
 def test_probes_without_such_exchanges_say_nothing_of_them() -> None:

@@ -31,7 +31,7 @@ def _summary(graph: Graph, costs: Costs, strategy: Strategy) -> Summary:
 
 def test_one_device_is_as_fast_as_itself_however_real_steps_differ_from_their_parts(graph: Graph) -> None:
     costs = costs_of(graph, [5e9, 1e10])
-    stretch = np.array([[1.1, 1.2, 1.3]] * 2)
+    stretch = np.array([[1.1, 1.2, 1.3, 1.4]] * 2)
     real = replace(costs, stretch=stretch, beginning=np.full(2, 0.01), update_alone=np.full(2, 0.5))
     summary = _summary(graph, real, "single")
     assert summary.baseline == "cpu"

@@ -92,6 +92,7 @@ def group_options(wildcards):
         strategy=tuple(one.strategy for one in group.cells),
         warmup=STUDY.timing.warmup,
         repetitions=group.timed_steps,
+        seconds=STUDY.timing.seconds,
         seed=STUDY.timing.seed,
         learning_rate=STUDY.training.learning_rate,
         momentum=STUDY.training.momentum,

@@ -19,6 +19,7 @@ rule miscalibration:
             strategy=STUDY.miscalibration.strategies,
             warmup=STUDY.timing.warmup,
             repetitions=STUDY.timing.repetitions,
+            seconds=STUDY.timing.seconds,
             seed=STUDY.timing.seed,
             learning_rate=STUDY.training.learning_rate,
             momentum=STUDY.training.momentum,
