@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-import scipy.stats
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
@@ -157,11 +156,15 @@ def _waits(context: RankContext, walks: Sequence[_Walk]) -> tuple[NDArray[np.flo
 
 
 def _line(before: NDArray[np.float64], waits: NDArray[np.float64]) -> tuple[float, float]:
-    """Where ``waits`` begin and how they grow with the computing ``before``, neither negative; (turn) in s."""
+    """Where ``waits`` begin and how they grow with the computing ``before``, neither negative; (turn) in s.
+
+    By the median slope between two of them (Theil and Sen), without scipy, which would count as a rank's memory.
+    """
     if len(before) < _LEAST_TURNS:
         return float(np.median(waits)) if len(waits) else 0.0, 0.0
-    slope, _, _, _ = scipy.stats.theilslopes(waits, before)
-    growing = max(float(slope), 0.0)
+    one, other = np.triu_indices(len(before), 1)
+    apart, longer = before[other] - before[one], waits[other] - waits[one]
+    growing = max(float(np.median(longer[apart != 0] / apart[apart != 0])), 0.0) if apart.any() else 0.0
     return max(float(np.median(waits - growing * before)), 0.0), growing
 
 

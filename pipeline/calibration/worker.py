@@ -148,7 +148,7 @@ def measure_rank(context: RankContext, task: Task) -> Measurement:
     links = measure_links(context, transport, max(task.repetitions, _LINK_REPETITIONS))
     turns = segments.measure_turns(transport)
     # What torch has set up for its operations by now stays in the process, as it will in training.
-    del segments, whole, model
+    del segments, whole, model, transport
     return Measurement(
         times=times,
         alone=alone,

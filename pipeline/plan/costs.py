@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import xarray as xr
 from numpy.typing import NDArray
-from scipy.optimize import isotonic_regression
 
 from pipeline.errors import InputError
 from pipeline.plan.instructions import COMPANIES, Direction
+
+if TYPE_CHECKING:  # ranks that measure their memory do without
+    import xarray as xr
 
 Curves = tuple[NDArray[np.float64], NDArray[np.float64]]
 
@@ -396,6 +397,8 @@ def _lines(times: NDArray[np.float64], images: NDArray[np.int_]) -> tuple[NDArra
 
 def _rising(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """The closest values that never fall over the share, the third axis; NaN stays."""
+    from scipy.optimize import isotonic_regression
+
     risen = values.copy()
     for device, segment, way in np.ndindex(values.shape[0], values.shape[1], values.shape[3]):
         one = risen[device, segment, :, way]
