@@ -91,7 +91,7 @@ class Timing(Section):
     repetitions: Positive = 5
     """Timed steps per cell at least, all of them kept."""
     seconds: Annotated[float, Field(ge=0, le=600)] = 2.0
-    """Short steps are repeated until about so many s are timed, as other work of a host comes in bursts."""
+    """Short steps are repeated for about so many s, up to 40 times, as other work of a host comes in bursts."""
     seed: int = 0
     """Seed of the initial weights and of the order of the images."""
 
@@ -121,7 +121,7 @@ class Experiment(Section):
     strategies: Annotated[tuple[Strategy, ...], Field(min_length=1)]
     """How the network is split over the devices."""
     repetitions: Positive | None = None
-    """Timed steps per cell of this experiment; null takes timing.repetitions."""
+    """Timed steps per cell of this experiment at least; null takes timing.repetitions."""
 
 
 class Accuracy(Section):

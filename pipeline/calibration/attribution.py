@@ -38,7 +38,8 @@ _SAME_S = 1e-9
 def fitted(calibration: xr.Dataset, task: Probing) -> xr.Dataset:
     """``calibration`` with what makes its probes true: how much longer computations, exchanges, sums and steps take.
 
-    What a probe says nothing of, as its plan has no such exchange, stays as it is.
+    What a probe says nothing of, as its plan has no such exchange, stays as it is; where ``ddp`` was not tried, what
+    holds for ``batch`` counts.
     """
     steps, stretch = _Steps(task), calibration.stretch.copy(deep=True)
     typical, busy = _lower_median(calibration.probe_step_time), _lower_median(calibration.probe_busy_time)

@@ -105,9 +105,9 @@ def benchmark(
         plain = None
         if reference:
             x_BCHW, y_B = images.batch(range(batch_size))
-            threads = members[0].device.threads
+            threads, times = members[0].device.threads, max(cell.sizes["repetition"] for cell in cells.values())
             plain = plain_step_times(
-                model, x_BCHW, y_B, optimizer, threads=threads, warmup=warmup, repetitions=repetitions
+                model, x_BCHW, y_B, optimizer, threads=threads, warmup=warmup, repetitions=max(repetitions, times)
             )
     over = "" if link == LOOPBACK else f" over {link} (emulated)"
     print(f"{network}, batch {batch_size}, {device_set_of(members)}{over}, {images.source_name}")

@@ -30,7 +30,8 @@ SchedulerOption = Annotated[
     ),
 ]
 SecondsOption = Annotated[
-    float, typer.Option("--seconds", min=0, help="Short steps are repeated until about so many s are timed.")
+    float,
+    typer.Option("--seconds", min=0, max=600, help="Short steps are repeated, up to 40 times, for about so many s."),
 ]
 DataOption = Annotated[
     str,

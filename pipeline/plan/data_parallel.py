@@ -22,8 +22,8 @@ FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 
 
 def parts_of(batch_size: int, ranks: int) -> NDArray[np.int_]:
-    """How many images each rank computes, (rank): equal parts, of which the first take the remainder; one at least."""
-    found: NDArray[np.int_] = np.maximum(batch_size // ranks + (np.arange(ranks) < batch_size % ranks), 1)
+    """How many images of a batch each rank gets, (rank): equal parts, of which the first take the remainder."""
+    found: NDArray[np.int_] = batch_size // ranks + (np.arange(ranks) < batch_size % ranks)
     return found
 
 
@@ -52,7 +52,7 @@ def predict_data_parallel(graph: Graph, costs: Costs, batch_size: int, itemsize:
 
 def _segments(costs: Costs, batch_size: int) -> Times:
     """Every whole segment for a rank's part of the batch, (rank, segment, direction) in s."""
-    images = parts_of(batch_size, costs.devices)[:, None, None]
+    images = np.maximum(parts_of(batch_size, costs.devices), 1)[:, None, None]  # who has none takes part with one
     return costs.whole_segments(images) * costs.stretch[:, LAYOUTS.index("ddp"), None, None]
 
 

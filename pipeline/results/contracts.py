@@ -6,7 +6,7 @@ whatever does not exist: a rank that took no part in an instruction, a repetitio
 **Cell**, one point of the timing grid, one zarr zip file. Scalar coordinates `network`, `batch_size`, `device_set`,
 `link`, `strategy`; dimensions `device` (the rank), `repetition`, `instruction`:
 
-    step_time(repetition)  loss(repetition)  convolution_time(repetition: only strategy `single`, NaN otherwise)
+    step_time(repetition)  loss(repetition)  convolution_time(repetition: only the last of `single`, else NaN)
     compute_time, exchange_time, idle_time(device, repetition)
     predicted_step_time()  status(): "ok", "out of memory: ...", "failed: ..."
     device_label, device_throughput, share, peak_memory(device)
@@ -187,7 +187,7 @@ CALIBRATION: Mapping[str, Variable] = {
         ("company",), "1", "how much longer an exchange takes for each second of computing before it"
     ),
     "summing_time": Variable((), "s/byte", "what summing gradients costs a device"),
-    "reducing_time": Variable((), "s/byte", "what summing gradients takes ddp beside its messages"),
+    "reducing_time": Variable((), "s/byte", "what summing gradients takes ddp besides; of batch if not tried"),
     "link_latency": Variable(("source", "destination"), "s", "latency of a link"),
     "link_bandwidth": Variable(("source", "destination"), "bytes/s", "bandwidth of a link"),
 }

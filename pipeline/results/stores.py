@@ -173,7 +173,8 @@ def combine_errors(cells: Mapping[float, Sequence[xr.Dataset]]) -> xr.Dataset:
     Raises InputError as `combine` does.
     """
     grids = [combine(some, [cell_index(cell) for cell in some])[list(MISCALIBRATION)] for some in cells.values()]
-    combined = xr.concat(grids, dim=xr.DataArray(list(cells), dims="error", name="error"), combine_attrs="override")
+    along = xr.DataArray(list(cells), dims="error", name="error")
+    combined = xr.concat(grids, dim=along, join="outer", combine_attrs="override")  # of different repetitions
     return describe(combined.transpose(*INDEX, "error", ...))
 
 

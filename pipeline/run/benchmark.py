@@ -62,7 +62,8 @@ def measure_cell(
     """Time ``repetitions`` training steps of ``model`` after ``warmup`` others, as one cell of the grid.
 
     Short steps are timed more often, up to ``MOST_STEPS`` times, until so many ``seconds`` are predicted to be timed:
-    other work of a host comes in bursts, which a few short steps are either in or not.
+    other work of a host comes in bursts, which a few short steps are either in or not. Of ``single`` the convolutions
+    are timed in as many more steps as there are ``repetitions``.
 
     ``members`` are the devices of ``device_set``, which ``calibration`` measured in this order; a ``link`` other than
     loopback is emulated between them. A calibration ``believed`` in its place makes the plan, whose time is still
@@ -71,8 +72,8 @@ def measure_cell(
     """
     if repetitions < 1 or warmup < 0:
         raise InputError(f"repetitions {repetitions} must be at least 1, and warm-up steps {warmup} at least 0")
-    if not seconds >= 0:
-        raise InputError(f"seconds {seconds} must be at least 0 s")
+    if not 0 <= seconds < math.inf:
+        raise InputError(f"seconds {seconds} must be at least 0 s, and finite")
     images = len(dataset)  # type: ignore[arg-type]
     if batch_size > images:
         raise InputError(f"batch size {batch_size} is larger than the data set, which has {images} images")
@@ -90,7 +91,7 @@ def measure_cell(
     plan = plan_graph(graph, planned_from, batch_size=batch_size, strategy=strategy, labels=labels, links=links)
     index = CellIndex(network, batch_size, device_set, link, strategy)
     predicted = predicted_step_time(graph, plan, Costs.of(calibration), links=links)
-    timed = max(repetitions, min(math.ceil(seconds / predicted), MOST_STEPS))
+    timed = max(repetitions, math.ceil(min(seconds / predicted, MOST_STEPS)) if predicted > 0 else 0)
     try:
         accounts = run_plan(
             client, members, plan, graph, model, dataset,

@@ -26,6 +26,7 @@ _SECONDS_OF_A_STEP = 0.006
 _SECONDS_OF_RULES = {"simulation": 40.0, "figures": 12.0, "data": 7.0, "notebook": 6.0, "report": 4.0}
 _SECONDS_OF_OTHERS = 2.0
 _ALL_IMAGES = 50_000
+_MOST_STEPS = 40
 _CONTROL = "control"
 _WIDTHS = re.compile(r"(\d+):(\d+)")
 
@@ -118,7 +119,7 @@ def _miscalibration_s(study: Config) -> float:
 
 def _cell_s(study: Config, cell: Cell, repetitions: int) -> float:
     step = _step_s(cell)
-    timed = max(repetitions * step, study.timing.seconds)
+    timed = max(repetitions * step, min(study.timing.seconds, _MOST_STEPS * step))
     return _SECONDS_OF_A_CELL + study.timing.warmup * step + timed
 
 

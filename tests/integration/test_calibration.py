@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,14 @@ def client() -> Iterator[Client]:
 @pytest.fixture(scope="module")
 def calibration(client: Client) -> xr.Dataset:
     return calibrate(network("20:50"), torch.zeros(BATCH, 3, 32, 32), client, network="20:50", repetitions=2)
+
+
+def test_ranks_load_nothing_for_a_calibration_that_training_does_without() -> None:
+    with pipeline.local_cluster([pipeline.Device("cpu")] * 2, dashboard=False) as client:
+        calibrate(network("4:8"), torch.zeros(BATCH, 3, 32, 32), client, fractions=(0.5,), repetitions=1)
+        # A named function would make the workers load this module.
+        loaded = client.run(lambda: {"torch", "xarray", "pandas", "scipy.optimize", "scipy.stats"} & set(sys.modules))
+    assert list(loaded.values()) == [{"torch"}] * 2
 
 
 def test_the_fastest_device_may_be_another_than_the_first(client: Client) -> None:

@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     measured = ["--batch-size", "32", "--fraction", "0.25", "--fraction", "1", "--repetitions", "1", "--force"]
     assert main(["calibrate", *common, *measured, "--output", str(folder / "right.zarr.zip")]) == 0
     wrong = ["--batch-size", "32", "--error", "0.5", "--error", "-0.5", "--error", "0", "--strategy", "kernel"]
-    wrong += ["--repetitions", "3", "--warmup", "1", "--calibration", str(folder / "right.zarr.zip")]
+    wrong += ["--seconds", "0", "--repetitions", "3", "--warmup", "1", "--calibration", str(folder / "right.zarr.zip")]
     assert main(["miscalibration", *common, *wrong, "--output", str(folder / "wrong.zarr")]) == 0
     return folder
 

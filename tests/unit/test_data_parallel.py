@@ -50,6 +50,7 @@ def test_without_links_a_step_is_the_computing_of_the_largest_part() -> None:
     free = Links.uniform(np.array([0.0]), np.array([np.inf]))
     part = part_seconds(costs, BATCH)
     assert list(parts_of(BATCH, 3)) == [len(part_of(rank, 3, range(BATCH))) for rank in range(3)] == [3, 3, 2]
+    assert list(parts_of(2, 3)) == [1, 1, 0]
     expected = [costs.only([rank]).whole_segments(3 if rank < 2 else 2)[0].sum(axis=0) for rank in range(3)]
     assert part == pytest.approx(np.array(expected))
     trained = _bytes(graph) / 4

@@ -210,3 +210,11 @@ def test_the_grid_flags_the_cells_whose_repetitions_spread(tmp_path: Path):
     assert grid["noisy"].sel(place, drop=True).to_series().loc[lambda flag: flag].index.tolist() == ["paper"]
     assert grid["noisy"].sum() == 1
     assert grid["noisy"].attrs["units"] == "1"
+
+
+def test_cells_of_different_repetitions_go_into_one_store_of_errors() -> None:
+    made = stores.combine_errors({
+        error: [synthetic.cell(KERNEL, repetitions=count)] for error, count in ((-0.5, 3), (0.0, 5))
+    })  # fmt: skip
+    assert made.step_time.count("repetition").values.ravel().tolist() == [3, 5]
+    assert made.sizes["repetition"] == 5
