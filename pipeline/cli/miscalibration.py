@@ -50,7 +50,7 @@ def miscalibration(
     calibration: CalibrationOption = None,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Steps before the clock starts.")] = 2,
     repetitions: Annotated[int, typer.Option("--repetitions", min=1, help="Least number of timed steps.")] = 5,
-    seconds: SecondsOption = 2.0,
+    seconds: SecondsOption = 1.0,
     learning_rate: LearningRateOption = 0.01,
     momentum: MomentumOption = 0.9,
     seed: SeedOption = 0,
