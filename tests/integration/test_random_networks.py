@@ -169,7 +169,7 @@ def client() -> Iterator[Client]:
 
 # A network is drawn from a seed, and no smaller seed makes a smaller network: there is nothing to shrink.
 @settings(
-    max_examples=10, phases=[Phase.generate], derandomize=True, database=None, deadline=None,
+    max_examples=6, phases=[Phase.generate], derandomize=True, database=None, deadline=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 @given(
