@@ -71,11 +71,13 @@ class _OneTooMany(nn.Module):
         return self.body(x)  # type: ignore[no-any-return]
 
 
-def test_what_ddp_cannot_train_is_calibrated_without_it_and_without_what_training_does_not_load() -> None:
+def test_ranks_load_nothing_that_training_does_without_and_what_ddp_cannot_train_is_calibrated_without_it() -> None:
+    images_BCHW = torch.zeros(BATCH, 3, 32, 32)
     with pipeline.local_cluster([pipeline.Device("cpu")] * 2, dashboard=False) as client:
-        found = calibrate(_OneTooMany(), torch.zeros(BATCH, 3, 32, 32), client, fractions=(0.5,), repetitions=1)
-        # A named function would make the workers load this module.
+        calibrate(network("4:8"), images_BCHW, client, fractions=(0.5,), repetitions=1)
+        # A named function, or a model of this module, would make the workers load it.
         loaded = client.run(lambda: {"torch", "xarray", "pandas", "scipy.optimize", "scipy.stats"} & set(sys.modules))
+        found = calibrate(_OneTooMany(), images_BCHW, client, fractions=(0.5,), repetitions=1)
     assert list(loaded.values()) == [{"torch"}] * 2
     taken = np.isfinite(found.probe_step_time).any("repetition")
     without = [str(probe) for probe in found.probe.values[~taken]]
