@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -192,7 +193,8 @@ def test_the_same_work_on_the_same_devices_is_measured_once(client: Client, tmp_
     def measured(width: int, *, force: bool = False) -> xr.Dataset:
         model = nn.Sequential(nn.Conv2d(3, width, 3), nn.Flatten(), nn.Linear(900 * width, 10))
         example = torch.zeros(2, 3, 32, 32)
-        return calibrate(model, example, client, network=f"{width}", repetitions=1, cache=tmp_path, force=force)
+        how: dict[str, Any] = {"fractions": (0.5,), "repetitions": 1, "cache": tmp_path, "force": force}
+        return calibrate(model, example, client, network=f"{width}", **how)
 
     first = measured(4)
     again = measured(4)
@@ -222,9 +224,9 @@ class _Narrow(nn.Module):
 def test_the_order_in_memory_is_measured_and_kept_from_what_torch_cannot_do(client: Client) -> None:
     x_BCHW = torch.zeros(BATCH, 3, 24, 24)
     model = _Narrow(normalised=nn.BatchNorm2d(96))
-    found = calibrate(model, x_BCHW, client)
+    found = calibrate(model, x_BCHW, client, fractions=(0.5,), repetitions=1)
     assert found.attrs["channels_last"] in (0, 1)
-    grouped = calibrate(_Narrow(normalised=nn.GroupNorm(4, 96)), x_BCHW, client)
+    grouped = calibrate(_Narrow(normalised=nn.GroupNorm(4, 96)), x_BCHW, client, fractions=(1.0,), repetitions=1)
     assert grouped.attrs["channels_last"] == 0
     for last in (0, 1):
         dataset = TensorDataset(torch.randn(BATCH, 3, 24, 24), torch.randint(0, 10, (BATCH,)))
