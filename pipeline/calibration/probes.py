@@ -138,6 +138,19 @@ def probe_rank(context: RankContext, task: Probing) -> Probed:
     """Take the steps; every rank runs this."""
     torch.manual_seed(0)
     taken: dict[str, list[tuple[float, float]]] = {probe: [] for probe in PROBES}
+    gc.freeze()  # what torch has loaded takes long to look through, after each strategy
+    try:
+        _take(context, task, taken)
+    finally:
+        gc.unfreeze()
+    found = np.full((len(PROBES), MOST_STEPS, 2), np.nan)
+    for index, times in enumerate(taken.values()):
+        found[index, : len(times)] = np.array(times).reshape(-1, 2)
+    return Probed(steps=found[..., 0], busy=found[..., 1])
+
+
+def _take(context: RankContext, task: Probing, taken: Mapping[str, list[tuple[float, float]]]) -> None:
+    """Add the times of all steps to what was ``taken`` of each probe."""
     # In rounds, as a processor may be slower for some seconds; one strategy after the other has the memory.
     for following in range(_ROUNDS):
         for strategy, plan in task.plans.items():
@@ -152,13 +165,9 @@ def probe_rank(context: RankContext, task: Probing) -> Probed:
                 for _ in range(_WARMUP - 1 if plan.ranks > 1 else 0):
                     _step(context, part, last=True)
                 for probe in own:
-                    taken[probe] += _steps(context, part, last=sums(probe))
+                    taken[probe].extend(_steps(context, part, last=sums(probe)))
             del part
             gc.collect()  # what was traced is a cycle
-    found = np.full((len(PROBES), MOST_STEPS, 2), np.nan)
-    for index, times in enumerate(taken.values()):
-        found[index, : len(times)] = np.array(times).reshape(-1, 2)
-    return Probed(steps=found[..., 0], busy=found[..., 1])
 
 
 def _steps(context: RankContext, part: _Part | None, *, last: bool) -> list[tuple[float, float]]:
