@@ -13,6 +13,8 @@ rule benchmark:
         group=lambda wildcards: str(GROUPS[wildcards.group]),
         options=group_options,
         code=code_digest("pipeline.cli.benchmark"),
+    # What is calibrated is timed next, before the host becomes faster or slower.
+    priority: 1
     threads: workflow.cores
     conda:
         ENVIRONMENT
