@@ -18,13 +18,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Literal, cast
 
 from distributed import Client, Worker
 from distributed.system import MEMORY_LIMIT
 
 from pipeline.errors import InputError, RunError
+from pipeline.processor import processor_text, usable_cores
 
 DEVICE_VARIABLE = "PIPELINE_DEVICE"
 """The environment variable by which a worker of `local_cluster` knows its device, as JSON."""
@@ -139,13 +139,6 @@ def default_devices(cpu_count: int = 4) -> tuple[Device, ...]:
     if cores >= cpu_count:
         return gpus + (Device("cpu", threads=cores // cpu_count),) * cpu_count
     return gpus + (Device("cpu", speed=math.floor(0.9 * cores / cpu_count * 100) / 100),) * cpu_count
-
-
-def usable_cores() -> int:
-    """The number of cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def visible_gpus() -> int:
@@ -320,7 +313,7 @@ def _ask_workers(client: Client, addresses: list[str], timeout_s: float) -> dict
 def describe_worker(dask_worker: Worker) -> dict[str, str]:
     """Runs on a worker: its device as `local_cluster` described it (empty elsewhere), and its hardware."""
     owns_gpu = dask_worker.state.total_resources.get("GPU", 0) >= 1
-    hardware = _gpu_model() if owns_gpu else _processor_model()
+    hardware = _gpu_model() if owns_gpu else f"{processor_text()}, {usable_cores()} usable cores"
     memory = _gpu_memory() if owns_gpu else MEMORY_LIMIT
     return {"device": os.environ.get(DEVICE_VARIABLE, ""), "hardware": hardware, "memory": str(memory)}
 
@@ -340,15 +333,6 @@ def _gpu_memory() -> int:
     import torch
 
     return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0
-
-
-def _processor_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), os.uname().machine)
-    return f"{model}, {usable_cores()} usable cores"
 
 
 def _member(address: str, worker: Mapping[str, Any], answer: Mapping[str, str]) -> Member:

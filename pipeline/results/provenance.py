@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pipeline.processor import processor_text, usable_cores
+
 _PACKAGES = ("torch", "torchvision", "dask", "distributed", "xarray", "zarr", "numpy", "snakemake")
 
 
@@ -56,8 +58,8 @@ def versions_text() -> str:
 
 @cache
 def hardware_text() -> str:
-    """This machine without its name: "Intel Xeon, 2 cores, 8 GiB memory, no GPU"."""
-    parts = [_cpu_model(), f"{usable_cores()} cores", f"{_memory_gib():.0f} GiB memory", *(_gpus() or ["no GPU"])]
+    """This machine without its name: "Intel Xeon with AVX-512, 2 cores, 8 GiB memory, no GPU"."""
+    parts = [processor_text(), f"{usable_cores()} cores", f"{_memory_gib():.0f} GiB memory", *(_gpus() or ["no GPU"])]
     return ", ".join(parts)
 
 
@@ -75,20 +77,6 @@ def code_version() -> str:
         return version("pipeline")
     except PackageNotFoundError:
         return "unknown"
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def _memory_gib() -> float:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from distributed import Client, LocalCluster
 
-from pipeline.cluster.devices import usable_cores
+from pipeline.processor import usable_cores
 
 
 @contextmanager
