@@ -19,13 +19,13 @@ from distributed import Client
 from torch import nn
 
 from pipeline.cluster.devices import Member, format_device_set
-from pipeline.datasets import StoredImages
 from pipeline.plan.plan import Strategy
 from pipeline.results.contracts import describe, validate_accuracy
 from pipeline.results.kept import Kept
 from pipeline.results.provenance import provenance
 from pipeline.run.launch import OnProgress
 from pipeline.run.recipe import OptimizerFactory
+from pipeline.stored_images import StoredImages
 from pipeline.training import fit
 
 CONTROL = "control"

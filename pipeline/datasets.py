@@ -1,7 +1,7 @@
 """Images to train on: CIFAR-10, a folder of images, a data set of torchvision, or the digits of scikit-learn.
 
 `load` resolves what was asked for into arrays and says which data they really are. `prepare` does that once and writes
-the prepared store, one zarr zip file that every job of the study reads through `StoredImages`:
+the prepared store, one zarr zip file that every job of the study reads through `pipeline.stored_images`:
 
     train_image(train, channel, row, column), test_image(test, channel, row, column)  uint8
     train_label(train), test_label(test)  int64, positions in class_name(class)
@@ -17,76 +17,33 @@ Shape suffixes: N images, C channels, H rows, W columns.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
-from zipfile import BadZipFile, is_zipfile
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
 import xarray as xr
-from torch.utils.data import Dataset
-from zarr.storage import ZipStore
 
 from pipeline.errors import InputError
 from pipeline.image_sources import (
     Choices,
-    Int64,
     RawImages,
-    UInt8,
     UnavailableError,
     read_cifar10,
     read_digits,
     read_folder,
 )
-from pipeline.results.provenance import provenance, usable_cores
+from pipeline.processor import usable_cores
+from pipeline.results.provenance import provenance
 from pipeline.results.stores import PathLike, write_zip
+from pipeline.stored_images import Float64, ImageArrays, UInt8
 from pipeline.torchvision_sources import is_torchvision, read_torchvision
 
-Float64 = npt.NDArray[np.float64]
 _IMAGES_PER_COUNT = 4096
 
 
 class DataWarning(UserWarning):
     """Other data than those asked for are used."""
-
-
-class ImageArrays(Dataset[tuple[torch.Tensor, int]]):
-    """Images in memory as uint8, given out as float32 normalised per channel: (x/255 - mean) / std, shape (C, H, W).
-
-    Args:
-        images_NCHW: Pixels from 0 to 255.
-        labels_N: Class of each image.
-        mean_C: Per channel, of pixel values taken as 0 to 1.
-        std_C: As `mean_C`; above 0.
-    """
-
-    def __init__(self, images_NCHW: UInt8, labels_N: Int64, mean_C: Float64, std_C: Float64) -> None:
-        self.images_NCHW, self.labels_N, self.mean_C, self.std_C = images_NCHW, labels_N, mean_C, std_C
-        self._scale_C11 = torch.from_numpy(1 / (255 * std_C)).to(torch.float32)[:, None, None]
-        self._shift_C11 = torch.from_numpy(-mean_C / std_C).to(torch.float32)[:, None, None]
-
-    def __len__(self) -> int:
-        return len(self.labels_N)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        (sample,) = self.__getitems__([index])
-        return sample
-
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
-        """Several samples at once, as torch's DataLoader asks for them."""
-        x_NCHW, y_N = self.batch(indices)
-        return list(zip(x_NCHW, y_N.tolist(), strict=True))
-
-    def batch(self, indices: Sequence[int] | Int64 | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images float32 (len(indices), C, H, W) and labels int64 (len(indices),)."""
-        where = np.asarray(indices, dtype=np.int64)
-        x_NCHW = torch.from_numpy(self.images_NCHW[where]).to(torch.float32)
-        return x_NCHW.mul_(self._scale_C11).add_(self._shift_C11), torch.from_numpy(self.labels_N[where])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -179,64 +136,6 @@ def prepare(
     return images
 
 
-class StoredImages(Dataset[tuple[torch.Tensor, int]]):
-    """One split of a prepared store as a torch data set; samples and batches as `ImageArrays` gives them.
-
-    Travels between processes as its path: pixels are read on first use, in the process that uses them.
-
-    Args:
-        path: The prepared store.
-        split: "train" or "test".
-        limit: Use at most so many images, the first ones; all when None.
-
-    Raises:
-        InputError: The file is missing or no prepared store, or the limit is below 1.
-    """
-
-    classes: tuple[str, ...]
-    image_shape: tuple[int, int, int]
-    source_name: str
-    warning: str | None
-
-    def __init__(self, path: PathLike, split: Literal["train", "test"], limit: int | None = None) -> None:
-        if split not in ("train", "test"):
-            raise InputError(f"Split '{split}' is unknown: give 'train' or 'test'.")
-        if limit is not None and limit < 1:
-            raise InputError(f"A limit of {limit} images leaves no {split} images: give at least 1.")
-        # Absolute: a worker need not share the working directory.
-        self.path, self.split, self.limit = Path(path).absolute(), split, limit
-        with _opened(self.path) as store:
-            count, channels, height, width = store[f"{split}_image"].shape
-            self.image_shape = (channels, height, width)
-            self.classes = tuple(map(str, store["class_name"].values))
-            self.source_name = store.attrs["data"]
-            self.warning = store.attrs["warning"] or None
-        self._length = count if limit is None else min(limit, count)
-
-    @cached_property
-    def _arrays(self) -> ImageArrays:
-        with _opened(self.path) as store:
-            images, labels = (store[f"{self.split}_{part}"][: self._length].values for part in ("image", "label"))
-            return ImageArrays(images, labels, store["mean"].values, store["std"].values)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_arrays"}
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self._arrays[index]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
-        """Several samples at once, as torch's DataLoader asks for them."""
-        return self._arrays.__getitems__(indices)
-
-    def batch(self, indices: Sequence[int] | Int64 | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images float32 (len(indices), C, H, W) and labels int64 (len(indices),)."""
-        return self._arrays.batch(indices)
-
-
 def _checked_size(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
     if image_size is None:
         return None
@@ -282,18 +181,3 @@ def _store(images: Images, choice: dict[str, Any]) -> xr.Dataset:
         variables[f"{split}_label"] = (split, arrays.labels_N, label)
     origin = provenance(choice, emulated=False, data=images.name, threads={"decoding": usable_cores()})
     return xr.Dataset(variables, attrs={**origin, "source": images.source, "warning": images.warning or ""})
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[xr.Dataset]:
-    """The prepared store, read lazily."""
-    if not path.is_file():
-        raise InputError(f"Prepared images {path} do not exist: prepare them first.")
-    # zarr closes what it could not open: an AttributeError that would hide the reason.
-    if not is_zipfile(path):
-        raise InputError(f"{path} is not a store of prepared images: prepare it anew.")
-    try:
-        with ZipStore(path, mode="r") as zipped, xr.open_zarr(zipped, consolidated=False, chunks=None) as store:
-            yield store
-    except (BadZipFile, KeyError, ValueError, OSError) as error:
-        raise InputError(f"{path} is not a store of prepared images ({error}): prepare it anew.") from error

@@ -20,17 +20,14 @@ from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import psutil
 import torch
 from PIL import Image, UnidentifiedImageError
 
 from pipeline._torchvision import make_importable
 from pipeline.errors import InputError
-from pipeline.results.provenance import usable_cores
-
-UInt8 = npt.NDArray[np.uint8]
-Int64 = npt.NDArray[np.int64]
+from pipeline.processor import usable_cores
+from pipeline.stored_images import Int64, UInt8
 
 CIFAR10_NAME = "CIFAR-10"
 DIGITS_NAME = "digits (scikit-learn)"

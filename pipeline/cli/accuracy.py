@@ -28,7 +28,7 @@ from pipeline.errors import InputError
 if TYPE_CHECKING:
     import xarray as xr
 
-    from pipeline.datasets import StoredImages
+    from pipeline.stored_images import StoredImages
 
 
 def accuracy(

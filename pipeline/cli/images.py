@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipeline.datasets import StoredImages
+    from pipeline.stored_images import StoredImages
 
 
 @contextmanager
@@ -19,7 +19,8 @@ def prepared_images(
     data: str, image_size: int | None = None, train_limit: int | None = None, test_limit: int | None = None
 ) -> Iterator[tuple[StoredImages, StoredImages]]:
     """Training and test images, at most so many: of a prepared file, or prepared for the length of the block."""
-    from pipeline.datasets import StoredImages, prepare
+    from pipeline.datasets import prepare
+    from pipeline.stored_images import StoredImages
 
     with tempfile.TemporaryDirectory(prefix="pipeline-") as folder:
         path = Path(data)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pipeline.cluster.devices import Member
-    from pipeline.datasets import StoredImages
     from pipeline.plan.plan import Strategy
+    from pipeline.stored_images import StoredImages
 
 
 @contextmanager

@@ -16,8 +16,9 @@ import pytest
 
 from pipeline import image_sources
 from pipeline._torchvision import make_importable
-from pipeline.datasets import DataWarning, StoredImages, load, prepare
+from pipeline.datasets import DataWarning, load, prepare
 from pipeline.errors import InputError
+from pipeline.stored_images import StoredImages
 
 make_importable()
 from torchvision.datasets import CIFAR10  # noqa: E402 - importable only now

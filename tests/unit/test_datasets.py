@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 from zarr.storage import ZipStore
 
 from pipeline import datasets, image_sources
-from pipeline.datasets import StoredImages, load, prepare
+from pipeline.datasets import load, prepare
 from pipeline.errors import InputError
+from pipeline.stored_images import StoredImages
 
 
 def write_image(path, color=(10, 20, 30), size=(8, 6), mode="RGB"):
