@@ -88,7 +88,7 @@ def _benchmark(*options: str, folder: Path, within: tuple[str, ...] = ()) -> dic
     """The cells of a benchmark, by strategy."""
     output = folder / "cells"
     command = [*within, sys.executable, "-m", "pipeline", "benchmark", "--network", NETWORK, "--data", "digits"]
-    command += ["--batch-size", BATCH, "--repetitions", REPETITIONS, "--seconds", "0"]
+    command += ["--batch-size", BATCH, "--rounds", "1", "--repetitions", REPETITIONS, "--seconds", "0"]
     command += ["--output", str(output), *options]
     for strategy in STRATEGIES:
         command += ["--strategy", strategy]
