@@ -87,9 +87,11 @@ class Timing(Section):
     """The clock of the timing grid."""
 
     warmup: Annotated[int, Field(ge=0)] = 2
-    """Steps before the clock starts."""
+    """Steps before the clock starts, in each round."""
+    rounds: Positive = 3
+    """The strategies of one place are timed in turn, so often; once where a step takes over a second."""
     repetitions: Positive = 5
-    """Timed steps per cell at least, all of them kept."""
+    """Timed steps per cell at least, over all rounds, all of them kept."""
     seconds: Annotated[float, Field(ge=0, le=600)] = 1.0
     """Short steps are repeated for about so many s, up to 40 times, as other work of a host comes in bursts."""
     seed: int = 0

@@ -13,6 +13,10 @@ class RunError(PipelineError, RuntimeError):
     """A run failed after its input was accepted: a lost worker, a rank that raised, a timeout (exit code 1)."""
 
 
+class LostDeviceError(RunError):
+    """The worker of a device, or its machine, is gone."""
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, without the accounts that libraries add on further lines; its class where it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -15,7 +15,7 @@ from pipeline.plan.instructions import COMPANIES
 from pipeline.results.contracts import CellIndex, describe, unmeasured_cell
 from pipeline.results.stores import combine, combine_calibrations, combine_errors
 
-STRATEGIES = ("single", "ddp", "equal", "paper", "kernel", "batch")
+STRATEGIES = ("single", "ddp", "equal", "paper", "kernel", "batch", "auto")
 PROVENANCE = {
     "configuration": "{}",
     "versions": "python 3, torch 2",
@@ -26,8 +26,8 @@ PROVENANCE = {
     "code_version": "synthetic",
     "created": "2026-01-01T00:00:00+00:00",
 }
-_OVERHEAD = {"single": 1.0, "ddp": 1.06, "equal": 1.04, "paper": 1.3, "kernel": 1.02, "batch": 1.05}
-_SERIAL = {"single": 0.0, "ddp": 0.02, "equal": 0.05, "paper": 0.12, "kernel": 0.04, "batch": 0.05}
+_OVERHEAD = {"single": 1.0, "ddp": 1.06, "equal": 1.04, "paper": 1.3, "kernel": 1.02, "batch": 1.05, "auto": 1.02}
+_SERIAL = {"single": 0.0, "ddp": 0.02, "equal": 0.05, "paper": 0.12, "kernel": 0.04, "batch": 0.05, "auto": 0.04}
 
 
 def labels_of(device_set: str) -> list[str]:
@@ -61,13 +61,16 @@ def cell(index: CellIndex, *, repetitions: int = 5, seed: int = 0) -> xr.Dataset
     result = result.assign_coords(repetition=np.arange(repetitions))
     devices = ("device", "repetition")
     result["step_time"] = ("repetition", step)
+    result["round"] = ("repetition", np.arange(repetitions) % 2.0)
+    result["chosen"] = "kernel" if index.strategy == "auto" else index.strategy
+    result["stolen"] = ("device", np.full(len(labels), 0.01))
     result["compute_time"], result["exchange_time"] = (devices, compute), (devices, exchange)
     result["idle_time"] = (devices, step - compute - exchange)
     result["predicted_step_time"] = float(np.median(step)) * 0.97
     result["device_throughput"] = ("device", index.batch_size * speeds / work)
     result["share"] = ("device", shares)
     result["peak_memory"] = ("device", shares * 1e9 + 2e8)
-    result["predicted_memory"] = ("device", shares * 9e8)
+    result["predicted_memory"] = ("device", shares * 9e8 + 2e8)
     convolution = step * (0.62 + 0.08 * np.log10(k1 * k2 / 25000 + 1)) if index.strategy == "single" else step * np.nan
     result["convolution_time"] = ("repetition", convolution)
     result["loss"] = ("repetition", np.linspace(2.3, 2.2, repetitions))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from pipeline.analysis import accuracy_findings, grid_findings, simulation_findings, step_findings
 from pipeline.analysis.accuracy_figure import accuracy_over_epochs
 from pipeline.analysis.calibration_figure import calibration_curves
+from pipeline.analysis.choice_figure import auto_beside_others
 from pipeline.analysis.gpu_figure import gpus
 from pipeline.analysis.gpu_findings import gpu_finding
 from pipeline.analysis.grid_figures import convolution_over_size, speedup_over_devices, time_per_step
@@ -45,21 +46,25 @@ FIGURES: Mapping[str, Entry] = {
     "scaling": Entry(("simulation", "timing"), speedup_over_many_devices, simulation_findings.scaling_finding),
     "waterfall": Entry(("timing",), step_by_step, grid_findings.waterfall_finding),
     "prediction": Entry(("timing",), predicted_against_measured, step_findings.prediction_finding),
+    "choice": Entry(("timing",), auto_beside_others, step_findings.choice_finding),
     "calibration": Entry(("calibration",), calibration_curves, step_findings.calibration_finding),
     "activity": Entry(("timing",), time_per_device, step_findings.activity_finding),
     "timeline": Entry(("timing",), step_timeline, step_findings.timeline_finding),
 }
 
 
-def write_figures(stores: Mapping[str, xr.Dataset], folder: str | os.PathLike[str]) -> list[Path]:
-    """Write every figure of FIGURES as `folder`/NAME.svg and NAME.png, and what it shows as NAME.rst.
+def write_figures(
+    stores: Mapping[str, xr.Dataset], folder: str | os.PathLike[str], names: Iterable[str] = FIGURES
+) -> list[Path]:
+    """Write the figures of FIGURES with these names as `folder`/NAME.svg and NAME.png, and what it shows as NAME.rst.
 
     `stores` are the data sets by name, such as `timing`. A figure whose store is not among them says so.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
-    for name, entry in FIGURES.items():
+    for name in names:
+        entry = FIGURES[name]
         missing = [f"{store}.zarr" for store in entry.stores if store not in stores]
         says = folder / f"{name}.rst"
         if missing:

@@ -35,7 +35,7 @@ SECTIONS = (
     Section("Is the classification unchanged?", ("accuracy",), 7, in_summary=True),
     Section("How far does it scale?", ("scaling",), 8),
     Section("What does each idea bring?", ("waterfall",), 9),
-    Section("How well can it be told beforehand?", ("prediction", "calibration", "timeline", "activity")),
+    Section("How well can it be told beforehand?", ("prediction", "choice", "calibration", "timeline", "activity")),
 )
 
 

@@ -96,6 +96,13 @@ def prediction_error(timing: xr.Dataset) -> xr.DataArray:
     return error.rename("prediction_error")
 
 
+def memory_error(timing: xr.Dataset) -> xr.DataArray:
+    """Predicted over measured peak memory, less one, of every rank of every cell that has both."""
+    error = (timing["predicted_memory"] / timing["peak_memory"] - 1).where(timing["status"] == OK)
+    error.attrs = {"units": "1", "long_name": "relative error of the predicted peak memory"}
+    return error.rename("memory_error")
+
+
 def aggregate_bound(timing: xr.Dataset) -> xr.DataArray:
     """Largest speedup that the set's throughput allows, (network, batch_size, device_set).
 

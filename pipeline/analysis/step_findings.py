@@ -10,7 +10,8 @@ import xarray as xr
 
 from pipeline.analysis import selection
 from pipeline.analysis.calibration_figure import largest, with_most_images
-from pipeline.analysis.statistics import prediction_error
+from pipeline.analysis.choice import TOLERATED, auto_against_fastest, repeatability
+from pipeline.analysis.statistics import memory_error, prediction_error
 from pipeline.analysis.wording import listed, named
 from pipeline.results.contracts import OK
 
@@ -26,8 +27,48 @@ def prediction_finding(timing: xr.Dataset) -> str:
         f"{np.quantile(every, 0.95):.1%} at the 95th percentile of {every.size} cells."
     )
     each = {name: _finite(error.sel(strategy=name)) for name in selection.strategies(timing)}
-    told = ", ".join(f"``{name}`` {np.median(one):.1%}" for name, one in each.items() if one.size)
-    return listed([answer, f"In the median by strategy: {told}."], "")
+    told = ", ".join(
+        f"``{name}`` {np.median(one):.1%} and {np.quantile(one, 0.95):.1%}" for name, one in each.items() if one.size
+    )
+    sentences = [answer, f"By strategy, in the median and at the 95th percentile: {told}."]
+    again = repeatability(timing)
+    if again.size:
+        sentences.append(
+            f"Measuring again is off as well: the median of one round is {np.median(again):.1%} from that of the "
+            f"cell's other rounds in the median, and {np.quantile(again, 0.95):.1%} at the 95th percentile."
+        )
+    if "stolen" in timing and timing["stolen"].notnull().any():
+        stolen = _finite(timing["stolen"].where(timing["status"] == OK))
+        sentences.append(
+            f"The host gave {stolen.mean():.1%} of the cores' time to other machines on average, and up to "
+            f"{stolen.max():.1%} in a cell."
+        )
+    if "predicted_memory" in timing and (memory := _finite(abs(memory_error(timing)))).size:
+        sentences.append(
+            f"The peak memory of a rank is off by {np.median(memory):.1%} in the median and by {memory.max():.1%} at "
+            f"most, of {memory.size} ranks."
+        )
+    return listed(sentences, "")
+
+
+def choice_finding(timing: xr.Dataset) -> str:
+    """What ``auto`` takes beside the fastest other strategy, and where it takes more than it may."""
+    rows = auto_against_fastest(timing)
+    if not rows:
+        return "No step of ``auto`` was measured beside another strategy.\n"
+    ratios, over = [row.ratio for row in rows], [row for row in rows if row.exceeds]
+    answer = (
+        f"``auto`` takes {min(ratios):.2f} to {max(ratios):.2f} times the step of the fastest other strategy, "
+        f"{np.median(ratios):.2f} in the median; in {len(over) or 'none'} of {len(rows)} places more than "
+        f"{TOLERATED:g} times beyond the spread of the repetitions."
+    )
+    each = (
+        f"On {named(row.device_set)} it takes {row.ratio:.2f} times (95 % interval {row.low:.2f} to {row.high:.2f}) as "
+        f"long as ``{row.fastest}``, having chosen {'a mix' if row.chosen == 'auto' else f'``{row.chosen}``'}: "
+        f"{row.network}, batch {row.batch_size}, {row.link}."
+        for row in over
+    )
+    return listed([answer, *each], "")
 
 
 def _finite(values: xr.DataArray) -> npt.NDArray[np.float64]:

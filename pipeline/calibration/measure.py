@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,11 +23,12 @@ from torch import nn
 from pipeline.calibration.attribution import fitted
 from pipeline.calibration.cache import cached
 from pipeline.calibration.links import LINK_BYTES, TURN_BYTES, link_of
-from pipeline.calibration.probes import MOST_STEPS, PROBES, Probed, probe_rank, probing
+from pipeline.calibration.probes import MOST_STEPS, PROBES, Probed, Probing, probe_rank, probing
 from pipeline.calibration.segments import Chain, chains_of, geometry
 from pipeline.calibration.worker import Measurement, Task, measure_rank, split_plan
 from pipeline.cluster.devices import Member, discover
 from pipeline.cluster.gang import run_gang
+from pipeline.errors import LostDeviceError, RunError, first_line
 from pipeline.graph.trace import Graph, trace
 from pipeline.plan.costs import LAYOUTS
 from pipeline.plan.instructions import COMPANIES
@@ -39,6 +41,10 @@ _FLOPS_PER_STEP = 7e10
 _LEAST_IMAGES = 4
 _PASSES = 2
 """How many more times at most what is uncertain is measured."""
+
+
+class CalibrationWarning(UserWarning):
+    """A calibration that can be used, but tells less than it should."""
 
 
 def calibrate(
@@ -96,14 +102,7 @@ def calibrate(
         everywhere = [first.index(index) for index in alike]
         dataset = _dataset(task, chains, everywhere, chosen, measured, name)
         if len(chosen) > 1:
-            probes = probing(task.model, graph, dataset)
-            label = f"probe {name}"
-            found: list[Probed] = run_gang(client, chosen, probe_rank, [(probes,)] * len(chosen), label=label)
-            made = dataset.sizes["repetition"]
-            dataset["probe_step_time"] = ("probe", "repetition"), _padded(found[0].steps, made, axis=1)
-            busy = _padded(np.stack([one.busy for one in found], axis=1), made, axis=2)
-            dataset["probe_busy_time"] = ("probe", "device", "repetition"), busy
-            dataset = fitted(dataset, probes)
+            dataset = _with_probes(dataset, probing(task.model, graph, dataset), client, chosen, name)
         dataset = describe(dataset.assign(calibration_time=time.perf_counter() - start))
         validate_calibration(dataset)
         return dataset
@@ -113,6 +112,29 @@ def calibrate(
     named = [f"{chain.name}: {work}" for chain, work in zip(chains, works, strict=True)]
     found = cached(cache, named, chosen, task.images, task.fractions, measure, force=force)
     return found.assign_coords(network=name)
+
+
+def _with_probes(
+    dataset: xr.Dataset, probes: Probing, client: Client, members: Sequence[Member], name: str
+) -> xr.Dataset:
+    """The calibration with what real steps tell; as it is, with a warning, where they fail on devices still there."""
+    try:
+        found: list[Probed] = run_gang(client, members, probe_rank, [(probes,)] * len(members), label=f"probe {name}")
+    except LostDeviceError:
+        raise
+    except RunError as error:
+        warnings.warn(
+            f"the real steps that end the calibration of {name} failed, so predictions do without them: "
+            f"{first_line(error)}",
+            CalibrationWarning,
+            stacklevel=2,
+        )
+        return dataset
+    made = dataset.sizes["repetition"]
+    dataset["probe_step_time"] = ("probe", "repetition"), _padded(found[0].steps, made, axis=1)
+    busy = _padded(np.stack([one.busy for one in found], axis=1), made, axis=2)
+    dataset["probe_busy_time"] = ("probe", "device", "repetition"), busy
+    return fitted(dataset, probes)
 
 
 def calibration_images(graph: Graph, batch_size: int) -> tuple[int, ...]:

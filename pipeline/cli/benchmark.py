@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +18,7 @@ from pipeline.cli.options import (
     LearningRateOption,
     MomentumOption,
     NetworkOption,
+    RoundsOption,
     SchedulerOption,
     SecondsOption,
     SeedOption,
@@ -49,6 +50,7 @@ def benchmark(
     ] = "loopback",
     calibration: CalibrationOption = None,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Steps before the clock starts.")] = 2,
+    rounds: RoundsOption = 3,
     repetitions: Annotated[int, typer.Option("--repetitions", min=1, help="Least number of timed steps.")] = 5,
     seconds: SecondsOption = 1.0,
     learning_rate: LearningRateOption = 0.01,
@@ -64,18 +66,16 @@ def benchmark(
     """Time the training step of a network, one or several strategies on the same devices."""
     from pipeline.links import LOOPBACK, canonical_link
     from pipeline.networks import network as build
-    from pipeline.run.benchmark import measure_cell
+    from pipeline.run.benchmark import Bench, measure_cells
     from pipeline.run.reference import plain_step_times
 
-    strategies = [checked_strategy(name) for name in strategy or _ALL]
+    strategies = list(dict.fromkeys(checked_strategy(name) for name in strategy or _ALL))
     link = canonical_link(link)
     optimizer = optimizer_of(learning_rate, momentum)
-    cells: dict[str, xr.Dataset] = {}
     with prepared_images(data, image_size) as (images, _):
         model = build(network, classes=len(images.classes), image_shape=images.image_shape, seed=seed)
         with cluster(devices, scheduler, network) as (client, members):
-            measure = partial(
-                measure_cell,
+            bench = Bench(
                 model=model,
                 dataset=images,
                 client=client,
@@ -87,20 +87,22 @@ def benchmark(
                 link=link,
                 seed=seed,
                 optimizer=optimizer,
-                warmup=warmup,
+            )
+            cells: Mapping[str, xr.Dataset] = measure_cells(
+                {name: (bench, name) for name in strategies},
+                rounds=rounds,
                 repetitions=repetitions,
                 seconds=seconds,
+                warmup=warmup,
+                progressing=lambda name: Progress(f"{name} {network}", None),
             )
-            choice = {
-                "warmup": warmup, "repetitions": repetitions, "seconds": seconds, "seed": seed,
-                "optimizer": "SGD", "learning_rate": learning_rate, "momentum": momentum,
-            }  # fmt: skip
-            for name in strategies:
-                with Progress(f"{name} {network}", None) as progress:
-                    cells[name] = measure(strategy=name, on_progress=progress)
-                if output is not None:
-                    _write(cells[name], output / f"{name}.zarr.zip", choice, images.source_name, members)
+        choice = {
+            "warmup": warmup, "rounds": rounds, "repetitions": repetitions, "seconds": seconds, "seed": seed,
+            "optimizer": "SGD", "learning_rate": learning_rate, "momentum": momentum,
+        }  # fmt: skip
         if output is not None:
+            for name, cell in cells.items():
+                _write(cell, output / f"{name}.zarr.zip", choice, images.source_name, members)
             return
         plain = None
         if reference:
@@ -136,12 +138,12 @@ def _write(cell: xr.Dataset, output: Path, choice: dict[str, Any], data: str, me
     print(f"{name}: {median:.4g} s per step (quartiles {lower:.4g} to {upper:.4g} s)")
 
 
-def _print_table(cells: dict[str, xr.Dataset], plain: list[float] | None) -> None:
+def _print_table(cells: Mapping[str, xr.Dataset], plain: list[float] | None) -> None:
     import numpy as np
     from rich.console import Console
     from rich.table import Table
 
-    times = {name: cell.step_time.values for name, cell in cells.items()}
+    times: dict[str, Any] = {name: cell.step_time.values for name, cell in cells.items()}
     if plain is not None:
         times["plain torch loop"] = np.array(plain)
     medians = {name: float(np.median(values)) for name, values in times.items() if len(values)}

@@ -17,6 +17,7 @@ from pipeline.cli.options import (
     LearningRateOption,
     MomentumOption,
     NetworkOption,
+    RoundsOption,
     SchedulerOption,
     SecondsOption,
     SeedOption,
@@ -49,6 +50,7 @@ def miscalibration(
     batch_size: BatchSizeOption = 64,
     calibration: CalibrationOption = None,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Steps before the clock starts.")] = 2,
+    rounds: RoundsOption = 3,
     repetitions: Annotated[int, typer.Option("--repetitions", min=1, help="Least number of timed steps.")] = 5,
     seconds: SecondsOption = 1.0,
     learning_rate: LearningRateOption = 0.01,
@@ -60,43 +62,42 @@ def miscalibration(
     from pipeline.networks import network as build
     from pipeline.results.provenance import provenance
     from pipeline.results.stores import combine_errors, write_store
-    from pipeline.run.benchmark import measure_cell
+    from pipeline.run.benchmark import Bench, measure_cells
 
     strategies = [checked_strategy(name) for name in dict.fromkeys(strategy or _STRATEGIES)]
     errors = sorted(set(error if error is not None else _ERRORS))
     optimizer = optimizer_of(learning_rate, momentum)
-    cells: dict[float, list[xr.Dataset]] = {wrong: [] for wrong in errors}
     with prepared_images(data, image_size) as (images, _):
         model = build(network, classes=len(images.classes), image_shape=images.image_shape, seed=seed)
         with cluster(devices, scheduler, network) as (client, members):
             right = costs_of(calibration, network, model, images, client, members, batch_size)
-            believed = {wrong: misjudged(right, device, wrong) for wrong in errors}
-            with Progress(f"miscalibration {network}", len(errors) * len(strategies)) as progress:
-                for name in strategies:
-                    for wrong in errors:
-                        cells[wrong].append(
-                            measure_cell(
-                                model=model,
-                                dataset=images,
-                                client=client,
-                                members=members,
-                                network=network,
-                                batch_size=batch_size,
-                                device_set=device_set_of(members),
-                                strategy=name,
-                                calibration=right,
-                                believed=believed[wrong],
-                                seed=seed,
-                                optimizer=optimizer,
-                                warmup=warmup,
-                                repetitions=repetitions,
-                                seconds=seconds,
-                            )
-                        )
-                        progress(sum(map(len, cells.values())), {"error": wrong})
-    store = combine_errors(cells)
+            benches = {
+                wrong: Bench(
+                    model=model,
+                    dataset=images,
+                    client=client,
+                    members=members,
+                    network=network,
+                    batch_size=batch_size,
+                    device_set=device_set_of(members),
+                    calibration=right,
+                    believed=misjudged(right, device, wrong),
+                    seed=seed,
+                    optimizer=optimizer,
+                )
+                for wrong in errors
+            }
+            cells = measure_cells(
+                {(wrong, name): (benches[wrong], name) for name in strategies for wrong in errors},
+                rounds=rounds,
+                repetitions=repetitions,
+                seconds=seconds,
+                warmup=warmup,
+                progressing=lambda cell: Progress(f"{cell[1]} {network}, misjudged by {cell[0]:+.0%}", None),
+            )
+    store = combine_errors({wrong: [cells[wrong, name] for name in strategies] for wrong in errors})
     choice = {
-        "warmup": warmup, "repetitions": repetitions, "seconds": seconds, "seed": seed,
+        "warmup": warmup, "rounds": rounds, "repetitions": repetitions, "seconds": seconds, "seed": seed,
         "optimizer": "SGD", "learning_rate": learning_rate, "momentum": momentum,
     }  # fmt: skip
     store.attrs = provenance(

@@ -29,6 +29,12 @@ SchedulerOption = Annotated[
         "--scheduler", metavar="ADDRESS", help="Address or scheduler file of a running Dask cluster to use instead."
     ),
 ]
+RoundsOption = Annotated[
+    int,
+    typer.Option(
+        "--rounds", min=1, help="What is compared is timed in turn, so often; once where a step takes over a second."
+    ),
+]
 SecondsOption = Annotated[
     float,
     typer.Option("--seconds", min=0, max=600, help="Short steps are repeated, up to 40 times, for about so many s."),

@@ -26,7 +26,7 @@ from distributed.scheduler import KilledWorker
 from pipeline.cluster.devices import Member, scheduler_workers
 from pipeline.cluster.rank import Assignment, Failure, Outcome, RankContext, Stopped, describe_failure, run_rank
 from pipeline.cluster.rendezvous import Host, meeting_host
-from pipeline.errors import PipelineError, RunError
+from pipeline.errors import LostDeviceError, PipelineError, RunError
 
 __all__ = ["RankContext", "Stopped", "run_gang"]
 
@@ -292,7 +292,9 @@ class _Gang:
         stuck = self._end()
         if self._lost:
             names = ", ".join(self._name(rank) for rank in self._lost)
-            raise RunError(f"{names} was lost during {self._label}: its process was killed, or its machine is gone.")
+            raise LostDeviceError(
+                f"{names} was lost during {self._label}: its process was killed, or its machine is gone."
+            )
         failures = {rank: outcome.failure for rank, outcome in self._outcomes.items() if outcome.failure}
         primary = [rank for rank, failure in failures.items() if not failure.secondary]
         if not primary and stuck:

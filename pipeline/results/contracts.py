@@ -6,13 +6,13 @@ whatever does not exist: a rank that took no part in an instruction, a repetitio
 **Cell**, one point of the timing grid, one zarr zip file. Scalar coordinates `network`, `batch_size`, `device_set`,
 `link`, `strategy`; dimensions `device` (the rank), `repetition`, `instruction`:
 
-    step_time(repetition)  loss(repetition)  convolution_time(repetition: only the last of `single`, else NaN)
+    step_time, round, loss(repetition)  convolution_time(repetition: only the last of a round of `single`, else NaN)
     compute_time, exchange_time, idle_time(device, repetition)
-    predicted_step_time()  status(): "ok", "out of memory: ...", "failed: ..."
-    device_label, device_throughput, share, peak_memory(device)
+    predicted_step_time()  chosen()  status(): "ok", "out of memory: ...", "failed: ..."
+    device_label, device_throughput, share, peak_memory, stolen(device)
     instruction_name, instruction_kind, instruction_phase, instruction_bytes,
     instruction_master_bytes(instruction)
-    instruction_start, instruction_end(instruction, device): timeline of the last repetition, from the step's start
+    instruction_start, instruction_end(instruction, device): timeline of the last step of a round, from its start
     predicted_start, predicted_end(instruction, device): the planner's (NaN under `ddp`)  predicted_memory(device)
 
 **Timing grid** (`timing.zarr`; `simulation.zarr` has the same names): the cells over the dense product of `network`,
@@ -92,6 +92,7 @@ class Variable(NamedTuple):
 
 CELL: Mapping[str, Variable] = {
     "step_time": Variable(("repetition",), "s", "time of one training step"),
+    "round": Variable(("repetition",), "1", "round of all strategies that the step was timed in", measured=True),
     "compute_time": Variable(("device", "repetition"), "s", "time a device computes within one step", measured=True),
     "exchange_time": Variable(
         ("device", "repetition"), "s", "time a device sends and receives within one step", measured=True
@@ -99,12 +100,18 @@ CELL: Mapping[str, Variable] = {
     "idle_time": Variable(("device", "repetition"), "s", "time a device waits within one step", measured=True),
     "predicted_step_time": Variable((), "s", "time of one training step predicted by the planner"),
     "status": Variable((), "1", "how the cell ended", text=True),
+    "chosen": Variable(
+        (), "1", "strategy whose plan ran: what auto chose, itself where it mixed several", text=True, measured=True
+    ),
     "device_label": Variable(("device",), "1", "device of a rank", text=True),
     "device_throughput": Variable(
         ("device",), "images/s", "calibrated training throughput of a device on its own", measured=True
     ),
     "share": Variable(("device",), "1", "fraction of the split convolution work of a device", measured=True),
     "peak_memory": Variable(("device",), "bytes", "peak memory of a rank", measured=True),
+    "stolen": Variable(
+        ("device",), "1", "fraction of its cores' time that the host gave to other machines", measured=True
+    ),
     "convolution_time": Variable(("repetition",), "s", "time in convolutions within one step", measured=True),
     "loss": Variable(("repetition",), "1", "training loss of the step", measured=True),
     "instruction_name": Variable(("instruction",), "1", "name of an instruction", text=True, measured=True),
@@ -119,7 +126,7 @@ CELL: Mapping[str, Variable] = {
     "predicted_start": Variable(("instruction", "device"), "s", "predicted start since the step's", measured=True),
     "predicted_end": Variable(("instruction", "device"), "s", "predicted end since the step's start", measured=True),
     "predicted_memory": Variable(
-        ("device",), "bytes", "predicted peak memory beyond the process and the images", measured=True
+        ("device",), "bytes", "predicted peak memory of a rank with its process and images", measured=True
     ),
 }
 

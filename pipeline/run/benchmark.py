@@ -1,23 +1,25 @@
-"""Time one cell of the grid: warm-up, synchronised steps, raw repetitions, and where each device spent its time."""
+"""Time cells of the grid: warm-up, synchronised steps, raw repetitions, and where each device spent its time."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import xarray as xr
 from distributed import Client
+from numpy.typing import NDArray
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from pipeline.cluster.devices import Member
 from pipeline.errors import InputError, RunError
-from pipeline.graph.trace import Graph, trace
+from pipeline.graph.trace import trace
 from pipeline.links import parse_link
 from pipeline.plan.costs import Costs
 from pipeline.plan.labels import instruction_labels
@@ -27,7 +29,16 @@ from pipeline.plan.plan import Plan, Strategy
 from pipeline.plan.planner import plan_graph, predicted_step_time
 from pipeline.plan.prediction import predict_timeline
 from pipeline.plan.program import compile_program
-from pipeline.results.contracts import FAILED, OK, OUT_OF_MEMORY, CellIndex, describe, unmeasured_cell, validate_cell
+from pipeline.results.contracts import (
+    CELL,
+    FAILED,
+    OK,
+    OUT_OF_MEMORY,
+    CellIndex,
+    describe,
+    unmeasured_cell,
+    validate_cell,
+)
 from pipeline.results.timeline import busy_times, label_variables
 from pipeline.run.batches import batch_indices
 from pipeline.run.launch import PLAIN, SGD, OnProgress, example_batch, run_plan
@@ -37,73 +48,226 @@ from pipeline.run.worker import Account
 
 MOST_STEPS = 40
 """Of one cell, unless more repetitions are asked for."""
+_LONG_STEP_S = 1.0
+"""Longer steps are timed in one round: each spans the host's other work, and starting again would cost as much."""
+
+Key = TypeVar("Key", bound=Hashable)
 
 
-def measure_cell(
+class Bench:
+    """What is timed at one place of the grid: a network and a batch size, on certain devices, over a link."""
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        dataset: Dataset[Any],
+        client: Client,
+        members: Sequence[Member],
+        network: str,
+        batch_size: int,
+        device_set: str,
+        calibration: xr.Dataset,
+        believed: xr.Dataset | None = None,
+        link: str = "loopback",
+        seed: int = 0,
+        optimizer: OptimizerFactory = SGD,
+    ) -> None:
+        """``members`` are the devices of ``device_set``, which ``calibration`` measured in this order.
+
+        A ``link`` other than loopback is emulated between them. A calibration ``believed`` in its place makes the
+        plans, whose times are still predicted from ``calibration``. Raises ``InputError`` for a batch larger than the
+        data set, or a link that cannot be emulated between the members.
+        """
+        self._images = len(dataset)  # type: ignore[arg-type]
+        if batch_size > self._images:
+            raise InputError(f"batch size {batch_size} is larger than the data set, which has {self._images} images")
+        self._emulated = parse_link(link)
+        if self._emulated is not None and (
+            len({one.host for one in members}) > 1 or any(one.device.kind != "cpu" for one in members)
+        ):
+            raise InputError(
+                f"link {link} can only be emulated between CPU devices of one host: use loopback, or only these"
+            )
+        self._links = None if self._emulated is None else Links.one(self._emulated)
+        self._graph = trace(model, example_batch(dataset))
+        self._model, self._dataset, self._client, self._members = model, dataset, client, members
+        self._labels = [member.device.label for member in members]
+        self._batch_size, self._seed, self._optimizer = batch_size, seed, optimizer
+        self._place = functools.partial(CellIndex, network, batch_size, device_set, link)
+        self._costs, self._planned_from = Costs.of(calibration), calibration if believed is None else believed
+        self._process_memory = calibration.process_memory.values
+        self._plans: dict[Strategy, Plan] = {}
+
+    def plan(self, strategy: Strategy) -> Plan:
+        """The plan of a strategy, worked out once; raises ``InputError`` if the calibration is of something else."""
+        if strategy not in self._plans:
+            self._plans[strategy] = plan_graph(
+                self._graph, self._planned_from, batch_size=self._batch_size, strategy=strategy, labels=self._labels,
+                links=self._links,
+            )  # fmt: skip
+        return self._plans[strategy]
+
+    def predicted(self, strategy: Strategy) -> float:
+        """Predicted time of one step in s."""
+        return predicted_step_time(self._graph, self.plan(strategy), self._costs, links=self._links)
+
+    def time(
+        self,
+        strategy: Strategy,
+        *,
+        repetitions: int = 5,
+        seconds: float = 0.0,
+        warmup: int = 2,
+        on_progress: OnProgress | None = None,
+    ) -> xr.Dataset:
+        """Time ``repetitions`` training steps after ``warmup`` others, as a cell of the grid of one round.
+
+        Short steps are timed more often, up to ``MOST_STEPS`` times, until so many ``seconds`` are predicted to be
+        timed. Of ``single`` the convolutions are timed in as many more steps as there are ``repetitions``. A run that
+        fails or runs out of memory gives a cell whose status says so. Raises ``InputError`` for repetitions below 1.
+        """
+        _check_clock(repetitions, seconds, warmup)
+        plan, predicted = self.plan(strategy), self.predicted(strategy)
+        timed = max(repetitions, math.ceil(min(seconds / predicted, MOST_STEPS)) if predicted > 0 else 0)
+        total = warmup + timed
+        try:
+            accounts = run_plan(
+                self._client, self._members, plan, self._graph, self._model, self._dataset,
+                recipe=replace(PLAIN, optimizer=self._optimizer),
+                indices=_full_batches(self._images, self._batch_size, total, self._seed), seed=self._seed,
+                label=f"{strategy} {self._place(strategy).network}", link=self._emulated, synchronised=True,
+                profiled=repetitions if strategy == "single" else 0, keep_weights=False, keep_steps=timed,
+                on_progress=None if on_progress is None else functools.partial(_of_total, on_progress, total),
+            )  # fmt: skip
+        except (RunError, torch.OutOfMemoryError, MemoryError) as error:
+            labels = [self._labels[device] for device in plan.devices]
+            return unmeasured_cell(self._place(strategy), labels, _status(error))
+        return self._cell(strategy, accounts, timed)
+
+    def _memory(self, plan: Plan) -> NDArray[np.float64]:
+        """Predicted peak memory in bytes, (rank); of a GPU its process holds nothing there, nor are images."""
+        chosen = list(plan.devices)
+        found: NDArray[np.float64] = self._process_memory[chosen] + predict_memory(self._graph, plan)
+        for rank, device in enumerate(chosen):
+            has_images = rank == 0 or plan.strategy == "ddp"
+            if has_images and self._members[device].device.kind == "cpu":
+                found[rank] += _bytes_of(self._dataset)
+        return found
+
+    def _cell(self, strategy: Strategy, accounts: Sequence[Account], repetitions: int) -> xr.Dataset:
+        graph, plan = self._graph, self.plan(strategy)
+        labels = instruction_labels(graph, plan, plan.batch_size)
+        steps, times = stacked(accounts)
+        convolution = np.full(repetitions, np.nan)
+        convolution[repetitions - len(accounts[0].convolutions) :] = accounts[0].convolutions
+        relative = times[-1] - steps[-1, 0]
+        predicted = np.full(relative.shape, np.nan)
+        if plan.strategy != "ddp":
+            program, over = compile_program(graph, plan, plan.batch_size), self._links and self._links.of(plan.devices)
+            predicted = predict_timeline(graph, plan, program, self._costs.only(plan.devices), links=over)[0]
+        throughput = self._costs.throughputs(plan.batch_size)[list(plan.devices)]
+        cell = xr.Dataset(
+            {
+                "step_time": ("repetition", steps[:, 1] - steps[:, 0]),
+                "round": ("repetition", np.zeros(repetitions)),
+                "loss": ("repetition", merged_losses(accounts)[-repetitions:]),
+                "convolution_time": ("repetition", convolution),
+                "predicted_step_time": self.predicted(strategy),
+                "status": OK,
+                "chosen": plan.strategy,
+                "device_label": ("device", np.array(plan.labels, dtype=object)),
+                "device_throughput": ("device", throughput),
+                "share": ("device", np.array(plan.convolution_shares(graph))),
+                "peak_memory": ("device", np.array([float(account.peak_memory) for account in accounts])),
+                "stolen": ("device", np.array([account.stolen for account in accounts])),
+                **label_variables(labels, itemsize=4),
+                "instruction_start": (("instruction", "device"), relative[..., 0]),
+                "instruction_end": (("instruction", "device"), relative[..., 1]),
+                "predicted_start": (("instruction", "device"), predicted[..., 0]),
+                "predicted_end": (("instruction", "device"), predicted[..., 1]),
+                "predicted_memory": ("device", self._memory(plan)),
+            },
+            coords={
+                **self._place(strategy)._asdict(),
+                "device": np.arange(len(accounts)),
+                "repetition": np.arange(repetitions),
+                "instruction": np.arange(len(labels)),
+            },
+        )
+        for name, time_DR in busy_times(labels, times, steps).items():
+            cell[name] = (("device", "repetition"), time_DR)
+        validate_cell(cell)
+        return describe(cell)
+
+
+def _bytes_of(dataset: Dataset[Any]) -> float:
+    """What a data set takes in memory; NaN where it does not say."""
+    if isinstance(dataset, TensorDataset):
+        return float(sum(one.nbytes for one in dataset.tensors))
+    return float(getattr(dataset, "nbytes", math.nan))
+
+
+def measure_cells(
+    cells: Mapping[Key, tuple[Bench, Strategy]],
     *,
-    model: nn.Module,
-    dataset: Dataset[Any],
-    client: Client,
-    members: Sequence[Member],
-    network: str,
-    batch_size: int,
-    device_set: str,
-    strategy: Strategy,
-    calibration: xr.Dataset,
-    believed: xr.Dataset | None = None,
-    link: str = "loopback",
+    rounds: int = 1,
     repetitions: int = 5,
     seconds: float = 0.0,
     warmup: int = 2,
-    seed: int = 0,
-    optimizer: OptimizerFactory = SGD,
-    on_progress: OnProgress | None = None,
-) -> xr.Dataset:
-    """Time ``repetitions`` training steps of ``model`` after ``warmup`` others, as one cell of the grid.
+    progressing: Callable[[Key], AbstractContextManager[OnProgress]] | None = None,
+) -> dict[Key, xr.Dataset]:
+    """Time what is to be compared in turn, once in each round, and join the rounds of each to one cell of the grid.
 
-    Short steps are timed more often, up to ``MOST_STEPS`` times, until so many ``seconds`` are predicted to be timed:
-    other work of a host comes in bursts, which a few short steps are either in or not. Of ``single`` the convolutions
-    are timed in as many more steps as there are ``repetitions``.
-
-    ``members`` are the devices of ``device_set``, which ``calibration`` measured in this order; a ``link`` other than
-    loopback is emulated between them. A calibration ``believed`` in its place makes the plan, whose time is still
-    predicted from ``calibration``. A run that fails or runs out of memory gives a cell whose status says so. Raises
-    ``InputError`` for a batch larger than the data set, a calibration of something else, or repetitions below 1.
+    A host that is slower for a while is so for all of them then, and what a launch happens upon (places in memory,
+    cores) differs from round to round. The ``repetitions`` and ``seconds`` are those of all rounds together, the
+    ``warmup`` that of each. Where a step is predicted to be long, one round has to do. ``progressing`` shows how far a
+    round of one of them has come. Raises ``InputError`` as ``Bench`` does.
     """
+    if rounds < 1:
+        raise InputError(f"rounds {rounds} must be at least 1")
+    _check_clock(repetitions, seconds, warmup)
+    long = any(bench.predicted(strategy) > _LONG_STEP_S for bench, strategy in cells.values())
+    rounds = 1 if long else min(rounds, repetitions)
+    found: dict[Key, list[xr.Dataset]] = {one: [] for one in cells}
+    for following in range(rounds):
+        order = list(cells.items())
+        for key, (bench, strategy) in reversed(order) if following % 2 else order:  # no one is always before another
+            with nullcontext() if progressing is None else progressing(key) as on_progress:
+                cell = bench.time(
+                    strategy, repetitions=-(-repetitions // rounds), seconds=seconds / rounds, warmup=warmup,
+                    on_progress=on_progress,
+                )  # fmt: skip
+            found[key].append(cell)
+    return {key: joined(several) for key, several in found.items()}
+
+
+def joined(rounds: Sequence[xr.Dataset]) -> xr.Dataset:
+    """One cell of all its rounds; the first that failed where one did.
+
+    Its timeline is that of the round in the middle, by the median step; its peaks of memory are the highest.
+    """
+    failed = [one for one in rounds if one.status.item() != OK]
+    if failed:
+        return failed[0]
+    order = np.argsort([float(one.step_time.median()) for one in rounds], kind="stable")
+    cell = rounds[int(order[(len(order) - 1) // 2])]
+    along = [name for name, variable in CELL.items() if "repetition" in variable.dims]
+    together = xr.concat(
+        [one[along].assign(round=one["round"] + number) for number, one in enumerate(rounds)], dim="repetition"
+    )
+    cell = cell.drop_dims("repetition").assign(together).assign_coords(repetition=np.arange(len(together.repetition)))
+    cell["peak_memory"] = xr.concat([one.peak_memory for one in rounds], dim="all").max("all")
+    cell["stolen"] = xr.concat([one.stolen for one in rounds], dim="all").mean("all")
+    validate_cell(cell)
+    return describe(cell)
+
+
+def _check_clock(repetitions: int, seconds: float, warmup: int) -> None:
     if repetitions < 1 or warmup < 0:
         raise InputError(f"repetitions {repetitions} must be at least 1, and warm-up steps {warmup} at least 0")
     if not 0 <= seconds < math.inf:
         raise InputError(f"seconds {seconds} must be at least 0 s, and finite")
-    images = len(dataset)  # type: ignore[arg-type]
-    if batch_size > images:
-        raise InputError(f"batch size {batch_size} is larger than the data set, which has {images} images")
-    graph = trace(model, example_batch(dataset))
-    labels = [member.device.label for member in members]
-    emulated = parse_link(link)
-    if emulated is not None and (
-        len({one.host for one in members}) > 1 or any(one.device.kind != "cpu" for one in members)
-    ):
-        raise InputError(
-            f"link {link} can only be emulated between CPU devices of one host: use loopback, or only these"
-        )
-    links = None if emulated is None else Links.one(emulated)
-    planned_from = calibration if believed is None else believed
-    plan = plan_graph(graph, planned_from, batch_size=batch_size, strategy=strategy, labels=labels, links=links)
-    index = CellIndex(network, batch_size, device_set, link, strategy)
-    predicted = predicted_step_time(graph, plan, Costs.of(calibration), links=links)
-    timed = max(repetitions, math.ceil(min(seconds / predicted, MOST_STEPS)) if predicted > 0 else 0)
-    try:
-        accounts = run_plan(
-            client, members, plan, graph, model, dataset,
-            recipe=replace(PLAIN, optimizer=optimizer),
-            indices=_full_batches(images, batch_size, warmup + timed, seed), seed=seed,
-            label=f"{strategy} {network}", link=emulated, synchronised=True,
-            profiled=repetitions if strategy == "single" else 0, keep_weights=False, keep_steps=timed,
-            on_progress=None if on_progress is None else partial(_of_total, on_progress, warmup + timed),
-        )  # fmt: skip
-    except (RunError, torch.OutOfMemoryError, MemoryError) as error:
-        return unmeasured_cell(index, [labels[device] for device in plan.devices], _status(error))
-    return _cell(index, graph, plan, Costs.of(calibration), links, accounts, timed)
 
 
 def _of_total(on_progress: OnProgress, total: int, done: int, values: dict[str, float]) -> None:
@@ -125,53 +289,3 @@ def _status(error: BaseException) -> str:
     words = reason.lower()
     memory = any(sign in words for sign in ("out of memory", "outofmemory", "can't allocate memory", "memoryerror"))
     return f"{OUT_OF_MEMORY if memory else FAILED}: {reason}"
-
-
-def _cell(
-    index: CellIndex,
-    graph: Graph,
-    plan: Plan,
-    costs: Costs,
-    links: Links | None,
-    accounts: Sequence[Account],
-    repetitions: int,
-) -> xr.Dataset:
-    labels = instruction_labels(graph, plan, plan.batch_size)
-    steps, times = stacked(accounts)
-    convolution = np.full(repetitions, np.nan)
-    convolution[repetitions - len(accounts[0].convolutions) :] = accounts[0].convolutions
-    relative = times[-1] - steps[-1, 0]
-    predicted = np.full(relative.shape, np.nan)
-    if plan.strategy != "ddp":
-        program, over = compile_program(graph, plan, plan.batch_size), links and links.of(plan.devices)
-        predicted = predict_timeline(graph, plan, program, costs.only(plan.devices), links=over)[0]
-    throughput = costs.throughputs(plan.batch_size)[list(plan.devices)]
-    cell = xr.Dataset(
-        {
-            "step_time": ("repetition", steps[:, 1] - steps[:, 0]),
-            "loss": ("repetition", merged_losses(accounts)[-repetitions:]),
-            "convolution_time": ("repetition", convolution),
-            "predicted_step_time": predicted_step_time(graph, plan, costs, links=links),
-            "status": OK,
-            "device_label": ("device", np.array(plan.labels, dtype=object)),
-            "device_throughput": ("device", throughput),
-            "share": ("device", np.array(plan.convolution_shares(graph))),
-            "peak_memory": ("device", np.array([float(account.peak_memory) for account in accounts])),
-            **label_variables(labels, itemsize=4),
-            "instruction_start": (("instruction", "device"), relative[..., 0]),
-            "instruction_end": (("instruction", "device"), relative[..., 1]),
-            "predicted_start": (("instruction", "device"), predicted[..., 0]),
-            "predicted_end": (("instruction", "device"), predicted[..., 1]),
-            "predicted_memory": ("device", predict_memory(graph, plan)),
-        },
-        coords={
-            **index._asdict(),
-            "device": np.arange(len(accounts)),
-            "repetition": np.arange(repetitions),
-            "instruction": np.arange(len(labels)),
-        },
-    )
-    for name, time_DR in busy_times(labels, times, steps).items():
-        cell[name] = (("device", "repetition"), time_DR)
-    validate_cell(cell)
-    return describe(cell)

@@ -23,6 +23,7 @@ from pipeline.graph.trace import Graph
 from pipeline.links import Link
 from pipeline.plan.labels import DDP_LABELS
 from pipeline.plan.plan import Plan
+from pipeline.processor import stolen_seconds, usable_cores
 from pipeline.run.batches import Batch, batches, part_of
 from pipeline.run.callbacks import Callback, Epoch
 from pipeline.run.clock import Clock, clock_offset
@@ -91,6 +92,8 @@ class Account:
     """(step, instruction, 2) of the last steps."""
     peak_memory: int
     """Most memory the rank held during the run, in bytes: resident memory, or on a GPU the allocated one."""
+    stolen: float
+    """Fraction of the time of its machine's cores that a host gave to other machines meanwhile."""
     convolutions: NDArray[np.float64]
     """(step) time in convolutions of the profiled steps in s."""
     callbacks: tuple[Callback, ...]
@@ -109,6 +112,7 @@ def run_rank(context: RankContext, job: Job) -> Account:
     losses: list[float] = []
     images: list[int] = []
     accuracies: list[float] = []
+    start, stolen = time.monotonic(), stolen_seconds()
     for number, epoch in enumerate(job.indices, 1):
         began, done = time.monotonic(), len(losses)
         turns = _turns(len(epoch), job.recipe.accumulate)
@@ -129,6 +133,7 @@ def run_rank(context: RankContext, job: Job) -> Account:
         runner.updater.end_epoch(mean)
         if job.callbacks and _ended_by(context, job.callbacks, number, mean, accuracy, time.monotonic() - began):
             break
+    stolen = (stolen_seconds() - stolen) / (usable_cores() * (time.monotonic() - start))
     convolutions = _convolution_times(context, runner, job)
     return Account(
         weights=runner.weights() if job.keep_weights else None,
@@ -139,6 +144,7 @@ def run_rank(context: RankContext, job: Job) -> Account:
         steps=np.array(runner.clock.steps).reshape(-1, 2),
         times=runner.clock.times,
         peak_memory=peak_memory(context.torch_device),
+        stolen=stolen,
         convolutions=convolutions,
         callbacks=job.callbacks,
     )

@@ -14,7 +14,7 @@ import pipeline
 from pipeline.cluster.devices import discover
 from pipeline.networks import network
 from pipeline.results.contracts import validate_cell
-from pipeline.run.benchmark import measure_cell
+from pipeline.run.benchmark import Bench
 from tests.engine import BATCH, images, largest_difference, plain_loop
 
 pytestmark = pytest.mark.gpu
@@ -57,10 +57,11 @@ def test_a_gpu_is_calibrated_and_timed(client: Client, strategy: str) -> None:
     members = [member for member in discover(client) if member.name in ("gpu:0", "cpu:0")]
     dataset, model = images(dtype=torch.float32), network("20:50")
     calibration = pipeline.calibrate(model, dataset.tensors[0][:BATCH], client, members=members, network="20:50")
-    cell = measure_cell(
+    bench = Bench(
         model=model, dataset=dataset, client=client, members=members, network="20:50", batch_size=BATCH,
-        device_set="cpu + gpu", strategy=strategy, calibration=calibration, repetitions=3,
+        device_set="cpu + gpu", calibration=calibration,
     )  # fmt: skip
+    cell = bench.time(strategy, repetitions=3)
     validate_cell(cell)
     assert cell.status.item() == "ok"
     assert (cell.step_time > 0).all()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +21,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import pipeline
-from pipeline.calibration.measure import calibrate
+from pipeline.calibration.measure import CalibrationWarning, calibrate
 from pipeline.cluster.devices import discover
+from pipeline.errors import LostDeviceError
 from pipeline.graph.trace import trace
 from pipeline.networks import network
 from pipeline.plan.fitting import needed_memory
@@ -26,8 +31,7 @@ from pipeline.plan.plan import STRATEGIES, Strategy
 from pipeline.plan.planner import plan_graph
 from pipeline.plan.strategies import plan_network
 from pipeline.results.contracts import validate_calibration, validate_cell
-from pipeline.run.benchmark import measure_cell
-from pipeline.run.launch import SGD
+from pipeline.run.benchmark import Bench, measure_cells
 from pipeline.run.recipe import OptimizerFactory
 from tests.engine import images
 
@@ -121,12 +125,15 @@ def test_a_calibration_of_another_network_is_refused(calibration: xr.Dataset) ->
         pipeline.make_plan(other, calibration, batch_size=BATCH)
 
 
-def _cell(client: Client, calibration: xr.Dataset, strategy: Strategy, optimizer: OptimizerFactory = SGD) -> xr.Dataset:
-    return measure_cell(
-        model=network("20:50"), dataset=images(dtype=torch.float32), client=client, members=discover(client),
-        network="20:50", batch_size=BATCH, device_set="cpu + cpu@0.25", strategy=strategy, calibration=calibration,
-        repetitions=REPETITIONS, warmup=1, optimizer=optimizer,
-    )  # fmt: skip
+def _bench(client: Client, calibration: xr.Dataset, **other: Any) -> Bench:
+    given = {"model": network("20:50"), "dataset": images(dtype=torch.float32), "members": discover(client)} | other
+    return Bench(
+        client=client, network="20:50", batch_size=BATCH, device_set="cpu + cpu@0.25", calibration=calibration, **given
+    )
+
+
+def _cell(client: Client, calibration: xr.Dataset, strategy: Strategy, **other: Any) -> xr.Dataset:
+    return _bench(client, calibration, **other).time(strategy, repetitions=REPETITIONS, warmup=1)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -174,7 +181,7 @@ def _failing(_: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 def test_a_cell_that_fails_says_how_and_the_next_one_works(
     client: Client, calibration: xr.Dataset, optimizer: OptimizerFactory, status: str
 ) -> None:
-    cell = _cell(client, calibration, "paper", optimizer)
+    cell = _cell(client, calibration, "paper", optimizer=optimizer)
     validate_cell(cell)
     assert cell.status.item().startswith(status)
     assert _cell(client, calibration, "single").status.item() == "ok"
@@ -183,10 +190,33 @@ def test_a_cell_that_fails_says_how_and_the_next_one_works(
 def test_a_batch_larger_than_the_data_is_refused(client: Client, calibration: xr.Dataset) -> None:
     few = TensorDataset(torch.zeros(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(pipeline.InputError, match="batch size 8 is larger than the data set, which has 4 images"):
-        measure_cell(
-            model=network("20:50"), dataset=few, client=client, members=discover(client), network="20:50", batch_size=8,
-            device_set="cpu + cpu@0.25", strategy="single", calibration=calibration,
-        )  # fmt: skip
+        _bench(client, calibration, dataset=few)
+
+
+def test_real_steps_that_fail_do_not_lose_the_calibration(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(context: Any, _: Any) -> None:
+        raise MemoryError(f"rank {context.rank} is full")
+
+    monkeypatch.setattr("pipeline.calibration.measure.probe_rank", failing)
+    with pytest.warns(CalibrationWarning, match="the real steps that end the calibration of 4:8 failed.* is full"):
+        found = calibrate(network("4:8"), torch.zeros(BATCH, 3, 32, 32), client, network="4:8", fractions=(0.5,))
+    validate_calibration(found)
+    assert not np.isfinite(found.probe_step_time).any()
+    assert (found.stretch == 1).all()
+    plan = pipeline.make_plan(network("4:8"), found, batch_size=BATCH, strategy="auto")
+    assert plan.batch_size == BATCH
+
+
+def test_a_device_lost_in_the_real_steps_is_an_error(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dying(context: Any, _: Any) -> None:
+        if context.rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(30)
+
+    monkeypatch.setattr("pipeline.calibration.measure.probe_rank", dying)
+    with pytest.raises(LostDeviceError, match="was lost during probe 4:8"):
+        calibrate(network("4:8"), torch.zeros(BATCH, 3, 32, 32), client, network="4:8", fractions=(0.5,))
+    client.wait_for_workers(2, timeout=30)
 
 
 def test_the_same_work_on_the_same_devices_is_measured_once(client: Client, tmp_path: Path) -> None:
@@ -243,7 +273,9 @@ def test_a_device_with_too_little_memory_gets_a_tenth_of_its_share_and_keeps_to_
     dataset = TensorDataset(torch.randn(batch_size, 3, 32, 32), torch.randint(0, 10, (batch_size,)))
     graph = trace(model, torch.zeros(2, 3, 32, 32))
     members = discover(client)
-    measured = calibrate(model, torch.zeros(2, 3, 32, 32), client, batch_size=batch_size)
+    measured = calibrate(
+        model, torch.zeros(2, 3, 32, 32), client, batch_size=batch_size, fractions=(0.125, 1.0), repetitions=1
+    )
     labels = [member.device.label for member in members]
     fair = plan_graph(graph, measured, batch_size=batch_size, strategy="kernel", labels=labels)
     part = fair.convolution_shares(graph)[1] / 10
@@ -262,12 +294,41 @@ def test_a_device_with_too_little_memory_gets_a_tenth_of_its_share_and_keeps_to_
 
 
 def test_short_steps_are_timed_for_a_while(client: Client, calibration: xr.Dataset) -> None:
-    cell = measure_cell(
-        model=network("20:50"), dataset=images(dtype=torch.float32), client=client, members=discover(client),
-        network="20:50", batch_size=BATCH, device_set="cpu + cpu@0.25", strategy="single", calibration=calibration,
-        repetitions=REPETITIONS, seconds=6 * float(_cell(client, calibration, "single").predicted_step_time), warmup=1,
-    )  # fmt: skip
+    bench = _bench(client, calibration)
+    cell = bench.time("single", repetitions=REPETITIONS, seconds=6 * bench.predicted("single"), warmup=1)
     validate_cell(cell)
     assert cell.sizes["repetition"] in (6, 7), "as the quotient is rounded"
     assert np.isfinite(cell.step_time).all()
     assert np.isfinite(cell.convolution_time).sum() == REPETITIONS
+
+
+def test_strategies_are_timed_in_turn_and_their_rounds_joined(client: Client, calibration: xr.Dataset) -> None:
+    bench, began = _bench(client, calibration), []
+
+    @contextlib.contextmanager
+    def progressing(name: Strategy) -> Iterator[Callable[[int, dict[str, float]], None]]:
+        began.append(name)
+        yield lambda *_: None
+
+    wanted: dict[Strategy, tuple[Bench, Strategy]] = {name: (bench, name) for name in ("single", "kernel", "auto")}
+    cells = measure_cells(wanted, rounds=2, repetitions=4, warmup=1, progressing=progressing)
+    assert began == ["single", "kernel", "auto", "auto", "kernel", "single"]
+    for name, cell in cells.items():
+        validate_cell(cell)
+        assert cell.strategy.item() == name
+        assert list(cell["round"].values) == [0, 0, 1, 1]
+        assert cell.step_time.sizes == {"repetition": 4}
+        assert np.isfinite(cell.step_time).all()
+        assert cell.compute_time.sizes["repetition"] == 4
+        assert ((cell.stolen >= 0) & (cell.stolen <= 1)).all()
+    assert cells["single"].chosen.item() == "single"
+    assert cells["kernel"].chosen.item() == "kernel"
+    assert cells["auto"].chosen.item() in STRATEGIES
+    assert np.isfinite(cells["single"].convolution_time).sum() == 4
+
+
+def test_a_round_that_fails_makes_the_cell_a_failure(client: Client, calibration: xr.Dataset) -> None:
+    failing = _bench(client, calibration, optimizer=_failing)
+    cells = measure_cells({"bad": (failing, "kernel"), "good": (_bench(client, calibration), "kernel")}, rounds=2)
+    assert cells["bad"].status.item().startswith("failed: ")
+    assert cells["good"].status.item() == "ok"

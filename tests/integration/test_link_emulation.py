@@ -19,7 +19,7 @@ from pipeline.links import Link
 from pipeline.networks import network
 from pipeline.plan.instructions import Exchange, Placed, TensorSpec
 from pipeline.plan.layouts import kernels, master
-from pipeline.run.benchmark import measure_cell
+from pipeline.run.benchmark import Bench
 from pipeline.run.transport import Transport
 from tests.engine import images
 from tests.synthetic import calibration_of
@@ -78,11 +78,10 @@ def test_training_over_a_slow_link_is_the_same_and_takes_the_time_of_its_bytes(c
     members = discover(client)
     calibration = calibration_of(trace(model, torch.zeros(2, 3, 32, 32)), ["cpu"] * RANKS)
     cells = [
-        measure_cell(
+        Bench(
             model=model, dataset=images(dtype=torch.float32), client=client, members=members, network="6:10",
-            batch_size=8, device_set="3 x cpu", strategy=strategy, calibration=calibration, link=one,  # type: ignore[arg-type]
-            repetitions=2, warmup=1,
-        )
+            batch_size=8, device_set="3 x cpu", calibration=calibration, link=one,
+        ).time(strategy, repetitions=2, warmup=1)  # type: ignore[arg-type]
         for one in ("loopback", link)
     ]  # fmt: skip
     for cell in cells:

@@ -11,13 +11,14 @@ import xarray as xr
 
 from pipeline.calibration.misjudged import misjudged
 from pipeline.cli import main
-from pipeline.datasets import StoredImages, prepare
+from pipeline.datasets import prepare
 from pipeline.graph.trace import trace
 from pipeline.networks import network
 from pipeline.plan.costs import Costs
 from pipeline.plan.planner import plan_graph, predicted_step_time
 from pipeline.results.contracts import OK, validate_calibration, validate_miscalibration
 from pipeline.results.stores import open_store, open_zip
+from pipeline.stored_images import StoredImages
 
 NETWORK, DEVICES = "8:16", "cpu + cpu@0.5"
 
@@ -31,7 +32,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     measured = ["--batch-size", "32", "--fraction", "0.25", "--fraction", "1", "--repetitions", "1", "--force"]
     assert main(["calibrate", *common, *measured, "--output", str(folder / "right.zarr.zip")]) == 0
     wrong = ["--batch-size", "32", "--error", "0.5", "--error", "-0.5", "--error", "0", "--strategy", "kernel"]
-    wrong += ["--seconds", "0", "--repetitions", "3", "--warmup", "1", "--calibration", str(folder / "right.zarr.zip")]
+    wrong += [
+        "--seconds",
+        "0",
+        "--rounds",
+        "1",
+        "--repetitions",
+        "3",
+        "--warmup",
+        "1",
+        "--calibration",
+        str(folder / "right.zarr.zip"),
+    ]
     assert main(["miscalibration", *common, *wrong, "--output", str(folder / "wrong.zarr")]) == 0
     return folder
 

@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GPU_STUDY = ROOT / "pipeline" / "workflow" / "config" / "gpu.yaml"
 STUDY: dict[str, Any] = {
     "data": "digits",
-    "timing": {"warmup": 1, "repetitions": 3, "seconds": 0},
+    "timing": {"warmup": 1, "rounds": 2, "repetitions": 3, "seconds": 0},
     "calibration": {"fractions": [0.5, 1.0], "repetitions": 1, "batch_size": 8},
     "experiments": {
         "baseline": {"networks": ["4:8"], "batch_sizes": [32], "device_sets": ["cpu"], "strategies": ["single"]},

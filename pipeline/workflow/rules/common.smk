@@ -91,6 +91,7 @@ def group_options(wildcards):
         link=cell.link,
         strategy=tuple(one.strategy for one in group.cells),
         warmup=STUDY.timing.warmup,
+        rounds=STUDY.timing.rounds,
         repetitions=group.timed_steps,
         seconds=STUDY.timing.seconds,
         seed=STUDY.timing.seed,

@@ -18,6 +18,7 @@ rule miscalibration:
             error=STUDY.miscalibration.errors,
             strategy=STUDY.miscalibration.strategies,
             warmup=STUDY.timing.warmup,
+            rounds=STUDY.timing.rounds,
             repetitions=STUDY.timing.repetitions,
             seconds=STUDY.timing.seconds,
             seed=STUDY.timing.seed,
