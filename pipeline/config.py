@@ -89,7 +89,7 @@ class Timing(Section):
     warmup: Annotated[int, Field(ge=0)] = 2
     """Steps before the clock starts, in each round."""
     rounds: Positive = 3
-    """The strategies of one place are timed in turn, so often; once where a step takes over a second."""
+    """The strategies of one place are timed in turn, so often; once where a step takes over half a second."""
     repetitions: Positive = 5
     """Timed steps per cell at least, over all rounds, all of them kept."""
     seconds: Annotated[float, Field(ge=0, le=600)] = 1.0
@@ -141,9 +141,9 @@ class Accuracy(Section):
     """Seeds, each of the initial weights and of the order of the images."""
     epochs: Positive = 3
     """Passes over the training images."""
-    train_images: Positive | None = 2_400
+    train_images: Positive | None = 1_920
     """Most training images used; null takes all."""
-    test_images: Positive | None = 2_000
+    test_images: Positive | None = 1_000
     """Most test images used; null takes all."""
 
 

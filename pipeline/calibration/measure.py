@@ -11,6 +11,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pipeline.calibration.attribution import fitted
-from pipeline.calibration.cache import cached
+from pipeline.calibration.cache import Curves, cached
 from pipeline.calibration.links import LINK_BYTES, TURN_BYTES, link_of
 from pipeline.calibration.probes import MOST_STEPS, PROBES, Probed, Probing, probe_rank, probing
 from pipeline.calibration.segments import Chain, chains_of, geometry
@@ -36,9 +37,13 @@ from pipeline.results.contracts import describe, validate_calibration
 from pipeline.results.provenance import provenance
 
 FRACTIONS = (1 / 32, 0.125, 0.25, 0.5, 1.0)
-_FLOPS_PER_STEP = 7e10
-"""A calibration uses as many images as make a step of about this much work (some 0.4 s on a CPU core)."""
+_FLOPS_PER_STEP = 3e10
+"""A calibration uses as many images as make a step of about this much work (some 0.2 to 0.6 s on a CPU core)."""
 _LEAST_IMAGES = 4
+_OF_A_SEGMENT = (
+    "forward_time", "backward_time", "input_gradient_time", "forward_time_alone", "backward_time_alone",
+    "forward_time_by_images", "backward_time_by_images",
+)  # fmt: skip
 _PASSES = 2
 """How many more times at most what is uncertain is measured."""
 
@@ -67,8 +72,8 @@ def calibrate(
     largest number for which the times are wanted. Everything is measured with two numbers of images, fewer than that
     for a network with much work per image, since time is a line over the images. Segments that do the same work are
     measured once; ``repetitions`` hold for all, and what is uncertain by enough to matter gets more. ``cache`` is a
-    folder in which calibrations are kept and looked for; ``force`` measures in any case. Returns the calibration data
-    set of ``pipeline.results.contracts``.
+    folder in which calibrations are kept and looked for, also of other networks for segments that do the same work;
+    ``force`` measures in any case, and everything. Returns the calibration data set of ``pipeline.results.contracts``.
 
     Raises ``InputError`` if the model does not take such images and ``RunError`` when a device is lost.
     """
@@ -94,13 +99,15 @@ def calibrate(
     )
     name = network or type(model).__name__
 
-    def measure() -> xr.Dataset:
+    def measure(curves: Curves) -> xr.Dataset:
         start = time.perf_counter()
+        todo = replace(task, known={order: _known(curves, [works[one] for one in first], order) for order in (0, 1)})
         measured: list[Measurement] = run_gang(
-            client, chosen, measure_rank, [(task,)] * len(chosen), label=f"calibrate {name}", on_progress=on_progress
+            client, chosen, measure_rank, [(todo,)] * len(chosen), label=f"calibrate {name}", on_progress=on_progress
         )
         everywhere = [first.index(index) for index in alike]
         dataset = _dataset(task, chains, everywhere, chosen, measured, name)
+        dataset = _with_curves(dataset.assign(work=("segment", np.array(works, dtype=object))), curves)
         if len(chosen) > 1:
             dataset = _with_probes(dataset, probing(task.model, graph, dataset), client, chosen, name)
         dataset = describe(dataset.assign(calibration_time=time.perf_counter() - start))
@@ -108,10 +115,33 @@ def calibrate(
         return dataset
 
     if cache is None:
-        return measure()
-    named = [f"{chain.name}: {work}" for chain, work in zip(chains, works, strict=True)]
-    found = cached(cache, named, chosen, task.images, task.fractions, measure, force=force)
+        return measure({})
+    names = [chain.name for chain in chains]
+    found = cached(cache, names, works, chosen, task.images, task.fractions, measure, force=force)
     return found.assign_coords(network=name)
+
+
+def _known(curves: Curves, works: Sequence[str], order: int) -> frozenset[int]:
+    """Which of the segments with these geometries are known with the channels in this order in memory."""
+    return frozenset(
+        index
+        for index, work in enumerate(works)
+        if work in curves and int(curves[work].attrs["channels_last"]) == order
+    )
+
+
+def _with_curves(dataset: xr.Dataset, curves: Curves) -> xr.Dataset:
+    """The calibration with the curves of those segments that were not measured because they are known."""
+    filled, order, reused = dataset.copy(deep=True), dataset.attrs["channels_last"], 0
+    for place, work in enumerate(map(str, dataset.work.values)):
+        if work not in curves or int(curves[work].attrs["channels_last"]) != order:
+            continue
+        reused += 1
+        for name in _OF_A_SEGMENT:
+            values = curves[work][name].transpose(*(dim for dim in dataset[name].dims if dim != "segment")).values
+            made = _padded(values, dataset.sizes["repetition"], axis=values.ndim - 1)
+            filled[name].loc[{"segment": dataset.segment[place]}] = made
+    return filled.assign_attrs(known_segments=reused)
 
 
 def _with_probes(

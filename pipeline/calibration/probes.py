@@ -56,7 +56,7 @@ at most."""
 _ONE_ROUND: frozenset[Strategy] = frozenset({"single", "ddp"})
 """A device alone takes the longest, and waits for nobody; and no plan depends on ``ddp``."""
 MOST_STEPS = _ROUNDS * _MOST
-_LONG_STEP_S, _VERY_LONG_STEP_S = 0.4, 3.0
+_LONG_STEP_S, _VERY_LONG_STEP_S = 0.4, 0.6
 """Where all devices together would take longer than the first, few images do, and where a device would for its part
 under ``ddp``, that is left out; steps that take longer than the second have one round."""
 

@@ -77,6 +77,8 @@ class Task:
     """How many passes at most follow, each with one more repetition of what still is uncertain."""
     alone: tuple[int, ...]
     """Ranks that measure once more, one after the other, while all others wait."""
+    known: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    """By order in memory (1 with the channels last), chains that need not be measured."""
 
     def kernels(self) -> NDArray[np.float64]:
         """How many channels are measured, (segment, share); of input features for a dense layer.
@@ -182,6 +184,8 @@ class _Segments:
         """
         self._context, self._model, self._task, self._whole, self._call = context, model, task, whole, call
         self._done, self._spent = 0, 0.0
+        known = task.known.get(int(whole.plan.channels_last), frozenset())
+        self._chains = {index: one for index, one in enumerate(task.chains) if index not in known}
         self._is_long, self._is_long_for_all = own > _LONG_S, slowest > _LONG_S
         enough = math.ceil(_MEASURED_S / max(slowest, 1e-6))
         self._repetitions = max(task.repetitions, min(enough, _MOST_REPETITIONS))
@@ -192,7 +196,7 @@ class _Segments:
     def uncertain(self) -> list[int]:
         """The shares that any rank has to measure (again), the same on all ranks."""
         task = self._task
-        every = np.flatnonzero(np.isfinite(self.kernels).any(axis=0))
+        every = np.flatnonzero(np.isfinite(self.kernels[list(self._chains)]).any(axis=0))
         if not self._done:
             return [int(share) for share in every]
         both = np.ma.masked_invalid(self.times[:, :, -1, :, :_DIRECTIONS].sum(axis=-1))  # (segment, share, repetition)
@@ -220,7 +224,7 @@ class _Segments:
     def _measure_share(self, share: int, repetitions: int) -> None:
         """Whoever has all of a segment, as with a part of the images, does not divide its backward computation."""
         task, fraction = self._task, self._task.fractions[share]
-        there = {index: one for index, one in enumerate(task.chains) if np.isfinite(self.kernels[index, share])}
+        there = {index: one for index, one in self._chains.items() if np.isfinite(self.kernels[index, share])}
         execution = self._whole if fraction == 1 else self._execution(split_plan(task.graph, fraction))
         made = slice(self._done, self._done + repetitions)
         self.times[list(there), share, :, made] = self._times(execution, there, task.images, repetitions)
@@ -232,24 +236,30 @@ class _Segments:
         for rank in task.alone if context.group is not None else ():
             context.barrier()
             if rank == context.rank:
-                run = self._pass(self._whole, dict(enumerate(task.chains)), task.images[-1]).run
+                run = self._pass(self._whole, self._chains, task.images[-1]).run
                 if not self._is_long:
                     run()
                 for repetition in range(1 if self._is_long else self._repetitions):
-                    times[:, repetition] = run()[:, :_DIRECTIONS]
+                    times[list(self._chains), repetition] = run()[:, :_DIRECTIONS]
         context.barrier()
         return times
 
     def measure_by_images(self) -> NDArray[np.float64]:
         """What ``Measurement.by_images`` says."""
         task, most = self._task, self._task.images[-1]
-        divided = [any(task.graph[name].effect is Effect.BATCHNORM for name in one.operations) for one in task.chains]
-        if not any(divided):
-            return np.full((len(task.chains), self._repetitions, _DIRECTIONS), np.nan)
-        execution = self._execution(_images_plan(task.graph, most))
-        found = self._times(execution, dict(enumerate(task.chains)), (most,), self._repetitions)
-        times = found[:, 0, :, :_DIRECTIONS]
-        times[~np.array(divided)] = np.nan
+        times = np.full((len(task.chains), self._repetitions, _DIRECTIONS), np.nan)
+        divided = [
+            index
+            for index, one in self._chains.items()
+            if any(task.graph[name].effect is Effect.BATCHNORM for name in one.operations)
+        ]
+        if divided:
+            execution = self._execution(_images_plan(task.graph, most))
+            # All of them run, as in a step.
+            times[list(self._chains)] = self._times(execution, self._chains, (most,), self._repetitions)[
+                :, 0, :, :_DIRECTIONS
+            ]
+            times[[index for index in self._chains if index not in divided]] = np.nan
         return times
 
     def measure_turns(self, transport: Transport) -> Turns:

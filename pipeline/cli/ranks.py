@@ -92,9 +92,14 @@ def costs_of(
 
 
 def say_if_cached(calibration: xr.Dataset) -> None:
-    """Tell the reader that the devices were not measured just now."""
+    """Tell the reader what was not measured just now."""
     if "cached" in calibration.attrs:
         print(f"Calibration of {calibration.attrs['created']} taken from the cache; `calibrate --force` measures anew.")
+    elif known := int(calibration.attrs.get("known_segments", 0)):
+        print(
+            f"The curves of {known} of {calibration.sizes['segment']} segments are taken from other networks in the "
+            "cache; `calibrate --force` measures all."
+        )
 
 
 def optimizer_of(learning_rate: float, momentum: float) -> Any:

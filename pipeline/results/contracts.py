@@ -28,7 +28,7 @@ device_set, link, strategy)` flags cells whose repetitions spread much. A simula
     forward_time_by_images, backward_time_by_images(device, segment, repetition)
     forward_call_time, backward_call_time(device, repetition)
     forward_resuming_time, backward_resuming_time(device, repetition)
-    kernels(segment, share)  device_label, process_memory, memory_limit(device)
+    kernels(segment, share)  work(segment)  device_label, process_memory, memory_limit(device)
     update_overhead, update_time, update_time_alone(device, repetition)  calibration_time()
     link_time(source, destination, message_bytes, repetition)  link_latency, link_bandwidth(source, destination)
     turn_time(turn_bytes, repetition)  probe_step_time(probe, repetition)
@@ -142,6 +142,7 @@ CALIBRATION: Mapping[str, Variable] = {
     "forward_time": Variable(_SEGMENT_TIME, "s", "forward time of a segment"),
     "backward_time": Variable(_SEGMENT_TIME, "s", "backward time of a segment"),
     "kernels": Variable(("segment", "share"), "1", "kernels of a segment at a share"),
+    "work": Variable(("segment",), "1", "geometry of a segment: equal where the work is", text=True),
     "input_gradient_time": Variable(
         _SEGMENT_TIME, "s", "backward time until a divided segment's input has its gradient"
     ),

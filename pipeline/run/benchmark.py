@@ -48,7 +48,7 @@ from pipeline.run.worker import Account
 
 MOST_STEPS = 40
 """Of one cell, unless more repetitions are asked for."""
-_LONG_STEP_S = 1.0
+_LONG_STEP_S = 0.5
 """Longer steps are timed in one round: each spans the host's other work, and starting again would cost as much."""
 
 Key = TypeVar("Key", bound=Hashable)

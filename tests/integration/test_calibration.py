@@ -238,6 +238,34 @@ def test_the_same_work_on_the_same_devices_is_measured_once(client: Client, tmp_
     assert "cached" not in measured(4).attrs
 
 
+def test_networks_share_the_curves_of_segments_that_do_the_same_work(client: Client, tmp_path: Path) -> None:
+    def measured(depth: int, *, force: bool = False) -> xr.Dataset:
+        deep = [nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()) for _ in range(depth)]
+        model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), *deep, nn.AvgPool2d(depth), nn.Flatten(), nn.LazyLinear(3))
+        model(torch.zeros(2, 3, 24, 24))
+        how: dict[str, Any] = {"fractions": (0.5,), "repetitions": 1, "cache": tmp_path, "force": force}
+        return calibrate(model, torch.zeros(BATCH, 3, 24, 24), client, network=f"{depth}", **how)
+
+    shallow = measured(1)
+    assert shallow.attrs["known_segments"] == 0
+    deep = measured(3)
+    validate_calibration(deep)
+    same = [str(work) in shallow.work.values for work in deep.work.values]
+    if shallow.attrs["channels_last"] == deep.attrs["channels_last"]:
+        assert deep.attrs["known_segments"] == sum(same) >= 4
+        for place in np.flatnonzero(same):
+            there = shallow.isel(segment=list(shallow.work.values).index(deep.work.values[place]))
+            for name in ("forward_time", "backward_time", "forward_time_by_images"):
+                both = (one[name].isel(device=1).values for one in (there, deep.isel(segment=place)))
+                known, own = (np.sort(one.ravel()) for one in both)
+                np.testing.assert_array_equal(known[np.isfinite(known)], own[np.isfinite(own)])
+    assert not all(same), "pooling of another size is other work"
+    whole = deep.forward_time.sel(share=1.0).isel(images=-1).max("repetition")
+    assert np.isfinite(whole).all()
+    assert measured(3, force=True).attrs["known_segments"] == 0
+    assert measured(1).attrs["cached"]
+
+
 class _Narrow(nn.Module):
     """Depthwise convolutions, for which torch has fast code only with the channels last."""
 
