@@ -50,6 +50,8 @@ MOST_STEPS = 40
 """Of one cell, unless more repetitions are asked for."""
 _LONG_STEP_S = 0.5
 """Longer steps are timed in one round: each spans the host's other work, and starting again would cost as much."""
+_PROFILED_S = 10.0
+"""For about so long steps are repeated in which convolutions are timed."""
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -124,8 +126,9 @@ class Bench:
         """Time ``repetitions`` training steps after ``warmup`` others, as a cell of the grid of one round.
 
         Short steps are timed more often, up to ``MOST_STEPS`` times, until so many ``seconds`` are predicted to be
-        timed. Of ``single`` the convolutions are timed in as many more steps as there are ``repetitions``. A run that
-        fails or runs out of memory gives a cell whose status says so. Raises ``InputError`` for repetitions below 1.
+        timed. Of ``single`` the convolutions are timed in as many more steps as there are ``repetitions``, or in fewer
+        where these are long. A run that fails or runs out of memory gives a cell whose status says so. Raises
+        ``InputError`` for repetitions below 1.
         """
         _check_clock(repetitions, seconds, warmup)
         plan, predicted = self.plan(strategy), self.predicted(strategy)
@@ -137,7 +140,8 @@ class Bench:
                 recipe=replace(PLAIN, optimizer=self._optimizer),
                 indices=_full_batches(self._images, self._batch_size, total, self._seed), seed=self._seed,
                 label=f"{strategy} {self._place(strategy).network}", link=self._emulated, synchronised=True,
-                profiled=repetitions if strategy == "single" else 0, keep_weights=False, keep_steps=timed,
+                profiled=_profiled(repetitions, predicted) if strategy == "single" else 0, keep_weights=False,
+                keep_steps=timed,
                 on_progress=None if on_progress is None else functools.partial(_of_total, on_progress, total),
             )  # fmt: skip
         except (RunError, torch.OutOfMemoryError, MemoryError) as error:
@@ -199,6 +203,11 @@ class Bench:
             cell[name] = (("device", "repetition"), time_DR)
         validate_cell(cell)
         return describe(cell)
+
+
+def _profiled(repetitions: int, predicted: float) -> int:
+    """In how many steps convolutions are timed, which have hardly any spread."""
+    return max(1, min(repetitions, int(_PROFILED_S / max(predicted, 1e-6))))
 
 
 def _bytes_of(dataset: Dataset[Any]) -> float:
