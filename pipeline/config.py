@@ -89,7 +89,7 @@ class Timing(Section):
     warmup: Annotated[int, Field(ge=0)] = 2
     """Steps before the clock starts, in each round."""
     rounds: Positive = 3
-    """The strategies of one place are timed in turn, so often; once where a step takes over half a second."""
+    """The strategies of one place are timed in turn, so often; once where all steps take over a second."""
     repetitions: Positive = 5
     """Timed steps per cell at least, over all rounds, all of them kept."""
     seconds: Annotated[float, Field(ge=0, le=600)] = 1.0

@@ -37,6 +37,11 @@ class Choice(NamedTuple):
     """Median step of every strategy in s."""
 
     @property
+    def same(self) -> bool:
+        """Whether `auto` ran the very plan of the fastest, so that they differ only as any two measurements do."""
+        return self.chosen == self.fastest
+
+    @property
     def exceeds(self) -> bool:
         """Whether `auto` takes more than is tolerated, beyond the spread of the repetitions."""
         return self.low > TOLERATED

@@ -11,7 +11,7 @@ import xarray as xr
 from pipeline.analysis import selection
 from pipeline.analysis.calibration_figure import largest, with_most_images
 from pipeline.analysis.choice import TOLERATED, auto_against_fastest, repeatability
-from pipeline.analysis.statistics import memory_error, prediction_error
+from pipeline.analysis.statistics import memory_error, prediction_error, prediction_error_now
 from pipeline.analysis.wording import listed, named
 from pipeline.results.contracts import OK
 
@@ -37,6 +37,13 @@ def prediction_finding(timing: xr.Dataset) -> str:
             f"Measuring again is off as well: the median of one round is {np.median(again):.1%} from that of the "
             f"cell's other rounds in the median, and {np.quantile(again, 0.95):.1%} at the 95th percentile."
         )
+    if "slowdown" in timing and (now := _finite(abs(prediction_error_now(timing)))).size:
+        slowdown = _finite(timing["slowdown"].where(timing["status"] == OK))
+        sentences.append(
+            f"Devices were not as fast as when they were calibrated: a fixed computation took {slowdown.min():.2f} to "
+            f"{slowdown.max():.2f} times as long beside the cells. With that taken into account, predictions are off "
+            f"by {np.median(now):.1%} in the median and {np.quantile(now, 0.95):.1%} at the 95th percentile."
+        )
     if "stolen" in timing and timing["stolen"].notnull().any():
         stolen = _finite(timing["stolen"].where(timing["status"] == OK))
         sentences.append(
@@ -56,16 +63,21 @@ def choice_finding(timing: xr.Dataset) -> str:
     rows = auto_against_fastest(timing)
     if not rows:
         return "No step of ``auto`` was measured beside another strategy.\n"
-    ratios, over = [row.ratio for row in rows], [row for row in rows if row.exceeds]
+    ratios, over, same = (
+        [row.ratio for row in rows],
+        [row for row in rows if row.exceeds],
+        sum(row.same for row in rows),
+    )
     answer = (
         f"``auto`` takes {min(ratios):.2f} to {max(ratios):.2f} times the step of the fastest other strategy, "
         f"{np.median(ratios):.2f} in the median; in {len(over) or 'none'} of {len(rows)} places more than "
-        f"{TOLERATED:g} times beyond the spread of the repetitions."
+        f"{TOLERATED:g} times beyond the spread of the repetitions. In {same or 'none'} of them it ran the very plan "
+        "of the fastest, so that the two differ only as any two measurements do."
     )
     each = (
         f"On {named(row.device_set)} it takes {row.ratio:.2f} times (95 % interval {row.low:.2f} to {row.high:.2f}) as "
         f"long as ``{row.fastest}``, having chosen {'a mix' if row.chosen == 'auto' else f'``{row.chosen}``'}: "
-        f"{row.network}, batch {row.batch_size}, {row.link}."
+        f"{row.network}, batch {row.batch_size}, {row.link}{', the same plan' if row.same else ''}."
         for row in over
     )
     return listed([answer, *each], "")

@@ -32,7 +32,7 @@ SchedulerOption = Annotated[
 RoundsOption = Annotated[
     int,
     typer.Option(
-        "--rounds", min=1, help="What is compared is timed in turn, so often; once where a step takes over 0.5 s."
+        "--rounds", min=1, help="What is compared is timed in turn, so often; once where all steps take over 1 s."
     ),
 ]
 SecondsOption = Annotated[

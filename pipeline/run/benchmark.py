@@ -48,8 +48,8 @@ from pipeline.run.worker import Account
 
 MOST_STEPS = 40
 """Of one cell, unless more repetitions are asked for."""
-_LONG_STEP_S = 0.5
-"""Longer steps are timed in one round: each spans the host's other work, and starting again would cost as much."""
+_LONG_STEP_S = 1.0
+"""Where all steps are longer, one round has to do: each spans the host's other work, and more would take long."""
 _PROFILED_S = 10.0
 """For about so long steps are repeated in which convolutions are timed."""
 
@@ -98,7 +98,7 @@ class Bench:
         self._batch_size, self._seed, self._optimizer = batch_size, seed, optimizer
         self._place = functools.partial(CellIndex, network, batch_size, device_set, link)
         self._costs, self._planned_from = Costs.of(calibration), calibration if believed is None else believed
-        self._process_memory = calibration.process_memory.values
+        self._calibration = calibration
         self._plans: dict[Strategy, Plan] = {}
 
     def plan(self, strategy: Strategy) -> Plan:
@@ -149,10 +149,16 @@ class Bench:
             return unmeasured_cell(self._place(strategy), labels, _status(error))
         return self._cell(strategy, accounts, timed)
 
+    def _slowdown(self, plan: Plan, accounts: Sequence[Account]) -> NDArray[np.float64]:
+        """How many times as long as beside the calibration a fixed computation took, (rank)."""
+        before = self._calibration["yardstick_time_alone" if plan.ranks == 1 else "yardstick_time"]
+        found: NDArray[np.float64] = np.array([one.yardstick for one in accounts]) / before.values[list(plan.devices)]
+        return found
+
     def _memory(self, plan: Plan) -> NDArray[np.float64]:
         """Predicted peak memory in bytes, (rank); of a GPU its process holds nothing there, nor are images."""
         chosen = list(plan.devices)
-        found: NDArray[np.float64] = self._process_memory[chosen] + predict_memory(self._graph, plan)
+        found: NDArray[np.float64] = self._calibration.process_memory.values[chosen] + predict_memory(self._graph, plan)
         for rank, device in enumerate(chosen):
             has_images = rank == 0 or plan.strategy == "ddp"
             if has_images and self._members[device].device.kind == "cpu":
@@ -184,6 +190,7 @@ class Bench:
                 "device_throughput": ("device", throughput),
                 "share": ("device", np.array(plan.convolution_shares(graph))),
                 "peak_memory": ("device", np.array([float(account.peak_memory) for account in accounts])),
+                "slowdown": ("device", self._slowdown(plan, accounts)),
                 "stolen": ("device", np.array([account.stolen for account in accounts])),
                 **label_variables(labels, itemsize=4),
                 "instruction_start": (("instruction", "device"), relative[..., 0]),
@@ -230,14 +237,14 @@ def measure_cells(
 
     A host that is slower for a while is so for all of them then, and what a launch happens upon (places in memory,
     cores) differs from round to round. The ``repetitions`` and ``seconds`` are those of all rounds together, the
-    ``warmup`` that of each. Where a step is predicted to be long, one round has to do. ``progressing`` shows how far a
-    round of one of them has come. Raises ``InputError`` as ``Bench`` does.
+    ``warmup`` that of each. Where all steps are predicted to be long, one round has to do. ``progressing`` shows how far
+    a round of one of them has come. Raises ``InputError`` as ``Bench`` does.
     """
     if rounds < 1:
         raise InputError(f"rounds {rounds} must be at least 1")
     _check_clock(repetitions, seconds, warmup)
-    long = any(bench.predicted(strategy) > _LONG_STEP_S for bench, strategy in cells.values())
-    rounds = 1 if long else min(rounds, repetitions)
+    shortest = min((bench.predicted(strategy) for bench, strategy in cells.values()), default=0.0)
+    rounds = 1 if shortest > _LONG_STEP_S else min(rounds, repetitions)
     found: dict[Key, list[xr.Dataset]] = {one: [] for one in cells}
     for following in range(rounds):
         order = list(cells.items())
@@ -267,7 +274,8 @@ def joined(rounds: Sequence[xr.Dataset]) -> xr.Dataset:
     )
     cell = cell.drop_dims("repetition").assign(together).assign_coords(repetition=np.arange(len(together.repetition)))
     cell["peak_memory"] = xr.concat([one.peak_memory for one in rounds], dim="all").max("all")
-    cell["stolen"] = xr.concat([one.stolen for one in rounds], dim="all").mean("all")
+    for name in ("stolen", "slowdown"):
+        cell[name] = xr.concat([one[name] for one in rounds], dim="all").mean("all")
     validate_cell(cell)
     return describe(cell)
 
