@@ -237,8 +237,8 @@ def measure_cells(
 
     A host that is slower for a while is so for all of them then, and what a launch happens upon (places in memory,
     cores) differs from round to round. The ``repetitions`` and ``seconds`` are those of all rounds together, the
-    ``warmup`` that of each. Where all steps are predicted to be long, one round has to do. ``progressing`` shows how far
-    a round of one of them has come. Raises ``InputError`` as ``Bench`` does.
+    ``warmup`` that of each. Where all steps are predicted to be long, one round has to do. ``progressing`` shows how
+    far a round of one of them has come. Raises ``InputError`` as ``Bench`` does.
     """
     if rounds < 1:
         raise InputError(f"rounds {rounds} must be at least 1")
