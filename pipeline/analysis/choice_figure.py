@@ -36,7 +36,7 @@ def auto_beside_others(timing: xr.Dataset, *, store: str = "timing.zarr") -> Fig
         return nothing(title, "No step of auto was measured beside another strategy.", source)
     labels = [str(label) for label in timing["device_label"].values.ravel() if label]
     note = subtitle(
-        "step over that of the fastest other", f"shaded: up to {TOLERATED:g}", "bar: 95 % interval",
+        "→ what auto chose", f"shaded: up to {TOLERATED:g}", "bar: 95 % interval of auto",
         f"at the edge: {_LARGEST:g} and more", emulation_note(labels),
     )  # fmt: skip
     shown = [name for name in STRATEGIES if any(name in row.medians for row in rows)]
@@ -67,5 +67,5 @@ def _marks(name: str) -> dict[str, Any]:
 
 def _named(row: Choice) -> str:
     over = "" if row.link == LOOPBACK else f", {row.link}"
-    chose = {"": "", "auto": ": a mix"}.get(row.chosen, f": {row.chosen}")
+    chose = {"": "", "auto": " → a mix"}.get(row.chosen, f" → {row.chosen}")
     return f"{row.network}, {row.batch_size}, {row.device_set}{over}{chose}"
