@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pipeline.graph.effects import Effect
-from pipeline.graph.trace import Graph, Operation
+from pipeline.graph.trace import Graph, Operation, model_dtype
 from pipeline.plan.plan import Plan
 from pipeline.plan.ties import bound
 
@@ -51,11 +51,12 @@ def chains_of(graph: Graph) -> list[Chain]:
 def geometry(graph: Graph, model: nn.Module, plan: Plan, chain: Chain) -> str:
     """What the time of a segment depends on, in words: equal for segments that do the same work.
 
-    Names of layers and the values of weights are left out; shapes, the hyper-parameters of modules and how ``plan``
-    splits the segment are in.
+    Names of layers and the values of weights are left out; the type of numbers, shapes, the hyper-parameters of modules
+    and how ``plan`` splits the segment are in.
     """
     numbers = {value: f"in{index}" for index, value in enumerate(chain.inputs)}
-    parts = [f"{numbers[value]}:{graph.shape_of(value)}:{value != graph.input}" for value in chain.inputs]
+    parts = [str(model_dtype(model))]
+    parts += [f"{numbers[value]}:{graph.shape_of(value)}:{value != graph.input}" for value in chain.inputs]
     for index, name in enumerate(chain.operations):
         operation = graph[name]
         numbers[name] = f"op{index}"

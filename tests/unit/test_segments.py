@@ -69,3 +69,12 @@ def test_more_work_per_image_is_measured_with_fewer_images() -> None:
     assert 4 <= few[-1] < 64
     assert few[0] < few[-1]
     assert calibration_images(trace(network("50:500"), torch.zeros(2, 3, 32, 32)), 1) == (1,)
+
+
+def test_the_same_layers_in_numbers_of_another_type_are_other_work() -> None:
+    def works(dtype: torch.dtype) -> list[str]:
+        graph, model = trace(_stack(1), torch.zeros(2, 3, 32, 32)), _stack(1).to(dtype)
+        return [geometry(graph, model, split_plan(graph, 0.5), chain) for chain in chains_of(graph)]
+
+    assert works(torch.float32) == works(torch.float32)
+    assert not set(works(torch.float32)) & set(works(torch.float64))
