@@ -151,7 +151,7 @@ def test_a_second_run_has_nothing_to_do(study: Study) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stop", "repetitions"), [(signal.SIGINT, 4), (signal.SIGKILL, 5)], ids=["interrupted", "killed"]
+    ("stop", "repetitions"), [(signal.SIGINT, 4), (signal.SIGKILL, 6)], ids=["interrupted", "killed"]
 )
 def test_a_changed_cell_alone_is_measured_anew_even_if_that_run_is_stopped(
     study: Study, stop: signal.Signals, repetitions: int

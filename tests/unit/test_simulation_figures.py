@@ -12,9 +12,8 @@ from matplotlib.colors import to_hex
 from pipeline.analysis import selection, style
 from pipeline.analysis.figures import FIGURES
 from pipeline.analysis.statistics import simulated_speedup, speedup
-from pipeline.cli.results import figures
 from pipeline.results.contracts import CellIndex
-from pipeline.results.stores import combine, write_store
+from pipeline.results.stores import combine
 from tests import synthetic
 from tests.unit.test_figures import texts
 
@@ -230,11 +229,3 @@ def test_the_waterfall_tells_times_and_megabytes_against_the_step_before(timing)
         "batch": 3.3,
     }
     assert sorted(round(bar.get_width(), 6) for bar in moved.patches) == [0, 60, 90, 300]
-
-
-def test_the_figures_of_a_study_are_drawn_without_a_simulation(timing, tmp_path: Path):
-    datasets = {"timing": timing, "accuracy": synthetic.accuracy(), "calibration": synthetic.calibration()}
-    for name, dataset in datasets.items():
-        write_store(dataset, tmp_path / f"{name}.zarr")
-    figures(tmp_path)
-    assert "The study has no simulation.zarr" in (tmp_path / "figures" / "scaling.rst").read_text()

@@ -91,9 +91,15 @@ import pipeline.results.contracts as contracts
 
 kind, path = sys.argv[1], Path(sys.argv[2])
 big = xr.Dataset({f"v{i:03}": ("x", np.random.default_rng(i).random(200_000)) for i in range(150)})
+def begun():
+    try:
+        if list(path.parent.glob(".*.partial-*/v01*")):
+            return True
+        return any(f.stat().st_size > 10**7 for f in path.parent.glob(".*.partial-*") if f.is_file())
+    except FileNotFoundError:  # renamed while it was looked at
+        return False
 def announce():
-    while not (list(path.parent.glob(".*.partial-*/v01*")) or any(f.stat().st_size > 10**7 for f in path.parent.glob(
-            ".*.partial-*") if f.is_file())):
+    while not begun():
         time.sleep(0.001)
     print("writing", flush=True)
 threading.Thread(target=announce, daemon=True).start()
