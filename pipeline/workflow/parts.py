@@ -27,6 +27,7 @@ _SECONDS_OF_RULES = {"simulation": 40.0, "figures": 12.0, "data": 7.0, "notebook
 _SECONDS_OF_OTHERS = 2.0
 _ALL_IMAGES = 50_000
 _MOST_STEPS = 40
+_LONG_STEP_S = 1.0
 _CONTROL = "control"
 _WIDTHS = re.compile(r"(\d+):(\d+)")
 
@@ -120,7 +121,8 @@ def _miscalibration_s(study: Config) -> float:
 def _cell_s(study: Config, cell: Cell, repetitions: int) -> float:
     step = _step_s(cell)
     timed = max(repetitions * step, min(study.timing.seconds, _MOST_STEPS * step))
-    return _SECONDS_OF_A_CELL + study.timing.warmup * step + timed
+    rounds = study.timing.rounds if step < _LONG_STEP_S else 1
+    return rounds * (_SECONDS_OF_A_CELL + study.timing.warmup * step) + timed
 
 
 def _calibration_s(study: Config, network: str, device_set: str) -> float:
