@@ -64,7 +64,6 @@ def cell(index: CellIndex, *, repetitions: int = 5, seed: int = 0) -> xr.Dataset
     result["round"] = ("repetition", np.arange(repetitions) % 2.0)
     result["chosen"] = "kernel" if index.strategy == "auto" else index.strategy
     result["stolen"] = ("device", np.full(len(labels), 0.01))
-    result["slowdown"] = ("device", np.full(len(labels), 1.05))
     result["compute_time"], result["exchange_time"] = (devices, compute), (devices, exchange)
     result["idle_time"] = (devices, step - compute - exchange)
     result["predicted_step_time"] = float(np.median(step)) * 0.97
@@ -195,8 +194,6 @@ def calibration() -> xr.Dataset:
             "work": ("segment", np.array(segments, object)),
             "kernels": (("segment", "share"), np.outer([50, 50, 500, 10], shares).round()),
             "device_label": ("device", np.array(["cpu", "cpu@0.5"], object)),
-            "yardstick_time": ("device", np.full(2, 0.01)),
-            "yardstick_time_alone": ("device", np.full(2, 0.01)),
             "process_memory": ("device", np.full(2, 3e8)),
             "memory_limit": ("device", np.full(2, 1e12)),
             "link_time": (
@@ -261,8 +258,6 @@ def calibration_of(graph: Graph, labels: Sequence[str]) -> xr.Dataset:
             "update_time_alone": (("device", "repetition"), np.full((ranks, 1), 1e-9)),
             "calibration_time": 6.0,
             "device_label": ("device", np.array(labels, object)),
-            "yardstick_time": ("device", np.full(ranks, 0.01)),
-            "yardstick_time_alone": ("device", np.full(ranks, 0.01)),
             "process_memory": ("device", np.full(ranks, 3e8)),
             "memory_limit": ("device", np.full(ranks, 1e12)),
             "link_time": (

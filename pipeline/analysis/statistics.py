@@ -96,18 +96,6 @@ def prediction_error(timing: xr.Dataset) -> xr.DataArray:
     return error.rename("prediction_error")
 
 
-def prediction_error_now(timing: xr.Dataset) -> xr.DataArray:
-    """As `prediction_error`, if the prediction had known how fast the devices would be while the cell was timed.
-
-    The predicted time is taken times the largest slowdown of a device of the cell, as all wait for the slowest.
-    """
-    slowdown = timing["slowdown"].max("device")
-    error = timing["predicted_step_time"] * slowdown / timing["step_time"].median("repetition") - 1
-    error = error.where(timing["status"] == OK)
-    error.attrs = {"units": "1", "long_name": "relative error of the prediction at the speed of the time"}
-    return error.rename("prediction_error_now")
-
-
 def memory_error(timing: xr.Dataset) -> xr.DataArray:
     """Predicted over measured peak memory, less one, of every rank of every cell that has both."""
     error = (timing["predicted_memory"] / timing["peak_memory"] - 1).where(timing["status"] == OK)

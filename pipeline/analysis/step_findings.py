@@ -11,7 +11,7 @@ import xarray as xr
 from pipeline.analysis import selection
 from pipeline.analysis.calibration_figure import largest, with_most_images
 from pipeline.analysis.choice import TOLERATED, auto_against_fastest, repeatability
-from pipeline.analysis.statistics import memory_error, prediction_error, prediction_error_now
+from pipeline.analysis.statistics import memory_error, prediction_error
 from pipeline.analysis.wording import listed, named
 from pipeline.results.contracts import OK
 
@@ -36,13 +36,6 @@ def prediction_finding(timing: xr.Dataset) -> str:
         sentences.append(
             f"Measuring again is off as well: the median of one round is {np.median(again):.1%} from that of the "
             f"cell's other rounds in the median, and {np.quantile(again, 0.95):.1%} at the 95th percentile."
-        )
-    if "slowdown" in timing and (now := _finite(abs(prediction_error_now(timing)))).size:
-        slowdown = _finite(timing["slowdown"].where(timing["status"] == OK))
-        sentences.append(
-            f"Devices were not as fast as when they were calibrated: a fixed computation took {slowdown.min():.2f} to "
-            f"{slowdown.max():.2f} times as long beside the cells. With that taken into account, predictions are off "
-            f"by {np.median(now):.1%} in the median and {np.quantile(now, 0.95):.1%} at the 95th percentile."
         )
     if "stolen" in timing and timing["stolen"].notnull().any():
         stolen = _finite(timing["stolen"].where(timing["status"] == OK))

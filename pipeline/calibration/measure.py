@@ -229,8 +229,6 @@ def _dataset(
             "probe_step_time": (("probe", "repetition"), np.full((len(PROBES), made), np.nan)),
             "probe_busy_time": (("probe", "device", "repetition"), np.full((len(PROBES), ranks, made), np.nan)),
             "stretch": (("device", "layout"), np.ones((ranks, len(LAYOUTS)))),
-            "yardstick_time": ("device", [one.yardstick for one in measured]),
-            "yardstick_time_alone": ("device", [one.yardstick_alone for one in measured]),
             "process_memory": ("device", [float(one.process_memory) for one in measured]),
             "memory_limit": ("device", [float(member.memory) for member in members]),
             "link_latency": (("source", "destination"), latency),

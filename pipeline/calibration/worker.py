@@ -35,7 +35,6 @@ from pipeline.run.execution import Execution
 from pipeline.run.memory import current_memory
 from pipeline.run.memory_format import may_have_channels_last
 from pipeline.run.transport import Transport
-from pipeline.run.yardstick import yardstick_alone, yardstick_seconds
 
 _LEAST_UPDATED, _MOST_UPDATED = 1_000_000, 16_000_000
 """Trained parameters that the update is measured with, between these as many as the network has."""
@@ -126,10 +125,6 @@ class Measurement:
     """By other rank, (message, repetition) one way; each pair is measured by its lower rank."""
     turns: Turns
     """What they wait for each other."""
-    yardstick: float
-    """What a fixed computation took in s, typically: at the beginning, in the middle and at the end."""
-    yardstick_alone: float
-    """What it took in s while the other ranks waited, at the end."""
 
 
 def measure_rank(context: RankContext, task: Task) -> Measurement:
@@ -137,7 +132,6 @@ def measure_rank(context: RankContext, task: Task) -> Measurement:
     torch.manual_seed(0)
     model = copy.deepcopy(task.model).to_empty(device="cpu")
     initialise((*model.parameters(), *model.buffers()))
-    yardstick = [yardstick_seconds(context)]
     channels_last, own, slowest = _faster_order(context, model, task)
     whole = _execution_of(context, model, task.graph, None, channels_last=channels_last)
     calls = np.array([call_seconds(whole) for _ in range(max(task.repetitions, _LEAST_REPETITIONS))])
@@ -148,7 +142,6 @@ def measure_rank(context: RankContext, task: Task) -> Measurement:
         if not todo:
             break
         segments.measure(todo)
-    yardstick.append(yardstick_seconds(context))
     alone = segments.measure_alone()
     by_images = segments.measure_by_images()
     times, kernels = segments.times, segments.kernels
@@ -156,7 +149,6 @@ def measure_rank(context: RankContext, task: Task) -> Measurement:
     transport = Transport(context)  # what a training's messages go through: shared memory on one host, else sockets
     links = measure_links(context, transport, max(task.repetitions, _LINK_REPETITIONS))
     turns = segments.measure_turns(transport)
-    yardstick.append(yardstick_seconds(context))
     # What torch has set up for its operations by now stays in the process, as it will in training.
     del segments, whole, model, transport
     return Measurement(
@@ -170,8 +162,6 @@ def measure_rank(context: RankContext, task: Task) -> Measurement:
         channels_last=channels_last,
         links=links,
         turns=turns,
-        yardstick=float(np.median(yardstick)),
-        yardstick_alone=yardstick_alone(context),
     )
 
 

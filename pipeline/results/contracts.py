@@ -9,7 +9,7 @@ whatever does not exist: a rank that took no part in an instruction, a repetitio
     step_time, round, loss(repetition)  convolution_time(repetition: only the last of a round of `single`, else NaN)
     compute_time, exchange_time, idle_time(device, repetition)
     predicted_step_time()  chosen()  status(): "ok", "out of memory: ...", "failed: ..."
-    device_label, device_throughput, share, peak_memory, stolen, slowdown(device)
+    device_label, device_throughput, share, peak_memory, stolen(device)
     instruction_name, instruction_kind, instruction_phase, instruction_bytes,
     instruction_master_bytes(instruction)
     instruction_start, instruction_end(instruction, device): timeline of the last step of a round, from its start
@@ -29,7 +29,6 @@ device_set, link, strategy)` flags cells whose repetitions spread much. A simula
     forward_call_time, backward_call_time(device, repetition)
     forward_resuming_time, backward_resuming_time(device, repetition)
     kernels(segment, share)  work(segment)  device_label, process_memory, memory_limit(device)
-    yardstick_time, yardstick_time_alone(device)
     update_overhead, update_time, update_time_alone(device, repetition)  calibration_time()
     link_time(source, destination, message_bytes, repetition)  link_latency, link_bandwidth(source, destination)
     turn_time(turn_bytes, repetition)  probe_step_time(probe, repetition)
@@ -113,12 +112,6 @@ CELL: Mapping[str, Variable] = {
     "stolen": Variable(
         ("device",), "1", "fraction of its cores' time that the host gave to other machines", measured=True
     ),
-    "slowdown": Variable(
-        ("device",),
-        "1",
-        "time of a fixed computation beside the timed steps over its time beside the calibration",
-        measured=True,
-    ),
     "convolution_time": Variable(("repetition",), "s", "time in convolutions within one step", measured=True),
     "loss": Variable(("repetition",), "1", "training loss of the step", measured=True),
     "instruction_name": Variable(("instruction",), "1", "name of an instruction", text=True, measured=True),
@@ -184,8 +177,6 @@ CALIBRATION: Mapping[str, Variable] = {
     ),
     "calibration_time": Variable((), "s", "time that the whole calibration took"),
     "device_label": Variable(("device",), "1", "device of a rank", text=True),
-    "yardstick_time": Variable(("device",), "s", "time of a fixed computation, meanwhile"),
-    "yardstick_time_alone": Variable(("device",), "s", "time of a fixed computation while the other devices wait"),
     "process_memory": Variable(("device",), "bytes", "memory of a rank's process without any network"),
     "memory_limit": Variable(("device",), "bytes", "most memory that a rank may hold"),
     "link_time": Variable(("source", "destination", "message_bytes", "repetition"), "s", "time of one message"),

@@ -98,7 +98,7 @@ class Bench:
         self._batch_size, self._seed, self._optimizer = batch_size, seed, optimizer
         self._place = functools.partial(CellIndex, network, batch_size, device_set, link)
         self._costs, self._planned_from = Costs.of(calibration), calibration if believed is None else believed
-        self._calibration = calibration
+        self._process_memory = calibration.process_memory.values
         self._plans: dict[Strategy, Plan] = {}
 
     def plan(self, strategy: Strategy) -> Plan:
@@ -149,16 +149,10 @@ class Bench:
             return unmeasured_cell(self._place(strategy), labels, _status(error))
         return self._cell(strategy, accounts, timed)
 
-    def _slowdown(self, plan: Plan, accounts: Sequence[Account]) -> NDArray[np.float64]:
-        """How many times as long as beside the calibration a fixed computation took, (rank)."""
-        before = self._calibration["yardstick_time_alone" if plan.ranks == 1 else "yardstick_time"]
-        found: NDArray[np.float64] = np.array([one.yardstick for one in accounts]) / before.values[list(plan.devices)]
-        return found
-
     def _memory(self, plan: Plan) -> NDArray[np.float64]:
         """Predicted peak memory in bytes, (rank); of a GPU its process holds nothing there, nor are images."""
         chosen = list(plan.devices)
-        found: NDArray[np.float64] = self._calibration.process_memory.values[chosen] + predict_memory(self._graph, plan)
+        found: NDArray[np.float64] = self._process_memory[chosen] + predict_memory(self._graph, plan)
         for rank, device in enumerate(chosen):
             has_images = rank == 0 or plan.strategy == "ddp"
             if has_images and self._members[device].device.kind == "cpu":
@@ -190,7 +184,6 @@ class Bench:
                 "device_throughput": ("device", throughput),
                 "share": ("device", np.array(plan.convolution_shares(graph))),
                 "peak_memory": ("device", np.array([float(account.peak_memory) for account in accounts])),
-                "slowdown": ("device", self._slowdown(plan, accounts)),
                 "stolen": ("device", np.array([account.stolen for account in accounts])),
                 **label_variables(labels, itemsize=4),
                 "instruction_start": (("instruction", "device"), relative[..., 0]),
@@ -274,8 +267,7 @@ def joined(rounds: Sequence[xr.Dataset]) -> xr.Dataset:
     )
     cell = cell.drop_dims("repetition").assign(together).assign_coords(repetition=np.arange(len(together.repetition)))
     cell["peak_memory"] = xr.concat([one.peak_memory for one in rounds], dim="all").max("all")
-    for name in ("stolen", "slowdown"):
-        cell[name] = xr.concat([one[name] for one in rounds], dim="all").mean("all")
+    cell["stolen"] = xr.concat([one.stolen for one in rounds], dim="all").mean("all")
     validate_cell(cell)
     return describe(cell)
 

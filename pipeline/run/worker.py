@@ -32,7 +32,6 @@ from pipeline.run.ddp import DataParallel
 from pipeline.run.execution import Execution
 from pipeline.run.memory import peak_memory, reset_peak_memory
 from pipeline.run.recipe import Recipe, Turn
-from pipeline.run.yardstick import yardstick_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +94,6 @@ class Account:
     """Most memory the rank held during the run, in bytes: resident memory, or on a GPU the allocated one."""
     stolen: float
     """Fraction of the time of its machine's cores that a host gave to other machines meanwhile."""
-    yardstick: float
-    """What a fixed computation took in s, on average before and after the steps; NaN unless these are timed."""
     convolutions: NDArray[np.float64]
     """(step) time in convolutions of the profiled steps in s."""
     callbacks: tuple[Callback, ...]
@@ -115,7 +112,6 @@ def run_rank(context: RankContext, job: Job) -> Account:
     losses: list[float] = []
     images: list[int] = []
     accuracies: list[float] = []
-    yardstick = _yardsticks(context, job)
     start, stolen = time.monotonic(), stolen_seconds()
     for number, epoch in enumerate(job.indices, 1):
         began, done = time.monotonic(), len(losses)
@@ -138,7 +134,6 @@ def run_rank(context: RankContext, job: Job) -> Account:
         if job.callbacks and _ended_by(context, job.callbacks, number, mean, accuracy, time.monotonic() - began):
             break
     stolen = (stolen_seconds() - stolen) / (usable_cores() * (time.monotonic() - start))
-    yardstick += _yardsticks(context, job)
     convolutions = _convolution_times(context, runner, job)
     return Account(
         weights=runner.weights() if job.keep_weights else None,
@@ -150,15 +145,9 @@ def run_rank(context: RankContext, job: Job) -> Account:
         times=runner.clock.times,
         peak_memory=peak_memory(context.torch_device),
         stolen=stolen,
-        yardstick=float(np.mean(yardstick)),
         convolutions=convolutions,
         callbacks=job.callbacks,
     )
-
-
-def _yardsticks(context: RankContext, job: Job) -> list[float]:
-    """How fast the device is now, where that is wanted; every rank has to call it."""
-    return [yardstick_seconds(context) if job.synchronised else math.nan]
 
 
 def _turns(batches: int, accumulate: int) -> list[Turn]:

@@ -9,7 +9,6 @@ import pytest
 import xarray as xr
 
 from pipeline.analysis.choice import auto_against_fastest, repeatability
-from pipeline.analysis.statistics import prediction_error, prediction_error_now
 from pipeline.analysis.step_findings import choice_finding, prediction_finding
 from pipeline.results.contracts import CellIndex
 from pipeline.results.stores import combine
@@ -69,25 +68,11 @@ def test_repeatability_is_how_far_each_round_is_from_the_others():
 
 
 def test_steps_of_a_store_without_rounds_are_all_of_one():
-    timing = grid({"kernel": [[2.0, 2], [3, 3]], "auto": [[2.0, 2], [3, 3]]}).drop_vars(
-        ["round", "chosen", "stolen", "slowdown"]
-    )
+    timing = grid({"kernel": [[2.0, 2], [3, 3]], "auto": [[2.0, 2], [3, 3]]}).drop_vars(["round", "chosen", "stolen"])
     (found,) = auto_against_fastest(timing)
     assert found.chosen == ""
     assert repeatability(timing).size == 0
     assert "Measuring again" not in prediction_finding(timing)
-
-
-def test_predictions_are_also_told_at_the_speed_that_the_devices_had() -> None:
-    timing = grid({"kernel": [[2.0, 2], [2, 2]]})
-    timing["predicted_step_time"][:], timing["slowdown"][:] = 1.6, 1.0
-    timing["slowdown"].loc[{"device": 1}] = 1.25  # all wait for the slowest
-    np.testing.assert_allclose(prediction_error_now(timing).values.ravel(), [0.0])
-    np.testing.assert_allclose(prediction_error(timing).values.ravel(), [-0.2])
-    finding = prediction_finding(timing)
-    assert "off by 20.0% in the median" in finding
-    assert "took 1.00 to 1.25 times as long beside the cells" in finding
-    assert "off by 0.0% in the median" in finding
 
 
 def test_the_predicted_memory_is_told_beside_the_measured() -> None:
