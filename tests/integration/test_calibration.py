@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -239,10 +240,12 @@ def test_the_same_work_on_the_same_devices_is_measured_once(client: Client, tmp_
 
 
 def test_networks_share_the_curves_of_segments_that_do_the_same_work(client: Client, tmp_path: Path) -> None:
-    def measured(depth: int, *, force: bool = False) -> xr.Dataset:
+    def measured(depth: int, *, force: bool = False, renamed: bool = False) -> xr.Dataset:
         deep = [nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()) for _ in range(depth)]
         model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), *deep, nn.AvgPool2d(depth), nn.Flatten(), nn.LazyLinear(3))
         model(torch.zeros(2, 3, 24, 24))
+        if renamed:
+            model = nn.Sequential(OrderedDict((f"layer{name}", one) for name, one in model.named_children()))
         how: dict[str, Any] = {"fractions": (0.5,), "repetitions": 1, "cache": tmp_path, "force": force}
         return calibrate(model, torch.zeros(BATCH, 3, 24, 24), client, network=f"{depth}", **how)
 
@@ -262,6 +265,11 @@ def test_networks_share_the_curves_of_segments_that_do_the_same_work(client: Cli
     assert not all(same), "pooling of another size is other work"
     whole = deep.forward_time.sel(share=1.0).isel(images=-1).max("repetition")
     assert np.isfinite(whole).all()
+    renamed = measured(3, renamed=True)
+    if renamed.attrs["channels_last"] == deep.attrs["channels_last"]:
+        assert renamed.attrs["known_segments"] == renamed.sizes["segment"], "names are no work"
+    assert np.isfinite(renamed.forward_time.sel(share=1.0).isel(images=-1).max("repetition")).all()
+    assert np.isfinite(renamed.probe_step_time).any()
     assert measured(3, force=True).attrs["known_segments"] == 0
     assert measured(1).attrs["cached"]
 
