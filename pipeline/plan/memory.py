@@ -1,8 +1,8 @@
 """How much memory a training step needs on each rank, from the program alone.
 
-Counted are the weights where they live and where they work, their gradients, the optimiser's state, what the forward
-pass keeps for the backward pass, the gradients in flight, what exchanges copy, and what convolutions need to rearrange
-their tensors; not the process itself, nor the images of the data set.
+Counted are the weights where they live and where they work, and in the master's model, their gradients, the optimiser's
+state, what the forward pass keeps for the backward pass, the gradients in flight, what exchanges copy, and what
+convolutions need to rearrange their tensors; not the process itself, nor the images of the data set.
 """
 
 from __future__ import annotations
@@ -88,6 +88,8 @@ class _Account:
             apart = one.home != one.work
             trained = 1.0 if one.parameter.trained else 0.0
             total += home * (1 + trained * (1 + self._states)) + (work * (1 + trained) if apart else 0.0)
+            if one.home.kind != "M":  # what lives on the ranks is a copy: the master keeps the model, too
+                total[0] += math.prod(one.parameter.shape) * float(self._itemsize)
         return total
 
     def _staging(self) -> Bytes:

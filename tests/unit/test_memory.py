@@ -47,6 +47,12 @@ def test_kernels_divide_the_weights_and_images_do_not(graph: Graph) -> None:
     assert by_kernels.max() < by_images.max() < alone
 
 
+def test_the_master_keeps_the_model_beside_its_part(graph: Graph) -> None:
+    master, worker = predict_memory(graph, _plan(graph, "kernel", (0.5, 0.5)))
+    weights = 4 * sum(parameter.numel() for parameter in network("500:1500").parameters())
+    assert master - worker > weights
+
+
 def test_a_smaller_share_needs_less(graph: Graph) -> None:
     large, small = predict_memory(graph, _plan(graph, "kernel", (0.8, 0.2)))
     assert small < 0.6 * large
