@@ -33,6 +33,8 @@ class Choice(NamedTuple):
     low: float
     high: float
     """Ends of the bootstrap interval of the ratio."""
+    rounds: int
+    """In how many rounds both were timed; of one, the interval holds nothing of what differs between launches."""
     medians: Mapping[str, float]
     """Median step of every strategy in s."""
 
@@ -85,6 +87,7 @@ def auto_against_fastest(
                 ratio=medians["auto"] / medians[fastest],
                 low=low,
                 high=high,
+                rounds=len(times["auto"].keys() & times[fastest].keys()),
                 medians=medians,
             )
         )
@@ -94,7 +97,8 @@ def auto_against_fastest(
 def repeatability(timing: xr.Dataset) -> Samples:
     """How far the median step of each round is from that of the cell's other rounds, relative; of all cells, flat.
 
-    What no prediction can be better than: one that knew all other measurements of the cell.
+    Of cells with several rounds alone. A round has fewer steps than a cell, so this says how unsteady the host was, and
+    is no bound for the error of a prediction, which is held against all steps of the cell.
     """
     steps = timing["step_time"].where(timing["status"] == OK).transpose(*INDEX, "repetition").values
     rounds = _rounds(timing).transpose(*INDEX, "repetition").values

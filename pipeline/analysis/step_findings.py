@@ -34,8 +34,9 @@ def prediction_finding(timing: xr.Dataset) -> str:
     again = repeatability(timing)
     if again.size:
         sentences.append(
-            f"Measuring again is off as well: the median of one round is {np.median(again):.1%} from that of the "
-            f"cell's other rounds in the median, and {np.quantile(again, 0.95):.1%} at the 95th percentile."
+            f"Measurements differ, too: in cells of several rounds ({again.size} rounds in all) the median step of one "
+            f"is off that of the cell's others by {np.median(again):.1%} in the median and "
+            f"{np.quantile(again, 0.95):.1%} at the 95th percentile; a round has fewer steps than a cell."
         )
     if "stolen" in timing and timing["stolen"].notnull().any():
         stolen = _finite(timing["stolen"].where(timing["status"] == OK))
@@ -56,16 +57,15 @@ def choice_finding(timing: xr.Dataset) -> str:
     rows = auto_against_fastest(timing)
     if not rows:
         return "No step of ``auto`` was measured beside another strategy.\n"
-    ratios, over, same = (
-        [row.ratio for row in rows],
-        [row for row in rows if row.exceeds],
-        sum(row.same for row in rows),
-    )
+    ratios, over = [row.ratio for row in rows], [row for row in rows if row.exceeds]
+    same, once = sum(row.same for row in rows), sum(row.rounds < 2 for row in rows)
+    above = sum(ratio > TOLERATED for ratio in ratios)
     answer = (
         f"``auto`` takes {min(ratios):.2f} to {max(ratios):.2f} times the step of the fastest other strategy, "
-        f"{np.median(ratios):.2f} in the median; in {len(over) or 'none'} of {len(rows)} places more than "
-        f"{TOLERATED:g} times beyond the spread of the repetitions. In {same or 'none'} of them it ran the very plan "
-        "of the fastest, so that the two differ only as any two measurements do."
+        f"{np.median(ratios):.2f} in the median; in {above or 'none'} of {len(rows)} places more than {TOLERATED:g} "
+        f"times, in {len(over) or 'none'} beyond the spread of the repetitions. In {same or 'none'} it ran the very "
+        f"plan of the fastest. {once or 'None'} had one round, whose interval holds nothing of what differs between "
+        "launches."
     )
     each = (
         f"On {named(row.device_set)} it takes {row.ratio:.2f} times (95 % interval {row.low:.2f} to {row.high:.2f}) as "

@@ -139,5 +139,5 @@ def test_a_step_over_an_emulated_link_takes_as_long_as_over_a_real_one(tmp_path:
         # The link is what a step waits for, so that the test does not depend on the machine's speed.
         moved = float(emulated[strategy].instruction_bytes.sum()) / link.bandwidth / 2
         assert there > 0.5 * moved
-        # The real link lets a bucketful through at once after each pause, forward and backward.
+        # A real link lets up to a bucketful through at once after a pause, which the emulated one does not.
         assert 0.9 * there < here < 1.1 * there + 2 * BUCKET / link.bandwidth

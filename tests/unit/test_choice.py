@@ -39,7 +39,8 @@ def test_auto_is_compared_with_the_fastest_other_strategy():
     assert found.exceeds
     assert dict(found.medians) == pytest.approx({"paper": 4, "kernel": 2, "auto": 2.1})
     finding = choice_finding(timing)
-    assert "in 1 of 1 places" in finding
+    assert "in 1 of 1 places more than 1.03 times, in 1 beyond the spread" in finding
+    assert "None had one round" in finding
     assert "1.05 times (95 % interval 1.05 to 1.05) as long as ``kernel``, having chosen ``kernel``" in finding
 
 
@@ -63,7 +64,7 @@ def test_there_is_nothing_to_compare_where_auto_or_all_others_are_missing():
 def test_repeatability_is_how_far_each_round_is_from_the_others():
     timing = grid({"kernel": [[2.0, 2], [3, 3]], "paper": [[1.0, 1, 1]]})
     np.testing.assert_allclose(sorted(repeatability(timing)), [1 / 3, 1 / 2])
-    assert "Measuring again is off as well" in prediction_finding(timing)
+    assert "Measurements differ, too" in prediction_finding(timing)
     assert repeatability(grid({"kernel": [[1.0, 2]]})).size == 0
 
 
@@ -71,8 +72,10 @@ def test_steps_of_a_store_without_rounds_are_all_of_one():
     timing = grid({"kernel": [[2.0, 2], [3, 3]], "auto": [[2.0, 2], [3, 3]]}).drop_vars(["round", "chosen", "stolen"])
     (found,) = auto_against_fastest(timing)
     assert found.chosen == ""
+    assert found.rounds == 1
+    assert "1 had one round" in choice_finding(timing)
     assert repeatability(timing).size == 0
-    assert "Measuring again" not in prediction_finding(timing)
+    assert "Measurements differ" not in prediction_finding(timing)
 
 
 def test_the_predicted_memory_is_told_beside_the_measured() -> None:
