@@ -357,7 +357,8 @@ def test_strategies_are_timed_in_turn_and_their_rounds_joined(client: Client, ca
         assert np.isfinite(cell.step_time).all()
         assert cell.compute_time.sizes["repetition"] == 4
         assert ((cell.stolen >= 0) & (cell.stolen <= 1)).all()
-        assert (cell.predicted_memory > calibration.process_memory.min()).all()
+        assert (cell.predicted_memory >= calibration.process_memory.min()).all(), "also of a device without a part"
+        assert cell.predicted_memory.max() > calibration.process_memory.max()
     assert cells["single"].chosen.item() == "single"
     assert cells["kernel"].chosen.item() == "kernel"
     assert cells["auto"].chosen.item() in STRATEGIES
