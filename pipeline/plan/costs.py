@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -227,28 +228,55 @@ class Costs:
         return np.ones(self.devices) if segment is None else self.alone[:, segment, DIRECTIONS.index(direction)]
 
     def seconds(
-        self, operation: str, fraction: NDArray[np.float64], direction: Direction, images: NDArray[np.float64]
+        self,
+        operations: Sequence[str],
+        directions: Sequence[Direction],
+        fractions: NDArray[np.float64],
+        images: NDArray[np.float64],
     ) -> NDArray[np.float64]:
-        """Time of ``fraction`` of the segment that ``operation`` begins, for so many ``images``; else 0.
+        """Time of a fraction of each segment that one of ``operations`` begins, for so many ``images``; else 0.
 
-        All are of the shape (device), the time in s.
+        ``directions`` has one entry per operation; fractions, images and times in s are (operation, device).
         """
-        segment = self._places.get(operation)
-        if segment is None:
-            return np.zeros(self.devices)
-        way = DIRECTIONS.index(direction)
-        measured = np.isfinite(self.fractions[segment]) & np.isfinite(self.fixed[0, segment, :, way])
-        points = self.fractions[segment][measured]
-        whole = self.whole[:, segment, 0, way] + images * self.whole[:, segment, 1, way]
-        times = (self.fixed[:, segment, :, way] + images[:, None] * self.per_image[:, segment, :, way])[:, measured]
-        if (fraction >= 1).all():
-            return np.where(images > 0, whole, 0.0)
-        rows, after = np.arange(self.devices), np.clip(np.searchsorted(points, fraction), 1, max(len(points) - 1, 1))
-        if len(points) == 1:
-            return np.where((fraction > 0) & (images > 0), times[:, 0], 0.0)
-        along = np.clip((fraction - points[after - 1]) / (points[after] - points[after - 1]), 0, 1)
-        found = np.where(fraction >= 1, whole, (1 - along) * times[rows, after - 1] + along * times[rows, after])
-        return np.where((fraction > 0) & (images > 0), found, 0.0)
+        place = np.array([self._places.get(one, -1) for one in operations], dtype=int)
+        way = np.array([DIRECTIONS.index(one) for one in directions], dtype=int)
+        found = self.whole[:, place, 0, way].T + images * self.whole[:, place, 1, way].T
+        if (divided := (fractions > 0) & (fractions < 1)).any():
+            found = np.where(divided, self._between(place, way, fractions, images), found)
+        return np.where((place >= 0)[:, None] & (fractions > 0) & (images > 0), found, 0.0)
+
+    def _between(
+        self,
+        place: NDArray[np.int_],
+        way: NDArray[np.int_],
+        fractions: NDArray[np.float64],
+        images: NDArray[np.float64],
+    ) -> NDArray[np.float64]:
+        """Interpolated between the measured shares, (operation, device)."""
+        points, order, last = (table[place, ..., way] for table in self._measured)
+        after = np.minimum(np.maximum((points[:, None] < fractions[..., None]).sum(axis=-1), 1), last[:, None])
+        before = np.maximum(after - 1, 0)
+        low, high = (np.take_along_axis(points, one, axis=1) for one in (before, after))
+        along: NDArray[np.float64] = np.clip((fractions - low) / np.where(high > low, high - low, 1.0), 0, 1)
+        devices = np.arange(self.devices)
+
+        def times(points: NDArray[np.int_]) -> NDArray[np.float64]:
+            at = devices, place[:, None], np.take_along_axis(order, points, axis=1), way[:, None]
+            found: NDArray[np.float64] = self.fixed[at] + images * self.per_image[at]
+            return found
+
+        return (1 - along) * times(before) + along * times(after)
+
+    @cached_property
+    def _measured(self) -> tuple[NDArray[np.float64], NDArray[np.int_], NDArray[np.int_]]:
+        """The fractions that were measured, those first; which they are, (segment, share, direction); the last's place.
+
+        Fractions beyond those are infinite; the last is (segment, direction).
+        """
+        there = np.isfinite(self.fractions)[..., None] & np.isfinite(self.fixed[0])
+        order = np.argsort(~there, axis=1, kind="stable")
+        points = np.take_along_axis(np.where(there, self.fractions[..., None], np.inf), order, axis=1)
+        return points, order, np.maximum(there.sum(axis=1) - 1, 0)
 
     def by_images_part(self, operation: str, direction: Direction) -> float:
         """How many times as long the segment that ``operation`` begins takes with images on several devices."""
@@ -295,7 +323,10 @@ def on_grid(curves: Curves, grid: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _typical(repeated: xr.DataArray) -> NDArray[np.float64]:
     """The median of the repetitions, NaN where there are none. What they differ in much is measured more often."""
-    median: NDArray[np.float64] = repeated.median("repetition").values
+    ascending = np.sort(repeated.transpose(..., "repetition").values, axis=-1)  # NaN last
+    count = np.isfinite(ascending).sum(axis=-1, keepdims=True)
+    low, high = (np.take_along_axis(ascending, np.maximum(count - one, 0) // 2, axis=-1)[..., 0] for one in (1, 0))
+    median: NDArray[np.float64] = (low + high) / 2
     return median
 
 
@@ -331,10 +362,11 @@ def _part_alone(kinds: Sequence[str], alone: NDArray[np.float64], beside: NDArra
     """What part of the times ``beside`` others those ``alone`` are, (device, ...), at most 1."""
     known = np.isfinite(alone) & (beside > 0)
     part = np.where(known, np.minimum(alone / np.where(known, beside, 1.0), 1.0), np.nan)
+    measured = [bool(one.any()) for one in known]
+    first = {kinds[one]: one for one in reversed(range(len(kinds))) if measured[one]}
     for index, kind in enumerate(kinds):
-        others = [one for one in range(len(kinds)) if kinds[one] == kind and known[one].any()]
-        if others and not known[index].any():
-            part[index] = part[others[0]]
+        if kind in first and not measured[index]:
+            part[index] = part[first[kind]]
     return np.where(np.isfinite(part), part, 1.0)
 
 
@@ -396,13 +428,21 @@ def _lines(times: NDArray[np.float64], images: NDArray[np.int_]) -> tuple[NDArra
 
 
 def _rising(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The closest values that never fall over the share, the third axis; NaN stays."""
-    from scipy.optimize import isotonic_regression
+    """The closest values that never fall over the share, the third axis; NaN stays.
 
-    risen = values.copy()
-    for device, segment, way in np.ndindex(values.shape[0], values.shape[1], values.shape[3]):
-        one = risen[device, segment, :, way]
-        measured = np.isfinite(one)
-        if measured.any():
-            one[measured] = isotonic_regression(one[measured]).x
-    return risen
+    Each is the largest, over where a run of shares may begin, of the smallest mean of such a run (Robertson, Wright and
+    Dykstra 1988, Order Restricted Statistical Inference, chapter 1): all curves at once, for a thousand devices.
+    """
+    there = np.isfinite(values)
+    none = np.zeros_like(values[:, :, :1])
+    total = np.concatenate([none, np.cumsum(np.where(there, values, 0.0), axis=2)], axis=2)
+    count = np.concatenate([none, np.cumsum(there, axis=2)], axis=2)
+    shares, risen = values.shape[2], np.full_like(values, -np.inf)
+    for first in range(shares):
+        least = np.full_like(none[:, :, 0], np.inf)
+        for last in reversed(range(first, shares)):
+            among = count[:, :, last + 1] - count[:, :, first]
+            mean = (total[:, :, last + 1] - total[:, :, first]) / np.maximum(among, 1)
+            least = np.where(among > 0, np.minimum(least, mean), least)
+            risen[:, :, last] = np.maximum(risen[:, :, last], np.where(np.isfinite(least), least, -np.inf))
+    return np.where(there, risen, np.nan)

@@ -13,6 +13,7 @@ from pipeline.graph.trace import Graph
 from pipeline.plan.costs import Costs
 from pipeline.plan.memory import predict_memory
 from pipeline.plan.plan import Plan
+from pipeline.plan.program import Program
 from pipeline.plan.shares import Most
 from pipeline.plan.strategies import Shares, plan_network
 
@@ -33,9 +34,11 @@ _HALVINGS = 8
 _MIB = 2**20
 
 
-def needed_memory(graph: Graph, plan: Plan, *, itemsize: int = 4) -> NDArray[np.float64]:
+def needed_memory(
+    graph: Graph, plan: Plan, *, itemsize: int = 4, program: Program | None = None
+) -> NDArray[np.float64]:
     """What each rank has to have beyond its process in bytes, (rank), to be on the safe side."""
-    return SAFETY * predict_memory(graph, plan, itemsize=itemsize)
+    return SAFETY * predict_memory(graph, plan, itemsize=itemsize, program=program)
 
 
 def is_scarce(graph: Graph, costs: Costs, batch_size: int, *, itemsize: int = 4) -> bool:
@@ -46,10 +49,10 @@ def is_scarce(graph: Graph, costs: Costs, batch_size: int, *, itemsize: int = 4)
     return bool((costs.memory_left < _AMPLE * needed_memory(graph, alone, itemsize=itemsize)).any())
 
 
-def fits(graph: Graph, plan: Plan, costs: Costs, *, itemsize: int = 4) -> bool:
+def fits(graph: Graph, plan: Plan, costs: Costs, *, itemsize: int = 4, program: Program | None = None) -> bool:
     """Whether every rank can hold its part of ``plan``; ``costs`` are of all devices that it was made for."""
     limits = costs.memory_left[list(plan.devices)]
-    return bool((needed_memory(graph, plan, itemsize=itemsize) <= limits).all())
+    return bool((needed_memory(graph, plan, itemsize=itemsize, program=program) <= limits).all())
 
 
 def most_within_memory(graph: Graph, plan_with: PlanWith, costs: Costs, *, itemsize: int = 4) -> Most | None:
@@ -61,6 +64,7 @@ def most_within_memory(graph: Graph, plan_with: PlanWith, costs: Costs, *, items
         return None
     limits = costs.memory_left
     most = np.ones(len(limits))
+    known: dict[tuple[bool, float], float] = {}  # but for the master, all with equal limits can hold the same
 
     def can_hold(rank: int, fraction: float) -> bool:
         shares = np.full(len(limits), (1 - fraction) / max(len(limits) - 1, 1))
@@ -68,14 +72,20 @@ def most_within_memory(graph: Graph, plan_with: PlanWith, costs: Costs, *, items
         need = needed_memory(graph, plan_with(shares=[float(one) for one in shares]), itemsize=itemsize)
         return bool(need[rank] <= limits[rank])
 
-    for rank in range(len(limits)):
+    def largest(rank: int) -> float:
         if can_hold(rank, 1.0):
-            continue
+            return 1.0
         low, high = 0.0, 1.0
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
             low, high = (middle, high) if can_hold(rank, middle) else (low, middle)
-        most[rank] = low
+        return low
+
+    for rank, limit in enumerate(limits):
+        kind = rank == 0, float(limit)
+        if kind not in known:
+            known[kind] = largest(rank)
+        most[rank] = known[kind]
     try:
         return most if fits(graph, plan_with(most=most), costs, itemsize=itemsize) else None
     except InputError:  # all of them together cannot hold the network

@@ -23,8 +23,12 @@ reduce-scatter are pairs of this kind.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.errors import InputError
 
@@ -78,6 +82,10 @@ class Message:
     box: Box
 
 
+_KNOWN = 1024
+"""So many layouts are kept, as the same few come up all over a plan, with an entry for each of a thousand ranks."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """Which box of a tensor each rank holds.
@@ -94,13 +102,28 @@ class Layout:
         if not any(self.shares):
             raise InputError(f"layout {self.kind}: shares {list(self.shares)} leave nothing on any rank")
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.kind, self.shares))
+
+    def __reduce__(self) -> tuple[type[Layout], tuple[Kind, tuple[int, ...]]]:
+        return Layout, (self.kind, self.shares)  # the hash of a text is another in another process
+
     def __str__(self) -> str:
         return self.kind if self.kind == "M" else f"{self.kind}({','.join(map(str, self.shares))})"
 
-    @property
+    @cached_property
     def holders(self) -> tuple[int, ...]:
         """The ranks that hold something."""
         return tuple(rank for rank, share in enumerate(self.shares) if share)
+
+    @cached_property
+    def numbers(self) -> NDArray[np.float64]:
+        """The shares as an array, (rank)."""
+        return np.array(self.shares, dtype=float)
 
     @property
     def adjoint(self) -> Layout:
@@ -110,6 +133,11 @@ class Layout:
     def scaled(self, factor: int) -> Layout:
         """The same split after every channel has become ``factor`` channels (flatten)."""
         return Layout(self.kind, tuple(share * factor for share in self.shares)) if self.kind == "K" else self
+
+    def sizes(self, images: int, channels: int) -> NDArray[np.float64]:
+        """Size of the box of each rank, (rank), without a list of boxes, of which a thousand ranks have a thousand."""
+        other = {"K": images, "B": channels}.get(self.kind)
+        return (self.numbers > 0) * np.float64(images * channels) if other is None else self.numbers * np.float64(other)
 
     def boxes(self, images: int, channels: int) -> tuple[Box, ...]:
         """The box of each rank in a tensor of ``images`` times ``channels``.
@@ -132,17 +160,20 @@ class Layout:
         return tuple(Box(part, whole.channels) for part in ranges)
 
 
+@lru_cache(maxsize=_KNOWN)
 def master(ranks: int) -> Layout:
     """M: everything on rank 0."""
     return Layout("M", (1,) + (0,) * (ranks - 1))
 
 
+@lru_cache(maxsize=_KNOWN)
 def replicated(flags: tuple[int, ...]) -> Layout:
     """R on the ranks whose entry is not zero; M where that is rank 0 alone."""
     holders = tuple(int(flag > 0) for flag in flags)
     return Layout("M" if holders[0] and sum(holders) == 1 else "R", holders)
 
 
+@lru_cache(maxsize=_KNOWN)
 def partial(flags: tuple[int, ...]) -> Layout:
     """P on the ranks whose entry is not zero; M where that is rank 0 alone, as a single summand is the sum."""
     holders = tuple(int(flag > 0) for flag in flags)

@@ -8,15 +8,14 @@ convolutions need to rearrange their tensors; not the process itself, nor the im
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph
-from pipeline.plan.instructions import Compute, Exchange, Placed
-from pipeline.plan.layouts import Box, master
+from pipeline.plan.instructions import Compute, Exchange, Placed, TensorSpec
+from pipeline.plan.layouts import Layout, master
 from pipeline.plan.plan import Plan
 from pipeline.plan.program import Program, activation_spec, compile_program, parameter_spec
 from pipeline.plan.strategies import plan_network
@@ -29,11 +28,18 @@ _INDEX_BYTES = 8
 
 
 def predict_memory(
-    graph: Graph, plan: Plan, *, itemsize: int = 4, states: int = SGD_STATES, batch_size: int | None = None
+    graph: Graph,
+    plan: Plan,
+    *,
+    itemsize: int = 4,
+    states: int = SGD_STATES,
+    batch_size: int | None = None,
+    program: Program | None = None,
 ) -> Bytes:
     """Most memory of one training step in bytes, (rank), beyond that of the processes.
 
     ``states`` are the numbers that the optimiser keeps per weight. Under ``ddp`` every rank has all of the network.
+    ``program`` is that of the plan for this batch, where it has been compiled already.
     """
     images = batch_size or plan.batch_size
     if plan.strategy == "ddp":
@@ -41,39 +47,43 @@ def predict_memory(
         weights = sum(math.prod(one.shape) for op in graph.operations for one in op.parameters if one.trained)
         # Its buckets are a second copy of all gradients.
         return np.full(
-            plan.ranks, _Account(graph, alone, itemsize, states, alone.batch_size).peak()[0] + weights * itemsize
+            plan.ranks,
+            _Account(graph, alone, itemsize, states, compile_program(graph, alone, alone.batch_size)).peak()[0]
+            + weights * itemsize,
         )
-    return _Account(graph, plan, itemsize, states, images).peak()
+    return _Account(graph, plan, itemsize, states, program or compile_program(graph, plan, images)).peak()
 
 
 class _Account:
     """What every rank holds as a step goes on."""
 
-    def __init__(self, graph: Graph, plan: Plan, itemsize: int, states: int, batch_size: int) -> None:
+    def __init__(self, graph: Graph, plan: Plan, itemsize: int, states: int, program: Program) -> None:
         self._graph, self._plan, self._itemsize, self._states = graph, plan, itemsize, states
-        self._batch_size = batch_size
-        self._program: Program = compile_program(graph, plan, batch_size)
+        self._program, self._batch_size = program, program.batch_size
         self._ranks = plan.ranks
-        self._values: dict[Placed, Bytes] = {}
-        self._kept: dict[int, Bytes] = {}
-        """By segment, what its backward pass needs beyond the values at its borders."""
+        self._activations = {one.name for one in graph.operations if one.shape is not None} | {graph.input}
+        self._sizes: dict[Placed, Bytes] = {}
+        self._held: dict[Placed | int, Bytes] = {}
+        """Values; and, by the number of a segment, what its backward pass needs beyond the values at its borders."""
         self._gradients: dict[Placed, Bytes] = {}
+        self._total = np.zeros(self._ranks)
+        """Of all that is held, gradients included."""
 
     def peak(self) -> Bytes:
         standing = self._weights() + self._staging()
         most = standing.copy()
         source = Placed(self._graph.input, master(self._ranks))
-        self._values[source] = self._size(source)
+        self._hold(source, self._size(source))
         for instruction in self._program.forward:
             if isinstance(instruction, Exchange):
                 if instruction.moves == "activation":
-                    self._values[instruction.target] = self._arrived(instruction)
+                    self._hold(instruction.target, self._arrived(instruction))
             else:
                 self._forward(instruction)
-            most = np.maximum(most, standing + self._held() + self._workspace(instruction))
+            most = np.maximum(most, standing + self._total + self._workspace(instruction))
         for one in self._program.backward:
             self._backward(one)
-            most = np.maximum(most, standing + self._held() + self._workspace(one))
+            most = np.maximum(most, standing + self._total + self._workspace(one))
             self._consumed(one)
         return most
 
@@ -81,10 +91,7 @@ class _Account:
         total = np.zeros(self._ranks)
         for one in self._program.parameters:
             spec = parameter_spec(one)
-            home, work = (
-                np.array([box.size for box in spec.boxes(layout)]) * spec.rest * float(self._itemsize)
-                for layout in (one.home, one.work)
-            )
+            home, work = (self._of(layout, spec) for layout in (one.home, one.work))
             apart = one.home != one.work
             trained = 1.0 if one.parameter.trained else 0.0
             total += home * (1 + trained * (1 + self._states)) + (work * (1 + trained) if apart else 0.0)
@@ -116,36 +123,44 @@ class _Account:
             if operation.noise is not None:
                 inside += size
             if step.output in outputs:
-                self._values[step.output] = size
+                self._hold(step.output, size)
             else:
                 inside += size
-        self._kept[instruction.segment] = inside
+        self._hold(instruction.segment, inside)
 
     def _backward(self, instruction: Compute | Exchange) -> None:
         """The gradients that come into being."""
         if isinstance(instruction, Exchange):
             if instruction.moves == "activation":
-                self._gradients[instruction.source] = self._size(instruction.source)
+                self._hold_gradient(instruction.source)
             return
         if instruction.gradients == "parameters":
             return
         for placed in instruction.inputs:
             if placed in self._program.gradients:
-                self._gradients[placed] = self._size(placed)
+                self._hold_gradient(placed)
 
     def _consumed(self, instruction: Compute | Exchange) -> None:
         """What is no longer needed after an instruction of the backward half."""
         if isinstance(instruction, Exchange):
-            self._gradients.pop(instruction.target, None)
+            self._release_gradient(instruction.target)
             return
         if instruction.gradients != "inputs":
-            self._kept.pop(instruction.segment, None)
+            self._total = self._total - self._held.pop(instruction.segment, 0.0)
             for placed in instruction.outputs:
-                self._gradients.pop(placed, None)
+                self._release_gradient(placed)
 
-    def _held(self) -> Bytes:
-        nothing = np.zeros(self._ranks)
-        return sum((*self._values.values(), *self._kept.values(), *self._gradients.values()), nothing)
+    def _hold(self, what: Placed | int, size: Bytes) -> None:
+        self._total = self._total + size - self._held.get(what, 0.0)
+        self._held[what] = size
+
+    def _hold_gradient(self, of: Placed) -> None:
+        size = self._size(of)
+        self._total = self._total + size - self._gradients.get(of, 0.0)
+        self._gradients[of] = size
+
+    def _release_gradient(self, of: Placed) -> None:
+        self._total = self._total - self._gradients.pop(of, 0.0)
 
     def _workspace(self, instruction: Compute | Exchange) -> Bytes:
         """What an operation needs for the time it runs.
@@ -166,7 +181,7 @@ class _Account:
                 and operation.convolution
             ):
                 divided = step.inputs[0].layout if step.output.layout.kind == "P" else step.output.layout
-                parts = np.array(divided.shares, dtype=float)
+                parts = divided.numbers
                 weights = sum(math.prod(one.shape) for one in operation.parameters) * self._itemsize
                 split = parts / parts.sum() if divided.kind == "K" else (parts > 0).astype(float)
                 inputs = sum((self._size(one) for one in step.inputs), np.zeros(self._ranks))
@@ -175,18 +190,16 @@ class _Account:
         return most
 
     def _arrived(self, exchange: Exchange) -> Bytes:
-        return self._of(exchange.spec.boxes(exchange.target.layout), exchange.spec.rest)
+        return self._of(exchange.target.layout, exchange.spec)
 
     def _size(self, placed: Placed) -> Bytes:
-        if placed.name != self._graph.input and self._is_no_activation(placed.name):
+        """0 for the moments of a BatchNorm and for what is no tensor of images; both are small."""
+        if placed.name not in self._activations:
             return np.zeros(self._ranks)
-        spec = activation_spec(self._graph, placed.name, self._batch_size)
-        return self._of(spec.boxes(placed.layout), spec.rest)
+        if placed not in self._sizes:
+            spec = activation_spec(self._graph, placed.name, self._batch_size)
+            self._sizes[placed] = self._of(placed.layout, spec)
+        return self._sizes[placed]
 
-    def _of(self, boxes: Sequence[Box], rest: int) -> Bytes:
-        return np.array([box.size for box in boxes], dtype=float) * rest * self._itemsize
-
-    def _is_no_activation(self, name: str) -> bool:
-        """Whether a value is moments of a BatchNorm or no tensor of images; both are small."""
-        known = name in {one.name for one in self._graph.operations}
-        return not known or self._graph[name].shape is None
+    def _of(self, layout: Layout, spec: TensorSpec) -> Bytes:
+        return layout.sizes(spec.images, spec.channels) * spec.rest * float(self._itemsize)

@@ -5,6 +5,8 @@ Many links can be tried at once: everything that depends on the link has an axis
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,6 +21,7 @@ from pipeline.plan.instructions import (
     Exchange,
     Instruction,
     Step,
+    Update,
     may_go_on,
 )
 from pipeline.plan.layouts import Layout
@@ -38,16 +41,24 @@ _PAIRWISE_RANKS = 48
 
 
 def predict_step(
-    graph: Graph, plan: Plan, costs: Costs, *, batch_size: int, itemsize: int = 4, links: Links | None = None
+    graph: Graph,
+    plan: Plan,
+    costs: Costs,
+    *,
+    batch_size: int,
+    itemsize: int = 4,
+    links: Links | None = None,
+    program: Program | None = None,
 ) -> Times:
     """Predicted time of one training step in s, (case); ``itemsize`` is the bytes per number of the model's type.
 
-    ``costs`` are those of the plan's ranks; without ``links`` those of the calibration count.
+    ``costs`` are those of the plan's ranks; without ``links`` those of the calibration count. ``program`` is that of
+    the plan, where it has been compiled already.
     """
     if plan.strategy == "ddp":
         over = links.with_software(costs) if links else Links.measured(costs)
         return predict_data_parallel(graph, costs, batch_size, itemsize, over)
-    program = compile_program(graph, plan, batch_size)
+    program = program or compile_program(graph, plan, batch_size)
     timeline = predict_timeline(graph, plan, program, costs, itemsize=itemsize, links=links)
     found: Times = np.nanmax(timeline, axis=(1, 2, 3))
     return found
@@ -66,39 +77,68 @@ def predict_timeline(
     return _Simulation(graph, plan, program, costs, itemsize, over).run()
 
 
-def compute_seconds(graph: Graph, plan: Plan, program: Program, instruction: Instruction, costs: Costs) -> Times:
-    """Time of a computation or of the update on each rank in s, (rank)."""
-    if not isinstance(instruction, Compute):
-        updated = _updated(program)
-        each = costs.update * (costs.update_alone if np.count_nonzero(updated) == 1 else 1.0)
-        return np.where(updated > 0, costs.update_overhead + updated * each, 0.0)
-    way = instruction.direction
-    total = costs.call[:, DIRECTIONS.index(way)].copy()
-    for step in instruction.steps:
-        if step.part in ("whole", "normalise"):
-            whole = step_seconds(graph, plan, step, way, program.batch_size, costs)
-            if len(instruction.ranks) == 1:
-                whole = whole * costs.alone_part(step.operation, way)
-            total += _part_of(instruction, costs.input_part_of(step.operation)) * whole
-    return total
+def busy_seconds(graph: Graph, plan: Plan, program: Program, costs: Costs) -> Times:
+    """Time of each computation and of the update on each rank in s, (instruction, rank); 0 for an exchange."""
+    instructions = program.instructions
+    busy = np.zeros((len(instructions), program.ranks))
+    steps: list[tuple[Step, Direction]] = []
+    places: list[int] = []
+    parts: list[float] = []
+    for place, instruction in enumerate(instructions):
+        if isinstance(instruction, Update):
+            busy[place] = _update_seconds(program, costs)
+        if not isinstance(instruction, Compute):
+            continue
+        way, ranks = instruction.direction, instruction.ranks
+        busy[place] = costs.call[:, DIRECTIONS.index(way)]
+        for step in instruction.steps:
+            if step.part in ("whole", "normalise"):
+                part = _part_of(instruction, costs.input_part_of(step.operation))
+                alone = costs.alone_part(step.operation, way)[ranks[0]] if len(ranks) == 1 else 1.0
+                steps.append((step, way))
+                places.append(place)
+                parts.append(part * float(alone))
+    if steps:
+        seconds = np.array(parts)[:, None] * step_seconds(graph, plan, steps, program.batch_size, costs)
+        computes, first = np.unique(places, return_index=True)  # they ascend
+        busy[computes] += np.add.reduceat(seconds, first, axis=0)
+    return busy
+
+
+def _update_seconds(program: Program, costs: Costs) -> Times:
+    updated = _updated(program)
+    each = costs.update * (costs.update_alone if np.count_nonzero(updated) == 1 else 1.0)
+    return np.where(updated > 0, costs.update_overhead + updated * each, 0.0)
 
 
 def _part_of(instruction: Compute, input_part: float) -> float:
     return {"all": 1.0, "inputs": input_part, "parameters": 1 - input_part}[instruction.gradients]
 
 
-def step_seconds(graph: Graph, plan: Plan, step: Step, direction: Direction, batch_size: int, costs: Costs) -> Times:
-    """Time of each rank's part of one operation in s, (rank)."""
-    fraction, images = _work(plan, step, batch_size)
-    stretch = costs.stretch[:, LAYOUTS.index(layout_of(plan, step))]
-    seconds = costs.seconds(step.operation, fraction, direction, images) * stretch
+def step_seconds(
+    graph: Graph, plan: Plan, steps: Sequence[tuple[Step, Direction]], batch_size: int, costs: Costs
+) -> Times:
+    """Time of each rank's part of operations in s, (step, rank)."""
+    ways = [way for _, way in steps]
+    work = [_work(plan, step, batch_size) for step, _ in steps]
+    fractions, images = (np.array(one) for one in zip(*work, strict=True))
+    stretch = costs.stretch.T[[LAYOUTS.index(layout_of(plan, step)) for step, _ in steps]]
+    seconds = costs.seconds([step.operation for step, _ in steps], ways, fractions, images)
+    first = [costs.segment_with(step.operation)[0] for step, _ in steps]
+    beyond = np.array([_beyond(graph, step, way, costs) for step, way in steps])
+    if beyond.any():
+        seconds = seconds + beyond[:, None] * costs.seconds(first, ways, fractions, images)
+    found: Times = seconds * stretch
+    return found
+
+
+def _beyond(graph: Graph, step: Step, way: Direction, costs: Costs) -> float:
+    """What part of its whole segment batch normalisation over a part of the images takes besides."""
     if step.part != "normalise":
-        return seconds
+        return 0.0
     segment = costs.segment_with(step.operation)
     normalised = sum(graph[name].effect is Effect.BATCHNORM for name in segment)
-    beyond = (costs.by_images_part(segment[0], direction) - 1) / normalised
-    found: Times = seconds + beyond * costs.seconds(segment[0], fraction, direction, images) * stretch
-    return found
+    return (costs.by_images_part(segment[0], way) - 1) / normalised
 
 
 class _Simulation:
@@ -122,6 +162,7 @@ class _Simulation:
 
     def run(self) -> Times:
         instructions = self._program.instructions
+        every = busy_seconds(self._graph, self._plan, self._program, self._costs)
         timeline = np.full((self._links.cases, len(instructions), self._program.ranks, 2), np.nan)
         for index, instruction in enumerate(instructions):
             self._complete(instruction)
@@ -137,7 +178,7 @@ class _Simulation:
                     self._free = np.maximum(self._free, end)
                 end = end[:, ranks]
             else:
-                busy = compute_seconds(self._graph, self._plan, self._program, instruction, self._costs)[ranks]
+                busy = every[index, ranks]
                 if isinstance(instruction, Compute):
                     resuming = self._costs.resuming[:, DIRECTIONS.index(instruction.direction)]
                     busy = busy + np.where(self._resumes, resuming, 0.0)[ranks]
@@ -166,7 +207,7 @@ class _Simulation:
             here = np.isin(np.arange(self._program.ranks), exchange.ranks)
             return self._free + np.where(here, self._handling / 2, 0.0)
         turns = self._turns(exchange, sends)
-        if self._links.alike and self._program.ranks > _PAIRWISE_RANKS:
+        if self._program.ranks > _PAIRWISE_RANKS:
             return self._in_sum(moved, unit, turns)
         return self._message_by_message(moved, unit, turns)
 
@@ -215,12 +256,13 @@ class _Simulation:
         return np.where(receives, np.maximum(end, ended), end)
 
     def _in_sum(self, moved: Traffic, unit: int, turns: Times) -> Times:
-        """Ports share their bandwidth fairly, so that what goes through one ends when all of it has."""
-        latency, per_byte = self._links.latency[:, :, 0], self._links.seconds_per_byte[:, :, 0]
-        (sent, out_size), (received, in_size) = moved.sent, moved.received
-        sends, receives = sent > 0, received > 0
-        latency = latency + turns.max()
-        leaving, arriving = out_size * unit * per_byte, in_size * unit * per_byte
+        """Ports share their bandwidth fairly, so that what goes through one ends when all of it has.
+
+        Where links differ, every message waits for the longest latency to its receiver.
+        """
+        sends, receives = moved.sent[0] > 0, moved.received[0] > 0
+        latency = self._links.longest_latency + turns.max()
+        leaving, arriving = self._port_seconds(moved, unit)
         begin = np.where(sends, np.maximum(self._free, self._egress), -np.inf)
         leaves = begin + leaving
         self._egress = np.where(sends, leaves, self._egress)
@@ -233,6 +275,15 @@ class _Simulation:
         self._ingress = np.where(receives, ended, self._ingress)
         end = np.where(sends, leaves + self._handling / 2, self._free)
         return np.where(receives, np.maximum(end, ended), end)
+
+    def _port_seconds(self, moved: Traffic, unit: int) -> tuple[Times, Times]:
+        """For how long the messages occupy each sender's and each receiver's port in s, both (case, rank)."""
+        per_byte = self._links.seconds_per_byte
+        if self._links.alike:
+            return moved.sent[1] * unit * per_byte[:, :, 0], moved.received[1] * unit * per_byte[:, :, 0]
+        crowded = np.count_nonzero(moved.sent[0]) >= CROWD
+        leaving, arriving = moved.over(per_byte, self._costs.crowding if crowded else np.ones(self._program.ranks))
+        return leaving * unit, arriving * unit
 
 
 def _latest(moved: Traffic, times: Times) -> Times:
@@ -258,10 +309,10 @@ def _work(plan: Plan, step: Step, batch_size: int) -> tuple[Times, Times]:
     """Each rank's part of an operation: of its kernels or input channels, and for how many images; both (rank)."""
     if _is_by_images(step):
         assert step.output is not None
-        images = np.array(step.output.layout.shares, dtype=float)
+        images = step.output.layout.numbers
         return (images > 0).astype(float), images
-    layout = plan[step.operation].divided
-    return _parts(layout), np.full(len(layout.shares), float(batch_size))
+    parts = _parts(plan[step.operation].divided)
+    return parts, np.full(len(parts), float(batch_size))
 
 
 def layout_of(plan: Plan, step: Step) -> Shared:
@@ -277,5 +328,5 @@ def _is_by_images(step: Step) -> bool:
 
 
 def _parts(layout: Layout) -> Times:
-    shares = np.array(layout.shares, dtype=float)
+    shares = layout.numbers
     return shares / shares.sum() if layout.kind in ("K", "B") else (shares > 0).astype(float)

@@ -80,6 +80,7 @@ class _Compiler:
         self.segments = 0
         self.differentiable = frozenset(one.name for one in graph.operations if one.differentiable)
         self.parameters: dict[str, ParameterPlan] = {}
+        self.scaled: dict[str, OperationPlan] = {}
 
     def compile(self) -> Program:
         outputs = self.place_all()
@@ -165,8 +166,11 @@ class _Compiler:
 
     def _scaled_plan(self, name: str) -> OperationPlan:
         """The plan of an operation, with images split anew where this batch is of another size than planned."""
-        planned = self.plan[name]
-        return replace(planned, input=self._scaled(planned.input), output=self._scaled(planned.output))
+        if name not in self.scaled:
+            planned = self.plan[name]
+            inner, outer = self._scaled(planned.input), self._scaled(planned.output)
+            self.scaled[name] = replace(planned, input=inner, output=outer)
+        return self.scaled[name]
 
     def _scaled(self, layout: Layout) -> Layout:
         if layout.kind != "B" or sum(layout.shares) == self.batch_size:
@@ -243,7 +247,9 @@ class _Compiler:
             written = step.inputs[0]
             return made.get(written, False) and last[written] == place and written not in outputs
 
-        steps = (replace(step, in_place=may_write(place, step)) for place, step in enumerate(segment.steps))
+        steps = (
+            replace(step, in_place=True) if may_write(place, step) else step for place, step in enumerate(segment.steps)
+        )
         return replace(segment, outputs=outputs, steps=tuple(steps))
 
     def _is_fresh(self, step: Step) -> bool:

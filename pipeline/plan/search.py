@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph, Operation
 from pipeline.plan.costs import Costs
-from pipeline.plan.fitting import PlanWith, check_memory, fits, is_scarce, most_within_memory
+from pipeline.plan.fitting import PlanWith, check_memory, fits, is_scarce, most_within_memory, needed_memory
 from pipeline.plan.link_cases import Links
 from pipeline.plan.plan import OperationPlan, Plan, Strategy
 from pipeline.plan.prediction import predict_step
+from pipeline.plan.program import compile_program
 from pipeline.plan.shares import Most
 from pipeline.plan.strategies import (
     Kind,
@@ -44,8 +45,9 @@ _EXHAUSTIVE = 200
 """Up to so many combinations of kinds all are tried."""
 _SETS_SEARCHED = 2
 """Of a small number of devices; of a large one the layers are searched for the best set alone."""
-_WORK = 400_000
-"""The search predicts as many plans as make about this much work, in operations times ranks."""
+_WORK, _RANKS_AT_ONCE = 240_000, 8
+"""The search predicts as many plans as make about this much work, in operations times ranks, beside so many that cost
+next to nothing more."""
 _LEAST_TRIES, _MOST_TRIES = 8, 200
 _SMALL_SET = 8
 """Up to so many devices, any one may be left out."""
@@ -91,6 +93,7 @@ class _Search:
         self._scarce = is_scarce(graph, costs, batch_size, itemsize=itemsize)
         self._splits: dict[tuple[int, ...], tuple[Split, tuple[int, ...]]] = {}
         self._limits: dict[tuple[Strategy, tuple[int, ...]], Most | None] = {}
+        self._tried: dict[tuple[tuple[int, ...], tuple[OperationPlan, ...]], float] = {}
         self._best: tuple[float, Plan] | None = None
         self._best_uniform: tuple[float, Plan] | None = None
         self.times = np.full(1 if links is None else links.cases, np.inf)
@@ -98,9 +101,7 @@ class _Search:
 
     def best(self, doubt: float = 0.0) -> Plan:
         everyone = tuple(range(self._costs.devices))
-        for device in everyone if self._scarce else ():
-            self._try(self._uniform("single", (device,)))
-        self._try(self._uniform("single", everyone))
+        self._try(self._single())
         found = []
         for devices in _device_sets(self._costs, self._batch_size):
             strategies = UNIFORM[1:] if devices == everyone else ("kernel", "batch")
@@ -121,13 +122,23 @@ class _Search:
         return self._best[1]
 
     def _try(self, plan: Plan) -> float:
-        """Predicted step time of a plan in s, the mean over the cases; the best so far is kept."""
-        if self._scarce and not fits(self._graph, plan, self._costs, itemsize=self._itemsize):
+        """Predicted step time of a plan in s, the mean over the cases; the best so far is kept.
+
+        Plans that come to the same, by whatever strategy, are predicted once.
+        """
+        same = plan.devices, plan.operations
+        if same not in self._tried:
+            self._tried[same] = self._predicted(plan)
+        return self._tried[same]
+
+    def _predicted(self, plan: Plan) -> float:
+        program = compile_program(self._graph, plan, self._batch_size)
+        if self._scarce and not fits(self._graph, plan, self._costs, itemsize=self._itemsize, program=program):
             return np.inf
         links = self._links and self._links.of(plan.devices)
         costs = self._costs.only(plan.devices)
         times = predict_step(
-            self._graph, plan, costs, batch_size=self._batch_size, itemsize=self._itemsize, links=links
+            self._graph, plan, costs, batch_size=self._batch_size, itemsize=self._itemsize, links=links, program=program
         )
         self.times = np.minimum(self.times, times)
         mean = float(np.exp(np.log(times).mean()))  # geometric: no case outweighs another
@@ -141,6 +152,14 @@ class _Search:
         limited = strategy in ("kernel", "batch")
         plan = self._plan_with(strategy, devices)(most=self._most(strategy, devices) if limited else None)
         return replace(plan, devices=tuple(devices[rank] for rank in plan.devices))
+
+    def _single(self) -> Plan:
+        """The fastest device alone, of those that can hold the network where any can."""
+        devices = tuple(range(self._costs.devices))
+        if self._scarce:
+            need = needed_memory(self._graph, self._uniform("single", devices), itemsize=self._itemsize)[0]
+            devices = tuple(np.flatnonzero(self._costs.memory_left >= need).tolist()) or devices
+        return self._uniform("single", devices)
 
     def _plan_with(self, strategy: Strategy, devices: tuple[int, ...], batch_size: int | None = None) -> PlanWith:
         return functools.partial(
@@ -192,21 +211,19 @@ class _Search:
 
     def _search_layers(self, devices: tuple[int, ...]) -> None:
         tried: dict[tuple[Kind, ...], float] = {}
-        known: dict[tuple[OperationPlan, ...], float] = {}  # by what it comes to: there may be no input to be split
+        before = len(self._tried)
 
         def time_of(kinds: tuple[Kind, ...]) -> float:
             if kinds not in tried:
-                plan = self._mixed(dict(zip(self._layers, kinds, strict=True)), devices)
-                if plan.operations not in known:
-                    known[plan.operations] = self._try(plan)
-                tried[kinds] = known[plan.operations]
+                tried[kinds] = self._try(self._mixed(dict(zip(self._layers, kinds, strict=True)), devices))
             return tried[kinds]
 
         if math.prod(len(one) for one in self._kinds) <= _EXHAUSTIVE:
             for kinds in product(*self._kinds):
                 time_of(kinds)
             return
-        tries = min(_MOST_TRIES, max(_LEAST_TRIES, _WORK // (len(self._graph.operations) * len(devices))))
+        work = len(self._graph.operations) * (len(devices) + _RANKS_AT_ONCE)
+        tries = min(_MOST_TRIES, max(_LEAST_TRIES, _WORK // work))
         for kinds in _two_parts(len(self._layers), tries // 2):
             time_of(kinds)
         time_of(self._with_sums(min(tried, key=lambda kinds: tried[kinds])))
@@ -216,7 +233,7 @@ class _Search:
         while improved:
             improved = False
             for kinds in self._neighbours(current):
-                if len(known) >= tries:
+                if len(self._tried) - before >= tries:
                     return
                 if time_of(kinds) < tried[current]:
                     current, improved = kinds, True
@@ -247,10 +264,10 @@ def _narrows(graph: Graph, layer: Operation) -> bool:
 
 
 def _device_sets(costs: Costs, batch_size: int) -> Iterator[tuple[int, ...]]:
-    """Sets of two devices and more: all, the fastest few, and, of a small number, all but one."""
+    """Sets of two devices and more: all, the fastest few (2, 4, 16, ... of many), and, of a few, all but one."""
     order = [int(device) for device in np.argsort(-costs.throughputs(batch_size), kind="stable")]
-    sizes = range(2, costs.devices + 1)
-    found = {tuple(sorted(order[:size])) for size in sizes if costs.devices <= _SMALL_SET or size & (size - 1) == 0}
+    sizes = range(2, costs.devices + 1) if costs.devices <= _SMALL_SET else (2, *(4**power for power in range(1, 16)))
+    found = {tuple(sorted(order[:size])) for size in sizes if size <= costs.devices}
     everyone = tuple(range(costs.devices))
     if costs.devices > 1:
         found.add(everyone)

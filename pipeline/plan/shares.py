@@ -71,10 +71,10 @@ def balanced(
         middle = (low + high) / 2
         if not low < middle < high:
             break
-        if np.minimum(curves.most_kernels(middle), most).sum() >= total:
-            high = middle
-        else:
-            low = middle
+        over = int(np.minimum(curves.most_kernels(middle), most).sum()) - total
+        low, high = (low, middle) if over >= 0 else (middle, high)
+        if over == 0:  # an earlier finish could but take from these shares
+            break
     share = np.minimum(curves.most_kernels(high), most)
     if share.sum() > total + devices:  # many on the flat beginning of their curves: none of them needs so many
         return proportional(total, list(share))

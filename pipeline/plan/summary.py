@@ -119,17 +119,16 @@ def _rows(
     program = compile_program(graph, plan, plan.batch_size)
     timeline = predict_timeline(graph, plan, program, costs, itemsize=itemsize, links=links)[0]
     moved, waited = _exchanged(graph, program, timeline, itemsize)
-    rows = []
+    rows, times = [], _times_of(program, plan, graph, costs)
     for operation in graph.operations:
         planned = plan[operation.name]
-        times = _times_of(operation.name, program, plan, graph, costs)
         kinds = dict.fromkeys((planned.input.kind, planned.output.kind))
         rows.append(
             Row(
                 operation=operation.name,
                 layouts=" → ".join(kinds),
                 shares=planned.divided.shares,
-                seconds=tuple(times),
+                seconds=tuple(times[operation.name]),
                 exchanged_bytes=moved.get(operation.name, 0.0),
                 exchange_seconds=waited.get(operation.name, 0.0),
             )
@@ -141,14 +140,14 @@ def _rows(
     return tuple(rows), np.nansum(spent, axis=0), on_master
 
 
-def _times_of(name: str, program: Program, plan: Plan, graph: Graph, costs: Costs) -> NDArray[np.float64]:
-    total = np.zeros(program.ranks)
-    for one in program.forward:
-        if isinstance(one, Compute):
-            for step in one.steps:
-                if step.operation == name and step.part in ("whole", "normalise"):
-                    for way in _WAYS:
-                        total += step_seconds(graph, plan, step, way, program.batch_size, costs)
+def _times_of(program: Program, plan: Plan, graph: Graph, costs: Costs) -> dict[str, NDArray[np.float64]]:
+    """How long each rank computes for each operation in s, forward and backward, (rank)."""
+    computes = (one for one in program.forward if isinstance(one, Compute))
+    counting = [step for one in computes for step in one.steps if step.part in ("whole", "normalise")]
+    steps = [(step, way) for step in counting for way in _WAYS]
+    total = {operation.name: np.zeros(program.ranks) for operation in graph.operations}
+    for (step, _), seconds in zip(steps, step_seconds(graph, plan, steps, program.batch_size, costs), strict=True):
+        total[step.operation] += seconds
     return total
 
 

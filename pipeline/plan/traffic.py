@@ -6,7 +6,7 @@ The sizes follow from the layouts alone, as those of ``pipeline.plan.layouts.mes
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ class Traffic:
     pairs: tuple[NDArray[np.int_], NDArray[np.int_], Numbers] | None = None
     """Where the factors do not say it: sender, receiver and size of every message."""
 
-    @property
+    @cached_property
     def matrix(self) -> Numbers:
         """(sender, receiver); 0 where no message travels."""
         if self.pairs is None:
@@ -37,25 +37,40 @@ class Traffic:
         np.add.at(sizes, self.pairs[:2], self.pairs[2])
         return sizes
 
-    @property
+    @cached_property
     def sent(self) -> tuple[Numbers, Numbers]:
         """Number of messages and size of all that each rank sends, both (rank)."""
         if self.pairs is not None:
             return self._of_pairs(self.pairs[0])
         return _others(self.given > 0, self.taken > 0), _others(self.given, self.taken)
 
-    @property
+    @cached_property
     def received(self) -> tuple[Numbers, Numbers]:
         """Number of messages and size of all that each rank receives, both (rank)."""
         if self.pairs is not None:
             return self._of_pairs(self.pairs[1])
         return _others(self.taken > 0, self.given > 0), _others(self.taken, self.given)
 
-    @property
+    @cached_property
     def transposed(self) -> Traffic:
         """The same messages the other way."""
         pairs = None if self.pairs is None else (self.pairs[1], self.pairs[0], self.pairs[2])
         return Traffic(self.taken, self.given, pairs)
+
+    def over(self, per_pair: Numbers, of_sender: Numbers) -> tuple[Numbers, Numbers]:
+        """What all that each rank sends, and receives, sums up to, where it counts ``per_pair`` times ``of_sender``.
+
+        Both are (case, rank); ``per_pair`` is (case, sender, receiver), ``of_sender`` (sender).
+        """
+        if self.pairs is None:
+            given, same = of_sender * self.given, np.diagonal(per_pair, axis1=1, axis2=2)
+            return given * (per_pair @ self.taken - same * self.taken), self.taken * (given @ per_pair - same * given)
+        sender, receiver, sizes = self.pairs
+        sent, received = np.zeros(per_pair.shape[:2]), np.zeros(per_pair.shape[:2])
+        for case, one in enumerate(per_pair[:, sender, receiver] * sizes * of_sender[sender]):
+            np.add.at(sent[case], sender, one)
+            np.add.at(received[case], receiver, one)
+        return sent, received
 
     def _of_pairs(self, ranks: NDArray[np.int_]) -> tuple[Numbers, Numbers]:
         assert self.pairs is not None
@@ -89,12 +104,12 @@ def traffic(source: Layout, target: Layout, images: int, channels: int) -> Traff
         return traffic(target.adjoint, source.adjoint, images, channels).transposed
     if source.kind in ("M", "R"):
         first = source.holders[0]
-        wanted = _sizes(target, images, channels) * (_flags(source) == 0)
+        wanted = target.sizes(images, channels) * (_flags(source) == 0)
         return Traffic(_only(first, ranks), wanted)
     if target.kind in ("M", "R"):
-        return Traffic(_sizes(source, images, channels), _flags(target))
+        return Traffic(source.sizes(images, channels), _flags(target))
     if source.kind != target.kind:
-        return Traffic(np.array(source.shares, dtype=float), np.array(target.shares, dtype=float))
+        return Traffic(source.numbers, target.numbers)
     return _reshared(source, target, channels if source.kind == "B" else images)
 
 
@@ -111,20 +126,13 @@ def _reshared(source: Layout, target: Layout, other_extent: int) -> Traffic:
 
 
 def _flags(layout: Layout) -> Numbers:
-    return (np.array(layout.shares) > 0).astype(float)
+    return (layout.numbers > 0).astype(float)
 
 
 def _only(rank: int, ranks: int) -> Numbers:
     flags = np.zeros(ranks)
     flags[rank] = 1
     return flags
-
-
-def _sizes(layout: Layout, images: int, channels: int) -> Numbers:
-    """Size of every rank's box."""
-    if layout.kind in ("M", "R"):
-        return _flags(layout) * float(images * channels)
-    return np.array(layout.shares) * float(images if layout.kind == "K" else channels)
 
 
 @lru_cache(maxsize=4096)

@@ -6,16 +6,20 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy.optimize import isotonic_regression
 
 from pipeline.graph.trace import trace
 from pipeline.networks import network
-from pipeline.plan.costs import Costs
+from pipeline.plan.costs import Costs, _rising
 from tests import synthetic
 
 
 def _seconds(costs: Costs, operation: str, share: float, images: float) -> float:
     """Forward time of the first device in s."""
-    return float(costs.seconds(operation, np.full(2, share), "forward", np.full(2, images))[0])
+    return float(costs.seconds([operation], ["forward"], np.full((1, 2), share), np.full((1, 2), images))[0, 0])
 
 
 @pytest.fixture
@@ -49,6 +53,17 @@ def test_a_curve_never_falls_over_the_share(calibration: xr.Dataset) -> None:
     forward = [_seconds(Costs.of(noisy), "conv2", share, 32) for share in (0.5, 0.99)]
     assert forward == pytest.approx([1.5, 1.5])
     assert _seconds(Costs.of(noisy), "conv2", 1.0, 32) == pytest.approx(1.0)  # who has all divides nothing
+
+
+@given(arrays(float, (2, 3, 5, 2), elements=st.floats(0.1, 10) | st.just(np.nan)))
+def test_rising_curves_are_the_isotonic_regression_of_what_was_measured(values: np.ndarray) -> None:
+    risen = _rising(values)
+    for place in np.ndindex(2, 3, 2):
+        one, found = (curves[place[0], place[1], :, place[2]] for curves in (values, risen))
+        there = np.isfinite(one)
+        np.testing.assert_array_equal(np.isfinite(found), there)
+        if there.any():
+            np.testing.assert_allclose(found[there], isotonic_regression(one[there]).x)
 
 
 def test_one_number_of_images_is_taken_in_proportion(calibration: xr.Dataset) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from itertools import product
 
@@ -148,3 +149,9 @@ def test_shares_that_do_not_add_up_print_the_equation(extent: int) -> None:
 def test_impossible_shares_are_refused(kind: str, shares: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match="layout"):
         Layout(kind, shares)  # type: ignore[arg-type]
+
+
+def test_a_layout_that_travels_has_no_hash_of_another_process() -> None:
+    layout = Layout("K", (3, 0, 5))
+    assert {layout: "known"}[pickle.loads(pickle.dumps(layout))] == "known"
+    assert hash(layout) not in vars(pickle.loads(pickle.dumps(layout))).values()

@@ -90,11 +90,15 @@ def test_cases_are_independent_of_each_other(graph: Graph) -> None:
         np.testing.assert_allclose(together[case], alone[0])
 
 
+@pytest.mark.parametrize("alike", [True, False], ids=["alike", "unlike"])
 @pytest.mark.parametrize("strategy", ["paper", "kernel", "batch"])
 def test_sums_over_messages_agree_with_following_each(
-    graph: Graph, strategy: str, monkeypatch: pytest.MonkeyPatch
+    graph: Graph, strategy: str, alike: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     links = Links.uniform(np.array([1e-4]), np.array([1e8]))
+    if not alike:
+        between = np.random.default_rng(0).uniform(0.5, 1.5, (1, 6, 6))
+        links = Links(links.latency * between, links.seconds_per_byte * between)
     followed, _ = _timeline(graph, strategy, 6, links)
     monkeypatch.setattr(prediction, "_PAIRWISE_RANKS", 1)
     summed, _ = _timeline(graph, strategy, 6, links)
@@ -205,7 +209,7 @@ def test_batch_normalisation_takes_longer_where_the_images_are_on_several_device
                        and any(step.operation == "_1" and step.part != "moments" for step in one.steps)]  # fmt: skip
         assert normalising
         more = float(np.sum(after[normalising] - before[normalising]))
-        both = [costs.seconds("_1", np.ones(2), way, np.full(2, BATCH / 2)) for way in DIRECTIONS]
+        both = costs.seconds(["_1", "_1"], DIRECTIONS, np.ones((2, 2)), np.full((2, 2), BATCH / 2))
         assert more == pytest.approx((factor - 1) * float(np.sum(both)), abs=1e-9)
         rest = np.setdiff1d(np.arange(len(instructions)), normalising)
         assert after[rest] == pytest.approx(before[rest], nan_ok=True)

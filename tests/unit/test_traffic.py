@@ -38,6 +38,10 @@ def test_traffic_is_the_sum_of_the_messages(data: st.DataObject, images: int, ch
     np.testing.assert_array_equal(moved.matrix, expected)
     np.testing.assert_array_equal(moved.sent[1], expected.sum(axis=1))
     np.testing.assert_array_equal(moved.received[1], expected.sum(axis=0))
+    random = np.random.default_rng(images)
+    per_pair, of_sender = random.uniform(1, 2, (2, RANKS, RANKS)), random.uniform(1, 2, RANKS)
+    each = expected * per_pair * of_sender[:, None]
+    np.testing.assert_allclose(moved.over(per_pair, of_sender), (each.sum(axis=2), each.sum(axis=1)), atol=1e-12)
     np.testing.assert_array_equal(moved.sent[0] > 0, count.sum(axis=1) > 0)
     np.testing.assert_array_equal(moved.received[0] > 0, count.sum(axis=0) > 0)
     np.testing.assert_array_equal(moved.transposed.matrix, expected.T)
