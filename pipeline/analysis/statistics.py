@@ -84,8 +84,13 @@ def device_count(timing: xr.Dataset) -> xr.DataArray:
 
 
 def device_throughput(timing: xr.Dataset) -> xr.DataArray:
-    """Calibrated throughput of each device on its own in images/s, (network, batch_size, device_set, device)."""
-    return timing["device_throughput"].median(["link", "strategy"], keep_attrs=True)
+    """Calibrated throughput of each device on its own in images/s, (network, batch_size, device_set, device).
+
+    A cell has it by the ranks of its plan, so those of all devices count, where there are any.
+    """
+    each = timing["device_throughput"]
+    of_all = each.notnull().sum("device") == device_count(timing)
+    return each.where(of_all | ~of_all.any(["link", "strategy"])).median(["link", "strategy"], keep_attrs=True)
 
 
 def prediction_error(timing: xr.Dataset) -> xr.DataArray:

@@ -63,17 +63,22 @@ def choice_finding(timing: xr.Dataset) -> str:
     answer = (
         f"``auto`` takes {min(ratios):.2f} to {max(ratios):.2f} times the step of the fastest other strategy, "
         f"{np.median(ratios):.2f} in the median; in {above or 'none'} of {len(rows)} places more than {TOLERATED:g} "
-        f"times, in {len(over) or 'none'} beyond the spread of the repetitions. In {same or 'none'} it ran the very "
-        f"plan of the fastest. {once or 'None'} had one round, whose interval holds nothing of what differs between "
-        "launches."
+        f"times, in {len(over) or 'none'} beyond the spread of the repetitions. "
+        + (f"In {same} it took the very plan of the fastest, which was timed once for both. " if same else "")
+        + f"{once or 'None'} had one round, whose interval holds nothing of what differs between launches."
     )
     each = (
         f"On {named(row.device_set)} it takes {row.ratio:.2f} times (95 % interval {row.low:.2f} to {row.high:.2f}) as "
-        f"long as ``{row.fastest}``, having chosen {'a mix' if row.chosen == 'auto' else f'``{row.chosen}``'}: "
-        f"{row.network}, batch {row.batch_size}, {row.link}{', the same plan' if row.same else ''}."
+        f"long as ``{row.fastest}``{_having_chosen(row.chosen)}: "
+        f"{row.network}, batch {row.batch_size}, {row.link}."
         for row in over
     )
     return listed([answer, *each], "")
+
+
+def _having_chosen(plan: str) -> str:
+    """In words; older stores do not tell."""
+    return {"": "", "auto": ", having chosen a mix"}.get(plan, f", having chosen ``{plan}``")
 
 
 def _finite(values: xr.DataArray) -> npt.NDArray[np.float64]:

@@ -21,7 +21,7 @@ from pipeline.results.contracts import validate_calibration
 from pipeline.results.provenance import versions_text
 from pipeline.results.stores import open_zip, write_zip
 
-_FORMAT = 14
+_FORMAT = 15
 """To be raised when the way of measuring changes, so that what was measured otherwise is not used."""
 
 Curves = Mapping[str, xr.Dataset]
@@ -50,19 +50,25 @@ def cached(
     """The calibration in `folder` of the same segments on the same devices; else what `measure` gives, which is kept.
 
     `names` and `works`, the geometry, are those of the segments. Devices are the same if their threads, hardware and
-    memory are; the numbers of images, the shares and the versions of the software have to be, too. `measure` is given
-    the curves of those segments that other networks in `folder` have; `force` measures in any case, and everything. A
-    folder that cannot be written is no error.
+    memory are, and as many of them share a host; the numbers of images, the shares and the versions of the software
+    have to be, too. `measure` is given the curves of those segments that other networks in `folder` have; `force`
+    measures in any case, and everything. An incomplete calibration is not kept. A folder that cannot be written is no
+    error.
     """
-    devices = [(member.device.label, member.device.threads, member.hardware, member.memory) for member in members]
+    hosts = list(dict.fromkeys(member.host for member in members))
+    devices = [
+        (member.device.label, member.device.threads, member.hardware, member.memory, hosts.index(member.host))
+        for member in members
+    ]
     alike = _hashed([_FORMAT, devices, list(images), list(fractions), versions_text()])
     path = folder / f"{alike}-{_hashed([list(names), list(works)])}.zarr.zip"
     if path.exists() and not force:
         with contextlib.suppress(InputError):  # one that cannot be read is measured anew
             return open_zip(path, validate_calibration).assign_attrs(cached=str(path))
     found = measure({} if force else _curves(folder.glob(f"{alike}-*.zarr.zip"), works))
-    with contextlib.suppress(OSError):
-        write_zip(found, path)
+    if not found.attrs.get("incomplete", 0):
+        with contextlib.suppress(OSError):
+            write_zip(found, path)
     return found
 
 

@@ -159,7 +159,7 @@ def _with_probes(
             CalibrationWarning,
             stacklevel=2,
         )
-        return dataset
+        return dataset.assign_attrs(incomplete=1)
     made = dataset.sizes["repetition"]
     dataset["probe_step_time"] = ("probe", "repetition"), _padded(found[0].steps, made, axis=1)
     busy = _padded(np.stack([one.busy for one in found], axis=1), made, axis=2)

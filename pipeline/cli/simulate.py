@@ -48,7 +48,9 @@ def simulate(
     describe: Annotated[
         list[str] | None,
         typer.Option(
-            "--describe", metavar="NAME=GFLOPS", help="A device that is not there, by the GFLOP/s it reaches; repeat."
+            "--describe",
+            metavar="NAME=GFLOPS",
+            help="A device that is not there, by its GFLOP/s, as gpu=20000 or, with its memory, gpu[24GiB]=20000.",
         ),
     ] = None,
     scheduler: SchedulerOption = None,
@@ -130,7 +132,7 @@ def _emulated_sets(calibrations: dict[str, list[xr.Dataset]]) -> list[str]:
 def _described(texts: list[str]) -> dict[str, float]:
     found = {}
     for text in texts:
-        name, _, gflops = text.partition("=")
+        name, _, gflops = text.rpartition("=")
         try:
             found[name.strip()] = float(gflops)
         except ValueError:
@@ -148,6 +150,6 @@ def _show(simulated: xr.Dataset) -> None:
     for index, name in enumerate(simulated.device_set.values[:_SHOWN]):
         times = one.isel(device_set=index)
         if not times.notnull().any():
-            continue  # not planned: its devices were not calibrated for this network
+            continue  # its devices were not calibrated for this network, or cannot hold it
         best = times.isel(strategy=int(np.argmin(times.values)))
         print(f"  {name}: {best.strategy.item()}, {float(best):.4g} s per step")

@@ -55,6 +55,13 @@ def fits(graph: Graph, plan: Plan, costs: Costs, *, itemsize: int = 4, program: 
     return bool((needed_memory(graph, plan, itemsize=itemsize, program=program) <= limits).all())
 
 
+def able_alone(graph: Graph, costs: Costs, batch_size: int, *, itemsize: int = 4) -> tuple[int, ...]:
+    """The devices that can hold the whole network; all of them where none can."""
+    alone = plan_network(graph, "single", batch_size=batch_size, labels=("alone",))
+    need = needed_memory(graph, alone, itemsize=itemsize)[0]
+    return tuple(np.flatnonzero(costs.memory_left >= need).tolist()) or tuple(range(costs.devices))
+
+
 def most_within_memory(graph: Graph, plan_with: PlanWith, costs: Costs, *, itemsize: int = 4) -> Most | None:
     """What fraction each rank can hold, found by bisection for one rank at a time, while the others share the rest.
 

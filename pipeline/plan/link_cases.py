@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,12 +63,6 @@ class Links:
     def cases(self) -> int:
         """Number of cases."""
         return len(self.latency)
-
-    @cached_property
-    def longest_latency(self) -> Times:
-        """The longest latency to each receiver in s, (case, receiver), or (case, 1) where all pairs are alike."""
-        found: Times = self.latency.max(axis=1)
-        return found
 
     @property
     def alike(self) -> bool:

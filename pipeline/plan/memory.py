@@ -33,25 +33,24 @@ def predict_memory(
     *,
     itemsize: int = 4,
     states: int = SGD_STATES,
-    batch_size: int | None = None,
     program: Program | None = None,
 ) -> Bytes:
     """Most memory of one training step in bytes, (rank), beyond that of the processes.
 
     ``states`` are the numbers that the optimiser keeps per weight. Under ``ddp`` every rank has all of the network.
-    ``program`` is that of the plan for this batch, where it has been compiled already.
+    ``program`` is that of the plan, where it has been compiled already.
     """
-    images = batch_size or plan.batch_size
     if plan.strategy == "ddp":
-        alone = plan_network(graph, "single", batch_size=-(-images // plan.ranks), labels=plan.labels[:1])
-        weights = sum(math.prod(one.shape) for op in graph.operations for one in op.parameters if one.trained)
+        alone = plan_network(graph, "single", batch_size=-(-plan.batch_size // plan.ranks), labels=plan.labels[:1])
+        trained = {one.name: one.shape for op in graph.operations for one in op.parameters if one.trained}
+        weights = sum(math.prod(shape) for shape in trained.values())
         # Its buckets are a second copy of all gradients.
         return np.full(
             plan.ranks,
             _Account(graph, alone, itemsize, states, compile_program(graph, alone, alone.batch_size)).peak()[0]
             + weights * itemsize,
         )
-    return _Account(graph, plan, itemsize, states, program or compile_program(graph, plan, images)).peak()
+    return _Account(graph, plan, itemsize, states, program or compile_program(graph, plan, plan.batch_size)).peak()
 
 
 class _Account:

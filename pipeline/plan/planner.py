@@ -15,7 +15,7 @@ from pipeline.errors import InputError
 from pipeline.graph.trace import Graph, trace
 from pipeline.plan.checks import check_calibration
 from pipeline.plan.costs import Costs
-from pipeline.plan.fitting import check_memory, is_scarce, most_within_memory
+from pipeline.plan.fitting import able_alone, check_memory, is_scarce, most_within_memory
 from pipeline.plan.link_cases import Links
 from pipeline.plan.plan import STRATEGIES, Plan, Strategy
 from pipeline.plan.prediction import predict_step
@@ -67,27 +67,36 @@ def plan_graph(
     else:
         if strategy == "auto":
             strategy = "single" if len(labels) == 1 else "kernel"
-        plan = _uniform(graph, strategy, batch_size, labels, costs, shares, itemsize)
+        plan = uniform_plan(graph, strategy, batch_size, labels, costs, shares, itemsize)
         if costs is not None and is_scarce(graph, costs, batch_size, itemsize=itemsize):
 
             def smaller(size: int) -> Plan:
-                return _uniform(graph, strategy, size, labels, costs, shares, itemsize)
+                return uniform_plan(graph, strategy, size, labels, costs, shares, itemsize)
 
             check_memory(graph, plan, costs, smaller=smaller, itemsize=itemsize)
     channels_last = costs is not None and costs.channels_last and plan.strategy != "ddp"
     return replace(plan, graph=graph, channels_last=channels_last)
 
 
-def _uniform(
+def uniform_plan(
     graph: Graph,
     strategy: Strategy,
     batch_size: int,
     labels: Sequence[str],
     costs: Costs | None,
-    shares: Shares | None,
-    itemsize: int,
+    shares: Shares | None = None,
+    itemsize: int = 4,
 ) -> Plan:
-    """The plan of any strategy but ``auto``, with shares that the devices can hold where the strategy chooses them."""
+    """The plan of any strategy but ``auto``, for what the devices can hold where the strategy chooses.
+
+    ``kernel`` and ``batch`` choose the shares, ``single`` the device. Where nothing that may be chosen fits, the plan
+    does not.
+    """
+    if strategy == "single" and costs is not None and is_scarce(graph, costs, batch_size, itemsize=itemsize):
+        devices = able_alone(graph, costs, batch_size, itemsize=itemsize)
+        named = [labels[device] for device in devices]
+        alone = plan_network(graph, strategy, batch_size=batch_size, labels=named, costs=costs.only(devices))
+        return replace(alone, devices=tuple(devices[rank] for rank in alone.devices))
     plan_with = functools.partial(plan_network, graph, strategy, batch_size=batch_size, labels=labels, costs=costs)
     chosen = costs is not None and shares is None and strategy in ("kernel", "batch")
     if costs is None or not chosen or not is_scarce(graph, costs, batch_size, itemsize=itemsize):

@@ -99,7 +99,7 @@ def busy_seconds(graph: Graph, plan: Plan, program: Program, costs: Costs) -> Ti
                 places.append(place)
                 parts.append(part * float(alone))
     if steps:
-        seconds = np.array(parts)[:, None] * step_seconds(graph, plan, steps, program.batch_size, costs)
+        seconds = np.array(parts)[:, None] * operation_seconds(graph, plan, steps, program.batch_size, costs)
         computes, first = np.unique(places, return_index=True)  # they ascend
         busy[computes] += np.add.reduceat(seconds, first, axis=0)
     return busy
@@ -115,7 +115,7 @@ def _part_of(instruction: Compute, input_part: float) -> float:
     return {"all": 1.0, "inputs": input_part, "parameters": 1 - input_part}[instruction.gradients]
 
 
-def step_seconds(
+def operation_seconds(
     graph: Graph, plan: Plan, steps: Sequence[tuple[Step, Direction]], batch_size: int, costs: Costs
 ) -> Times:
     """Time of each rank's part of operations in s, (step, rank)."""
@@ -159,6 +159,7 @@ class _Simulation:
         self._resumes = np.zeros(program.ranks, dtype=bool)
         """Whether an exchange was the last thing that each rank took part in."""
         self._pending: list[tuple[Exchange, Times]] = []
+        self._latencies: dict[bytes, Times] = {}
 
     def run(self) -> Times:
         instructions = self._program.instructions
@@ -261,7 +262,7 @@ class _Simulation:
         Where links differ, every message waits for the longest latency to its receiver.
         """
         sends, receives = moved.sent[0] > 0, moved.received[0] > 0
-        latency = self._links.longest_latency + turns.max()
+        latency = self._longest_latency(sends) + turns.max()
         leaving, arriving = self._port_seconds(moved, unit)
         begin = np.where(sends, np.maximum(self._free, self._egress), -np.inf)
         leaves = begin + leaving
@@ -275,6 +276,15 @@ class _Simulation:
         self._ingress = np.where(receives, ended, self._ingress)
         end = np.where(sends, leaves + self._handling / 2, self._free)
         return np.where(receives, np.maximum(end, ended), end)
+
+    def _longest_latency(self, sends: NDArray[np.bool_]) -> Times:
+        """To each rank from those that send, in s, (case, rank), or (case, 1); most exchanges have the same senders."""
+        if self._links.alike:
+            return self._links.latency[:, 0]
+        known_as = sends.tobytes()
+        if known_as not in self._latencies:
+            self._latencies[known_as] = self._links.latency[:, sends].max(axis=1)
+        return self._latencies[known_as]
 
     def _port_seconds(self, moved: Traffic, unit: int) -> tuple[Times, Times]:
         """For how long the messages occupy each sender's and each receiver's port in s, both (case, rank)."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph, Operation
 from pipeline.plan.costs import Costs
-from pipeline.plan.fitting import PlanWith, check_memory, fits, is_scarce, most_within_memory, needed_memory
+from pipeline.plan.fitting import PlanWith, able_alone, check_memory, fits, is_scarce, most_within_memory
 from pipeline.plan.link_cases import Links
 from pipeline.plan.plan import OperationPlan, Plan, Strategy
 from pipeline.plan.prediction import predict_step
@@ -45,12 +45,14 @@ _EXHAUSTIVE = 200
 """Up to so many combinations of kinds all are tried."""
 _SETS_SEARCHED = 2
 """Of a small number of devices; of a large one the layers are searched for the best set alone."""
-_WORK, _RANKS_AT_ONCE = 240_000, 8
+_WORK, _RANKS_AT_ONCE = 400_000, 8
 """The search predicts as many plans as make about this much work, in operations times ranks, beside so many that cost
 next to nothing more."""
 _LEAST_TRIES, _MOST_TRIES = 8, 200
-_SMALL_SET = 8
-"""Up to so many devices, any one may be left out."""
+_SMALL_SET, _MIDDLE_SET = 8, 64
+"""Up to so many devices, any one may be left out; and the fastest 2, 4, 8, 16, 32, ... be tried."""
+_BADLY_LINKED = 4.0
+"""A device whose links take so many times what those of half of the devices do may be left out of any set."""
 
 
 def fastest_plan(
@@ -74,9 +76,12 @@ def fastest_plan(
 def fastest_times(
     graph: Graph, costs: Costs, *, batch_size: int, labels: Sequence[str], links: Links, itemsize: int = 4
 ) -> NDArray[np.float64]:
-    """The least predicted step time in s in each case of ``links``, (case), each by a plan of its own."""
+    """The least predicted step time in s in each case of ``links``, (case), each by a plan of its own.
+
+    Infinite where no plan fits the memory of the devices.
+    """
     search = _Search(graph, costs, batch_size, tuple(labels), itemsize, links)
-    search.best()
+    search.explore()
     return search.times
 
 
@@ -100,15 +105,9 @@ class _Search:
         """The least predicted step time so far in each case of the links, (case) in s."""
 
     def best(self, doubt: float = 0.0) -> Plan:
-        everyone = tuple(range(self._costs.devices))
-        self._try(self._single())
-        found = []
-        for devices in _device_sets(self._costs, self._batch_size):
-            strategies = UNIFORM[1:] if devices == everyone else ("kernel", "batch")
-            found.append((min(self._try(self._uniform(one, devices)) for one in strategies), devices))
-        for _, devices in sorted(found)[: _SETS_SEARCHED if len(everyone) <= _SMALL_SET else 1]:
-            self._search_layers(devices)
+        self.explore()
         if self._best is None:
+            everyone = tuple(range(self._costs.devices))
             check_memory(
                 self._graph,
                 self._uniform("kernel", everyone),
@@ -120,6 +119,17 @@ class _Search:
         if self._best_uniform is not None and self._best[0] > (1 - doubt) * self._best_uniform[0]:
             return self._best_uniform[1]
         return self._best[1]
+
+    def explore(self) -> None:
+        """Try all that may be the fastest; nothing is found where no plan fits."""
+        everyone = tuple(range(self._costs.devices))
+        self._try(self._single())
+        found = []
+        for devices in _device_sets(self._costs, self._batch_size):
+            strategies = UNIFORM[1:] if devices == everyone else ("kernel", "batch")
+            found.append((min(self._try(self._uniform(one, devices)) for one in strategies), devices))
+        for _, devices in sorted(found)[: _SETS_SEARCHED if len(everyone) <= _SMALL_SET else 1]:
+            self._search_layers(devices)
 
     def _try(self, plan: Plan) -> float:
         """Predicted step time of a plan in s, the mean over the cases; the best so far is kept.
@@ -157,8 +167,7 @@ class _Search:
         """The fastest device alone, of those that can hold the network where any can."""
         devices = tuple(range(self._costs.devices))
         if self._scarce:
-            need = needed_memory(self._graph, self._uniform("single", devices), itemsize=self._itemsize)[0]
-            devices = tuple(np.flatnonzero(self._costs.memory_left >= need).tolist()) or devices
+            devices = able_alone(self._graph, self._costs, self._batch_size, itemsize=self._itemsize)
         return self._uniform("single", devices)
 
     def _plan_with(self, strategy: Strategy, devices: tuple[int, ...], batch_size: int | None = None) -> PlanWith:
@@ -264,16 +273,42 @@ def _narrows(graph: Graph, layer: Operation) -> bool:
 
 
 def _device_sets(costs: Costs, batch_size: int) -> Iterator[tuple[int, ...]]:
-    """Sets of two devices and more: all, the fastest few (2, 4, 16, ... of many), and, of a few, all but one."""
+    """Sets of two devices and more: all, the fastest few, and, of a small number, all but one.
+
+    The fastest few are taken from those with good links, too.
+    """
     order = [int(device) for device in np.argsort(-costs.throughputs(batch_size), kind="stable")]
-    sizes = range(2, costs.devices + 1) if costs.devices <= _SMALL_SET else (2, *(4**power for power in range(1, 16)))
-    found = {tuple(sorted(order[:size])) for size in sizes if size <= costs.devices}
     everyone = tuple(range(costs.devices))
-    if costs.devices > 1:
-        found.add(everyone)
+    found = {everyone} if costs.devices > 1 else set()
+    for chosen in (order, [one for one in order if one not in _badly_linked(costs)]):
+        found.update(tuple(sorted(chosen[:size])) for size in (*_sizes(costs.devices), len(chosen)) if size > 1)
     if 2 < costs.devices <= _SMALL_SET:
         found.update(tuple(one for one in everyone if one != left) for left in everyone)
     yield from sorted(found)
+
+
+def _sizes(devices: int) -> Iterator[int]:
+    """How many of the fastest are tried: of a large number fewer, as each takes its time."""
+    if devices <= _SMALL_SET:
+        yield from range(2, devices + 1)
+        return
+    size = 2
+    while size < devices:
+        yield size
+        size *= 2 if devices <= _MIDDLE_SET or size < _SMALL_SET else 4
+
+
+def _badly_linked(costs: Costs) -> frozenset[int]:
+    """Devices whose links are far slower than those of most, in latency or in time per byte."""
+    if costs.devices < 3 or costs.latency.shape == (1, 1):
+        return frozenset()
+    apart = ~np.eye(costs.devices, dtype=bool)
+    found: set[int] = set()
+    for cost in (costs.latency, costs.seconds_per_byte):
+        typical = np.array([np.median(np.concatenate([row[here], column[here]])) for row, column, here
+                            in zip(cost, cost.T, apart, strict=True)])  # fmt: skip
+        found.update(np.flatnonzero(typical > _BADLY_LINKED * np.median(typical)).tolist())
+    return frozenset(found)
 
 
 def _two_parts(layers: int, tries: int) -> Iterator[tuple[Kind, ...]]:

@@ -157,7 +157,14 @@ def image_shares(
 
 
 def _caps(total: int, most: Most | None) -> list[int] | None:
-    return None if most is None else [int(total * one + 1e-9) for one in most]
+    """Whole numbers within ``most``; of a narrow layer, where these are too few, the next ones of some."""
+    if most is None:
+        return None
+    exact = total * np.asarray(most, dtype=float) + 1e-9
+    caps = np.floor(exact).astype(int)
+    by_remainder = np.argsort(-(exact - caps), kind="stable")
+    caps[by_remainder[: max(total - int(caps.sum()), 0)]] += 1
+    return [int(one) for one in caps]
 
 
 def _speeds(costs: Costs, tie: Tie, batch_size: int) -> list[float]:

@@ -15,7 +15,7 @@ from pipeline.plan.instructions import Compute, Direction, Exchange
 from pipeline.plan.link_cases import Links
 from pipeline.plan.memory import predict_memory
 from pipeline.plan.plan import Plan
-from pipeline.plan.prediction import predict_step, predict_timeline, step_seconds
+from pipeline.plan.prediction import operation_seconds, predict_step, predict_timeline
 from pipeline.plan.program import Program, compile_program
 from pipeline.plan.strategies import plan_network
 
@@ -146,7 +146,7 @@ def _times_of(program: Program, plan: Plan, graph: Graph, costs: Costs) -> dict[
     counting = [step for one in computes for step in one.steps if step.part in ("whole", "normalise")]
     steps = [(step, way) for step in counting for way in _WAYS]
     total = {operation.name: np.zeros(program.ranks) for operation in graph.operations}
-    for (step, _), seconds in zip(steps, step_seconds(graph, plan, steps, program.batch_size, costs), strict=True):
+    for (step, _), seconds in zip(steps, operation_seconds(graph, plan, steps, program.batch_size, costs), strict=True):
         total[step.operation] += seconds
     return total
 

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from pipeline.errors import InputError
 
 MOST_DEVICES = 1024
 _TERM = re.compile(r"(?:(?P<count>\d+)\s*x\s*)?(?P<name>\S+)")
+
+
+_MEMORY = re.compile(r"\S*\[(?P<size>\d+(?:\.\d+)?)(?P<unit>MiB|GiB)\]")
+
+
+def memory_of(name: str) -> float:
+    """What a described device such as `gpu[24GiB]` may hold in bytes; without end where it does not say.
+
+    Raises `InputError` for brackets with anything else in them.
+    """
+    match = _MEMORY.fullmatch(name)
+    if match is None and "[" in name:
+        raise InputError(f"device {name} is described with a memory that is no size: write such as gpu[24GiB]")
+    return float(match["size"]) * {"MiB": 2**20, "GiB": 2**30}[match["unit"]] if match else math.inf
 
 
 def parse_mix(text: str) -> tuple[str, ...]:

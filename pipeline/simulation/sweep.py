@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -23,15 +23,16 @@ from pipeline.links import Link, parse_link
 from pipeline.networks import network as build
 from pipeline.plan.checks import check_calibration
 from pipeline.plan.costs import Costs
+from pipeline.plan.fitting import fits, is_scarce
 from pipeline.plan.link_cases import Links
 from pipeline.plan.plan import Strategy
+from pipeline.plan.planner import uniform_plan
 from pipeline.plan.prediction import predict_step
 from pipeline.plan.search import fastest_times
-from pipeline.plan.strategies import plan_network
-from pipeline.results.contracts import NOT_PLANNED, OK, describe, validate_timing
+from pipeline.results.contracts import NOT_PLANNED, OK, OUT_OF_MEMORY, describe, validate_timing
 from pipeline.results.provenance import provenance
 from pipeline.results.stores import merged_attributes
-from pipeline.simulation.mixes import parse_mix
+from pipeline.simulation.mixes import memory_of, parse_mix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,8 @@ class Grid:
     links: tuple[str, ...]
     strategies: tuple[Strategy, ...]
     described: Mapping[str, float]
-    """GFLOP/s that a device of this name reaches in convolutions."""
+    """GFLOP/s that a device of this name reaches in convolutions; in brackets, as in ``gpu[24GiB]``, what it may hold
+    beyond its process."""
 
     @property
     def cells(self) -> int:
@@ -78,10 +80,11 @@ def sweep(
     """Simulate every cell of ``grid`` with the calibrations of each network, on the workers of ``client``.
 
     Returns a timing grid of ``pipeline.results.contracts`` with one repetition, marked as simulated. A set with a
-    device that was calibrated for other networks only is not planned for this one.
+    device that was calibrated for other networks only is not planned for this one, and where no plan of a strategy fits
+    the memory of the devices, that is the status.
 
     Raises ``InputError`` for a network without a calibration, a device neither calibrated nor described, a set of more
-    than 1,024 devices, an unknown link or a speed that is not positive.
+    than 1,024 devices, an unknown link, a speed that is not positive or a memory that is no size.
     """
     mixes = {text: parse_mix(text) for text in grid.device_sets}
     links = {text: parse_link(text) for text in grid.links}
@@ -149,7 +152,7 @@ class _Catalogue:
             if device in self.labels:
                 continue  # what was measured counts more than what was described
             self.labels.append(device)
-            rows.append(fastest.slowed(reached / gflops))
+            rows.append(replace(fastest.slowed(reached / gflops), memory=np.array([memory_of(device)])))
         self.costs = Costs.joined(rows)
 
     def rows(self, mix: Sequence[str]) -> tuple[int, ...]:
@@ -188,13 +191,15 @@ def _simulated(groups: Sequence[_Group]) -> list[NDArray[np.float64]]:
 
 
 def _times(group: _Group, strategy: Strategy) -> NDArray[np.float64]:
-    """Step time in s over the links, (link)."""
+    """Step time in s over the links, (link); infinite where the devices cannot hold the network."""
     costs, ranks = group.costs.only(group.rows), len(group.rows)
     labels = ["device"] * ranks
     if strategy == "auto" and ranks > 1:
         return fastest_times(group.graph, costs, batch_size=group.batch_size, labels=labels, links=group.links)
     one: Strategy = "single" if ranks == 1 else strategy
-    plan = plan_network(group.graph, one, batch_size=group.batch_size, labels=labels, costs=costs)
+    plan = uniform_plan(group.graph, one, group.batch_size, labels, costs)
+    if is_scarce(group.graph, costs, group.batch_size) and not fits(group.graph, plan, costs):
+        return np.full(group.links.cases, np.inf)
     chosen = costs.only(plan.devices)
     return predict_step(group.graph, plan, chosen, batch_size=group.batch_size, links=group.links)
 
@@ -221,11 +226,13 @@ def _dataset(
         threads=str(merged.get("threads", "")),  # type: ignore[arg-type]
         hardware=str(merged.get("hardware", "")),
     )
+    status = np.where(np.isnan(times), NOT_PLANNED, np.where(np.isinf(times), OUT_OF_MEMORY, OK))
+    times = np.where(np.isfinite(times), times, np.nan)
     dataset = xr.Dataset(
         {
             "step_time": ((*dims, "repetition"), times[..., None]),
             "predicted_step_time": (dims, times),
-            "status": (dims, np.where(np.isfinite(times), OK, NOT_PLANNED).astype(object)),
+            "status": (dims, status.astype(object)),
             "device_label": (("device_set", "device"), labels),
         },
         coords={

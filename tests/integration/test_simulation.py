@@ -85,6 +85,7 @@ def test_the_plans_of_one_cell_do_not_depend_on_the_others(client: Client, calib
         ({"device_sets": ("2000 x cpu",)}, "has 2000 devices: at most 1024"),
         ({"device_sets": ("0 x cpu",)}, "device set '0 x cpu' is wrong"),
         ({"links": ("fast",)}, "link 'fast' is unknown"),
+        ({"described": {"gpu[much]": 1.0}}, "device gpu\\[much\\] is described with a memory that is no size"),
         ({"described": {"gpu": -1.0}}, "gpu cannot reach -1.0 GFLOP/s"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -94,6 +95,23 @@ def test_a_grid_that_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=says):
         sweep(_grid(**changes), {NAME: [calibration]}, client)
+
+
+def test_what_a_device_cannot_hold_is_told_and_the_others_are_simulated(
+    client: Client, calibration: xr.Dataset
+) -> None:
+    described = {"gpu[1MiB]": 1000.0, "gpu[24GiB]": 1000.0}
+    found = sweep(
+        _grid(device_sets=("gpu[1MiB]", "gpu[24GiB]", "gpu[1MiB] + gpu[24GiB]"), described=described),
+        {NAME: [calibration]}, client,
+    )  # fmt: skip
+    status = found.status.sel(network=NAME)
+    assert (status.sel(device_set="gpu[1MiB]") == "out of memory").all()
+    assert (status.sel(device_set="gpu[24GiB]") == "ok").all()
+    both = status.sel(device_set="gpu[1MiB] + gpu[24GiB]")
+    assert (both.sel(strategy=["single", "auto"]) == "ok").all()
+    assert (both.sel(strategy=["ddp", "paper"]) == "out of memory").all()
+    assert (found.step_time.notnull().isel(repetition=0) == (found.status == "ok")).all()
 
 
 def test_a_mix_is_read_in_order() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from scipy.optimize import isotonic_regression
 
 from pipeline.graph.trace import trace
 from pipeline.networks import network
-from pipeline.plan.costs import Costs, _rising
+from pipeline.plan.costs import Costs, _rising, _typical
 from tests import synthetic
 
 
@@ -64,6 +66,27 @@ def test_rising_curves_are_the_isotonic_regression_of_what_was_measured(values: 
         np.testing.assert_array_equal(np.isfinite(found), there)
         if there.any():
             np.testing.assert_allclose(found[there], isotonic_regression(one[there]).x)
+
+
+@given(arrays(float, (2, 3, 4), elements=st.floats(0.1, 10) | st.just(np.nan)))
+def test_the_typical_repetition_is_the_median_of_those_there_are(values: np.ndarray) -> None:
+    repeated = xr.DataArray(values, dims=("device", "repetition", "segment"))
+    with warnings.catch_warnings(action="ignore"):  # of slices without any
+        expected = repeated.median("repetition")
+    np.testing.assert_allclose(_typical(repeated), expected)
+
+
+def test_shares_that_were_not_measured_do_not_count(calibration: xr.Dataset) -> None:
+    """As of layers with few kernels, for which several shares are the same."""
+    gaps = calibration.copy(deep=True)
+    for name in ("forward_time", "backward_time", "input_gradient_time", "kernels"):
+        gaps[name] = gaps[name].where((gaps.segment != "conv2") | (gaps.share != 0.5))
+    costs = Costs.of(gaps)
+    for share in (0.1, 0.25, 0.3, 0.6, 1.0):
+        measured = gaps.share.values[gaps.share.values != 0.5]
+        times = [_seconds(Costs.of(calibration), "conv2", one, 32) for one in measured]
+        assert _seconds(costs, "conv2", share, 32) == pytest.approx(np.interp(share, measured, times))
+        assert _seconds(costs, "conv1", share, 32) == _seconds(Costs.of(calibration), "conv1", share, 32)
 
 
 def test_one_number_of_images_is_taken_in_proportion(calibration: xr.Dataset) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from pipeline.errors import InputError
 from pipeline.graph.trace import Graph, trace
@@ -57,6 +58,24 @@ def test_a_device_that_can_hold_nothing_is_left_without_work(graph: Graph) -> No
 
 def test_the_fastest_device_that_can_hold_the_network_is_taken_alone(graph: Graph) -> None:
     assert _plan(graph, (1e6, 1e6, 1e12), "auto").devices == (2,)
+
+
+def test_single_takes_the_fastest_device_that_can_hold_the_network(graph: Graph) -> None:
+    assert _plan(graph, (1e6, 1e12, 1e12), "single").devices == (1,)
+
+
+def test_a_narrow_layer_is_shared_out_where_each_device_can_hold_less_than_a_kernel_more() -> None:
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 512, 3, padding=1), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Conv2d(512, 512, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    graph, labels = trace(model, torch.zeros(2, 3, 32, 32)), ["cpu"] * 4
+    calibration = synthetic.calibration_of(graph, labels)
+    free = needed_memory(graph, plan_graph(graph, calibration, batch_size=8, strategy="kernel", labels=labels))
+    left = 1.2 * free.max() * np.ones(4)
+    left[1] = 0.93 * free[1]
+    calibration["memory_limit"] = ("device", PROCESS + left)
+    plan = plan_graph(graph, calibration, batch_size=8, strategy="kernel", labels=labels)
+    assert fits(graph, plan, Costs.of(calibration))
+    assert plan.convolution_shares(graph)[1] > 0
 
 
 @pytest.mark.parametrize("strategy", ["single", "equal", "paper", "ddp", "kernel", "auto"])

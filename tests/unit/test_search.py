@@ -159,6 +159,25 @@ def test_a_slow_device_behind_a_slow_link_is_left_out(graph: Graph) -> None:
     assert proportional > 2 * float(predict_step(graph, plan, costs.only((0, 1)), batch_size=64)[0])
 
 
+@pytest.mark.parametrize("speed", [1e11, 2e11], ids=["as fast", "fastest"])
+def test_of_many_devices_one_behind_a_slow_link_is_left_out(graph: Graph, speed: float) -> None:
+    costs = costs_of(graph, [1e11] * 8 + [speed])
+    slow = np.ones((9, 9))
+    slow[8, :] = slow[:, 8] = 1e3
+    costs = replace(costs, seconds_per_byte=costs.seconds_per_byte * slow)
+    plan = fastest_plan(graph, costs, batch_size=64, labels=["cpu"] * 9)
+    assert 8 not in plan.devices
+    others = costs.only(range(8))
+    time = float(predict_step(graph, plan, costs.only(plan.devices), batch_size=64)[0])
+    assert time <= min(predicted(graph, others, strategy, 64) for strategy in ("kernel", "batch"))
+
+
+def test_the_fastest_of_some_dozens_of_devices_are_tried_by_powers_of_two(graph: Graph) -> None:
+    costs = costs_of(graph, [1e11] * 8 + [1e8] * 12)
+    plan = fastest_plan(graph, costs, batch_size=64, labels=["cpu"] * 20)
+    assert set(plan.devices) <= set(range(8))
+
+
 def test_a_slow_network_leaves_one_device_alone_and_a_fast_one_takes_all(graph: Graph) -> None:
     alone = fastest_plan(graph, costs_of(graph, [1e12, 1e12], bandwidth=1e4), batch_size=8, labels=["a", "b"])
     assert alone.ranks == 1

@@ -120,6 +120,18 @@ def test_a_failed_single_is_no_baseline_whatever_times_it_holds():
     assert np.isnan(at(statistics.speedup(grid(single, kernel)), "2 x cpu", "kernel")["speedup"].item())
 
 
+def test_throughputs_are_those_of_cells_of_all_devices_whichever_is_the_fastest():
+    """A cell has them by the ranks of its plan: of `single` the fastest device is the first."""
+    slow_first = "cpu@0.25 + cpu"
+    timing = grid(
+        cell(slow_first, "kernel", [1.0], [20.0, 80.0]), cell(slow_first, "single", [1.0], [80.0, np.nan]),
+        cell(slow_first, "auto", [1.0], [80.0, np.nan]),
+    )  # fmt: skip
+    assert statistics.device_throughput(timing).squeeze().values.tolist() == [20.0, 80.0]
+    assert statistics.aggregate_bound(timing).item() == pytest.approx(1.25)
+    assert statistics.baseline(timing).baseline_device.item() == "cpu"
+
+
 def test_the_bound_is_unknown_where_a_device_was_not_calibrated():
     timing = grid(
         cell("2 x cpu", "single", [4.0] * 3, [10.0, np.nan]), cell("2 x cpu", "kernel", [2.0] * 3, [10.0, np.nan])

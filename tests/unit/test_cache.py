@@ -1,0 +1,48 @@
+"""Which calibrations of earlier runs are used again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import xarray as xr
+
+from pipeline.calibration.cache import Curves, cached
+from pipeline.cluster.devices import Device, Member
+from tests import synthetic
+
+MEMBERS = tuple(
+    Member(name=name, address=f"tcp://a:{place}", host="a", device=Device("cpu"), hardware="a processor", memory=2**30)
+    for place, name in enumerate(("first", "second"))
+)
+
+
+def _times_measured(folder: Path, *runs: tuple[Member, ...], incomplete: bool = False) -> int:
+    """How often one network is measured for these devices, one after the other."""
+    measured: list[Curves] = []
+
+    def measure(known: Curves) -> xr.Dataset:
+        measured.append(known)
+        found = synthetic.calibration()
+        return found.assign_attrs(incomplete=1) if incomplete else found
+
+    for members in runs:
+        found = cached(folder, ["conv1"], ["5x5"], members, (8, 16), (0.5, 1.0), measure, force=False)
+        assert found.forward_time.equals(synthetic.calibration().forward_time)
+    return len(measured)
+
+
+def test_a_calibration_is_found_again(tmp_path: Path) -> None:
+    elsewhere = tuple(replace(one, name="w", address="tcp://b:9", host="b") for one in MEMBERS)
+    assert _times_measured(tmp_path, MEMBERS, MEMBERS, elsewhere) == 1
+
+
+@pytest.mark.parametrize("change", [{"host": "b"}, {"memory": 2**31}, {"hardware": "another"}], ids=str)
+def test_other_devices_or_as_many_on_other_hosts_are_measured(tmp_path: Path, change: dict[str, object]) -> None:
+    apart = (MEMBERS[0], replace(MEMBERS[1], **change))  # type: ignore[arg-type]
+    assert _times_measured(tmp_path, MEMBERS, apart, MEMBERS, apart) == 2
+
+
+def test_an_incomplete_calibration_is_measured_anew(tmp_path: Path) -> None:
+    assert _times_measured(tmp_path, MEMBERS, MEMBERS, incomplete=True) == 2
