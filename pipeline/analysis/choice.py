@@ -37,11 +37,8 @@ class Choice(NamedTuple):
     """In how many rounds both were timed; of one, the interval holds nothing of what differs between launches."""
     medians: Mapping[str, float]
     """Median step of every strategy in s."""
-
-    @property
-    def same(self) -> bool:
-        """Whether `auto` ran the very plan of the fastest, so that they differ only as any two measurements do."""
-        return self.chosen == self.fastest
+    same: bool
+    """Whether `auto` came to the very plan of the fastest, and both are the same steps."""
 
     @property
     def exceeds(self) -> bool:
@@ -89,6 +86,7 @@ def auto_against_fastest(
                 high=high,
                 rounds=len(times["auto"].keys() & times[fastest].keys()),
                 medians=medians,
+                same=all(np.array_equal(times["auto"][one], times[fastest].get(one, ())) for one in times["auto"]),
             )
         )
     return found

@@ -121,18 +121,19 @@ class Bench:
         repetitions: int = 5,
         seconds: float = 0.0,
         warmup: int = 2,
+        most: int = MOST_STEPS,
         on_progress: OnProgress | None = None,
     ) -> xr.Dataset:
         """Time ``repetitions`` training steps after ``warmup`` others, as a cell of the grid of one round.
 
-        Short steps are timed more often, up to ``MOST_STEPS`` times, until so many ``seconds`` are predicted to be
+        Short steps are timed more often, up to ``most`` times, until so many ``seconds`` are predicted to be
         timed. Of ``single`` the convolutions are timed in as many more steps as there are ``repetitions``, or in fewer
         where these are long. A run that fails or runs out of memory gives a cell whose status says so. Raises
         ``InputError`` for repetitions below 1.
         """
         _check_clock(repetitions, seconds, warmup)
         plan, predicted = self.plan(strategy), self.predicted(strategy)
-        timed = max(repetitions, math.ceil(min(seconds / predicted, MOST_STEPS)) if predicted > 0 else 0)
+        timed = max(repetitions, math.ceil(min(seconds / predicted, most)) if predicted > 0 else 0)
         total = warmup + timed
         try:
             accounts = run_plan(
@@ -230,25 +231,46 @@ def measure_cells(
 
     A host that is slower for a while is so for all of them then, and what a launch happens upon (places in memory,
     cores) differs from round to round. The ``repetitions`` and ``seconds`` are those of all rounds together, the
-    ``warmup`` that of each. Where all steps are predicted to be long, one round has to do. ``progressing`` shows how
-    far a round of one of them has come. Raises ``InputError`` as ``Bench`` does.
+    ``warmup`` that of each. Where all steps are predicted to be long, one round has to do. What comes to the very plan
+    of another, as ``auto`` often does, is not timed again: its cell has the same steps. ``progressing`` shows how far a
+    round of one of them has come. Raises ``InputError`` as ``Bench`` does.
     """
     if rounds < 1:
         raise InputError(f"rounds {rounds} must be at least 1")
     _check_clock(repetitions, seconds, warmup)
     shortest = min((bench.predicted(strategy) for bench, strategy in cells.values()), default=0.0)
     rounds = 1 if shortest > _LONG_STEP_S else min(rounds, repetitions)
-    found: dict[Key, list[xr.Dataset]] = {one: [] for one in cells}
+    as_other = {key: _first_alike(key, cells) for key in cells}
+    order = [(key, one) for key, one in cells.items() if as_other[key] == key]
+    found: dict[Key, list[xr.Dataset]] = {key: [] for key, _ in order}
     for following in range(rounds):
-        order = list(cells.items())
         for key, (bench, strategy) in reversed(order) if following % 2 else order:  # no one is always before another
             with nullcontext() if progressing is None else progressing(key) as on_progress:
                 cell = bench.time(
                     strategy, repetitions=-(-repetitions // rounds), seconds=seconds / rounds, warmup=warmup,
-                    on_progress=on_progress,
+                    most=-(-MOST_STEPS // rounds), on_progress=on_progress,
                 )  # fmt: skip
             found[key].append(cell)
-    return {key: joined(several) for key, several in found.items()}
+    timed = {key: joined(several) for key, several in found.items()}
+    return {key: timed[key] if as_other[key] == key else _as_auto(timed[as_other[key]]) for key in cells}
+
+
+def _as_auto(cell: xr.Dataset) -> xr.Dataset:
+    """The cell of another strategy as that of ``auto``, which came to the same plan; convolutions are ``single``'s."""
+    untold = xr.full_like(cell["convolution_time"], np.nan)
+    return cell.assign_coords(strategy="auto").assign(convolution_time=untold)
+
+
+def _first_alike(key: Key, cells: Mapping[Key, tuple[Bench, Strategy]]) -> Key:
+    """The cell that is timed for ``key``: itself, unless ``auto`` took the plan of another at the same place."""
+    bench, strategy = cells[key]
+    if strategy != "auto":
+        return key
+    alike = (
+        other for other, (place, name) in cells.items()
+        if name != "auto" and place is bench and place.plan(name) == place.plan("auto")
+    )  # fmt: skip
+    return next(alike, key)
 
 
 def joined(rounds: Sequence[xr.Dataset]) -> xr.Dataset:

@@ -348,7 +348,8 @@ def test_strategies_are_timed_in_turn_and_their_rounds_joined(client: Client, ca
 
     wanted: dict[Strategy, tuple[Bench, Strategy]] = {name: (bench, name) for name in ("single", "kernel", "auto")}
     cells = measure_cells(wanted, rounds=2, repetitions=4, warmup=1, progressing=progressing)
-    assert began == ["single", "kernel", "auto", "auto", "kernel", "single"]
+    own = [] if bench.plan("auto") in (bench.plan("single"), bench.plan("kernel")) else ["auto"]
+    assert began == ["single", "kernel", *own, *own, "kernel", "single"]
     for name, cell in cells.items():
         validate_cell(cell)
         assert cell.strategy.item() == name
@@ -363,6 +364,18 @@ def test_strategies_are_timed_in_turn_and_their_rounds_joined(client: Client, ca
     assert cells["kernel"].chosen.item() == "kernel"
     assert cells["auto"].chosen.item() in STRATEGIES
     assert np.isfinite(cells["single"].convolution_time).sum() == 4
+
+
+def test_a_plan_that_auto_shares_with_another_strategy_is_timed_once(client: Client, calibration: xr.Dataset) -> None:
+    bench = _bench(client, calibration)
+    bench._plans["auto"] = bench.plan("kernel")
+    cells = measure_cells({name: (bench, name) for name in ("auto", "kernel")}, rounds=2, repetitions=2, warmup=1)
+    assert {name: cell.strategy.item() for name, cell in cells.items()} == {"auto": "auto", "kernel": "kernel"}
+    assert cells["auto"].chosen.item() == "kernel"
+    np.testing.assert_array_equal(cells["auto"].step_time, cells["kernel"].step_time)
+    bench._plans["auto"] = replace(bench.plan("kernel"), strategy="auto")
+    apart = measure_cells({name: (bench, name) for name in ("auto", "kernel")}, repetitions=2, warmup=1)
+    assert (apart["auto"].step_time.values != apart["kernel"].step_time.values).any()
 
 
 def test_a_round_that_fails_makes_the_cell_a_failure(client: Client, calibration: xr.Dataset) -> None:

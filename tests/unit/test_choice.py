@@ -48,8 +48,11 @@ def test_a_round_that_is_slow_for_all_strategies_does_not_widen_the_interval():
     together = grid({"kernel": [[2.0, 2], [6, 6], [2, 2]], "auto": [[2.0, 2], [6, 6], [2, 2]]})
     (found,) = auto_against_fastest(together)
     assert (found.low, found.high) == (1.0, 1.0)
+    assert found.same
+    assert "In 1 it took the very plan of the fastest" in choice_finding(together)
     apart = grid({"kernel": [[2.0, 2], [2, 2], [2, 2]], "auto": [[2.0, 2], [6, 6], [2, 2]]})
     (wide,) = auto_against_fastest(apart)
+    assert not wide.same
     assert wide.low == pytest.approx(1.0)
     assert wide.high > 1.5
     assert not wide.exceeds
