@@ -92,7 +92,7 @@ class Timing(Section):
     """The strategies of one place are timed in turn, so often; once where all steps take over a second."""
     repetitions: Positive = 5
     """Timed steps per cell at least, over all rounds, all of them kept."""
-    seconds: Annotated[float, Field(ge=0, le=600)] = 1.0
+    seconds: Annotated[float, Field(ge=0, le=600)] = 3.0
     """Short steps are repeated for about so many s, up to 40 times, as other work of a host comes in bursts."""
     seed: int = 0
     """Seed of the initial weights and of the order of the images."""
