@@ -49,14 +49,14 @@ _PROBED: dict[Strategy, Shared] = {"kernel": "K", "batch": "B", "single": "M", "
 """The strategies whose steps are taken, and what is timed of them."""
 PROBES = tuple(name for one in _PROBED for name in ([one, one + _WITHOUT_SUMS] if one in ("batch", "ddp") else [one]))
 """None updates its weights. Some leave out the sums of gradients, as all but the last of several batches do."""
-_ROUNDS, _WARMUP, _MEASURED_S, _MOST = 2, 2, 0.3, 6
+_ROUNDS, _WARMUP, _MEASURED_S, _MOST = 2, 2, 0.5, 6
 """In each round each strategy begins with so many steps that do not count: both set up memory for messages, of which
 two may be under way. One of a device alone is enough. Then it is repeated until so much time is measured, but so often
 at most."""
 _ONE_ROUND: frozenset[Strategy] = frozenset({"single", "ddp"})
 """A device alone takes the longest, and waits for nobody; and no plan depends on ``ddp``."""
 MOST_STEPS = _ROUNDS * _MOST
-_LONG_STEP_S, _VERY_LONG_STEP_S = 0.4, 0.6
+_LONG_STEP_S, _VERY_LONG_STEP_S = 1.0, 1.0
 """Where all devices together would take longer than the first, few images do, and where a device would for its part
 under ``ddp``, that is left out; steps that take longer than the second have one round."""
 

@@ -305,7 +305,7 @@ def test_the_order_in_memory_is_measured_and_kept_from_what_torch_cannot_do(clie
 
 
 def test_a_device_with_too_little_memory_gets_a_tenth_of_its_share_and_keeps_to_it(client: Client) -> None:
-    model, batch_size = network("150:800"), 64
+    model, batch_size = network("150:800"), 32
     dataset = TensorDataset(torch.randn(batch_size, 3, 32, 32), torch.randint(0, 10, (batch_size,)))
     graph = trace(model, torch.zeros(2, 3, 32, 32))
     members = discover(client)

@@ -85,16 +85,19 @@ def _started(*command: str, folder: Path) -> Iterator[None]:
                 process.kill()
 
 
+def _pipeline(name: str, *options: str, within: tuple[str, ...] = ()) -> None:
+    command = [*within, sys.executable, "-m", "pipeline", name, "--network", NETWORK, "--data", "digits"]
+    command += ["--batch-size", BATCH, *options]
+    done = subprocess.run(command, env=_ENVIRONMENT, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
 def _benchmark(*options: str, folder: Path, within: tuple[str, ...] = ()) -> dict[str, xr.Dataset]:
     """The cells of a benchmark, by strategy."""
     output = folder / "cells"
-    command = [*within, sys.executable, "-m", "pipeline", "benchmark", "--network", NETWORK, "--data", "digits"]
-    command += ["--batch-size", BATCH, "--rounds", "1", "--repetitions", REPETITIONS, "--seconds", "0"]
-    command += ["--output", str(output), *options]
-    for strategy in STRATEGIES:
-        command += ["--strategy", strategy]
-    done = subprocess.run(command, env=_ENVIRONMENT, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr
+    clock = ("--rounds", "1", "--repetitions", REPETITIONS, "--seconds", "0")
+    chosen = [part for strategy in STRATEGIES for part in ("--strategy", strategy)]
+    _pipeline("benchmark", *clock, *chosen, *options, "--output", str(output), within=within)
     return {strategy: open_zip(output / f"{strategy}.zarr.zip") for strategy in STRATEGIES}
 
 
@@ -102,6 +105,9 @@ def _benchmark(*options: str, folder: Path, within: tuple[str, ...] = ()) -> dic
 def test_a_step_over_an_emulated_link_takes_as_long_as_over_a_real_one(tmp_path: Path) -> None:
     for name in ("real", "emulated"):
         (tmp_path / name).mkdir()
+    # One for both, or they would run different plans.
+    costs = ("--calibration", str(tmp_path / "calibration.zarr.zip"))
+    _pipeline("calibrate", "--devices", "2 x cpu", "--output", costs[1])
     with _cable(MEGABITS) as (near, far), ExitStack() as stack:
         inside = {name: ("ip", "netns", "exec", name) for name in (near, far)}
         file = tmp_path / "cluster.json"
@@ -128,8 +134,8 @@ def test_a_step_over_an_emulated_link_takes_as_long_as_over_a_real_one(tmp_path:
         # Both workers first, or the benchmark would take the one that is there for all there are.
         waiting = f"from distributed import Client; Client(scheduler_file={str(file)!r}).wait_for_workers(2, 60)"
         _run(*inside[near], sys.executable, "-c", waiting)
-        real = _benchmark("--scheduler", str(file), folder=tmp_path / "real", within=inside[near])
-    emulated = _benchmark("--devices", "2 x cpu", "--link", LINK, folder=tmp_path / "emulated")
+        real = _benchmark(*costs, "--scheduler", str(file), folder=tmp_path / "real", within=inside[near])
+    emulated = _benchmark(*costs, "--devices", "2 x cpu", "--link", LINK, folder=tmp_path / "emulated")
     link = parse_link(LINK)
     assert link is not None
     for strategy in STRATEGIES:
