@@ -164,11 +164,13 @@ class _Account:
     def _workspace(self, instruction: Compute | Exchange) -> Bytes:
         """What an operation needs for the time it runs.
 
-        Backward, the gradients of its output and inputs; and convolutions rearrange their tensors and weights.
+        Backward, the gradients of its output and inputs; and convolutions rearrange their tensors and weights. What is
+        summed is joined to one tensor, beside the gradients.
         """
         most = np.zeros(self._ranks)
         if isinstance(instruction, Exchange):
-            return most
+            joined = instruction.spec.shape[0] * float(self._itemsize) if instruction.moves == "gradients" else 0.0
+            return np.where(instruction.source.layout.numbers > 0, joined, 0.0)
         for step in instruction.steps:
             operation = self._graph[step.operation]
             if instruction.direction == "backward" and step.output is not None:

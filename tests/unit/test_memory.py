@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -81,6 +83,15 @@ def test_a_weight_that_is_used_many_times_has_one_gradient() -> None:
         )
         buckets.append(both[0] - alone[0])
     assert buckets == [4 * (8 * 8 * 9 + 8)] * 2
+
+
+def test_gradients_that_are_summed_are_joined_beside_those_of_each_weight() -> None:
+    """Weights, gradients and the optimiser's state; the bucket; half of it is sent twice, and received twice."""
+    graph = trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 1 << 17)), torch.zeros(2, 3, 4, 4))
+    plan = plan_network(graph, "batch", batch_size=2, labels=("a", "b"), shares=(1, 1))
+    weights = 4 * sum(math.prod(one.shape) for operation in graph.operations for one in operation.parameters)
+    _, worker = predict_memory(graph, plan)
+    assert worker == pytest.approx((3 + 1 + 2) * weights, rel=0.05)
 
 
 def test_the_master_of_the_paper_holds_most(graph: Graph) -> None:
