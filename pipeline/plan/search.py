@@ -49,8 +49,8 @@ _WORK, _RANKS_AT_ONCE = 400_000, 8
 """The search predicts as many plans as make about this much work, in operations times ranks, beside so many that cost
 next to nothing more."""
 _LEAST_TRIES, _MOST_TRIES = 8, 200
-_SMALL_SET, _MIDDLE_SET = 8, 64
-"""Up to so many devices, any one may be left out; and the fastest 2, 4, 8, 16, 32, ... be tried."""
+_SMALL_SET = 8
+"""Up to so many devices, any one may be left out; of more the fastest 2, 4, 8, 16, ... are tried."""
 _BADLY_LINKED = 4.0
 """A device whose links take so many times what those of half of the devices do may be left out of any set."""
 
@@ -280,22 +280,13 @@ def _device_sets(costs: Costs, batch_size: int) -> Iterator[tuple[int, ...]]:
     order = [int(device) for device in np.argsort(-costs.throughputs(batch_size), kind="stable")]
     everyone = tuple(range(costs.devices))
     found = {everyone} if costs.devices > 1 else set()
-    for chosen in (order, [one for one in order if one not in _badly_linked(costs)]):
-        found.update(tuple(sorted(chosen[:size])) for size in (*_sizes(costs.devices), len(chosen)) if size > 1)
+    sizes = range(2, costs.devices) if costs.devices <= _SMALL_SET else [2**power for power in range(1, 10)]
+    left_out = _badly_linked(costs)
+    for chosen in (order, [one for one in order if one not in left_out]) if left_out else (order,):
+        found.update(tuple(sorted(chosen[:size])) for size in (*sizes, len(chosen)) if 1 < size <= len(chosen))
     if 2 < costs.devices <= _SMALL_SET:
         found.update(tuple(one for one in everyone if one != left) for left in everyone)
     yield from sorted(found)
-
-
-def _sizes(devices: int) -> Iterator[int]:
-    """How many of the fastest are tried: of a large number fewer, as each takes its time."""
-    if devices <= _SMALL_SET:
-        yield from range(2, devices + 1)
-        return
-    size = 2
-    while size < devices:
-        yield size
-        size *= 2 if devices <= _MIDDLE_SET or size < _SMALL_SET else 4
 
 
 def _badly_linked(costs: Costs) -> frozenset[int]:
