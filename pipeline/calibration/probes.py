@@ -56,9 +56,9 @@ at most."""
 _ONE_ROUND: frozenset[Strategy] = frozenset({"single", "ddp"})
 """A device alone takes the longest, and waits for nobody; and no plan depends on ``ddp``."""
 MOST_STEPS = _ROUNDS * _MOST
-_LONG_STEP_S, _VERY_LONG_STEP_S = 1.0, 1.0
-"""Where all devices together would take longer than the first, few images do, and where a device would for its part
-under ``ddp``, that is left out; steps that take longer than the second have one round."""
+_LONG_STEP_S = 1.0
+"""Where all devices together would take longer, few images do, and where a device would for its part under ``ddp``,
+that is left out; steps that take longer have one round."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +157,7 @@ def _take(context: RankContext, task: Probing, taken: Mapping[str, list[tuple[fl
             own = [probe for probe in PROBES if strategy_of(probe) == strategy]
             if following and strategy in _ONE_ROUND:
                 continue
-            if following and any(took > _VERY_LONG_STEP_S for probe in own for took, _ in taken[probe]):
+            if following and any(took > _LONG_STEP_S for probe in own for took, _ in taken[probe]):
                 continue
             part = _part_in(context, task, plan)
             _step(context, part, last=True)

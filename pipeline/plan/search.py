@@ -279,7 +279,7 @@ def _device_sets(costs: Costs, batch_size: int) -> Iterator[tuple[int, ...]]:
     """
     order = [int(device) for device in np.argsort(-costs.throughputs(batch_size), kind="stable")]
     everyone = tuple(range(costs.devices))
-    found = {everyone} if costs.devices > 1 else set()
+    found: set[tuple[int, ...]] = set()
     sizes = range(2, costs.devices) if costs.devices <= _SMALL_SET else [2**power for power in range(1, 10)]
     left_out = _badly_linked(costs)
     for chosen in (order, [one for one in order if one not in left_out]) if left_out else (order,):
