@@ -21,7 +21,7 @@ from pipeline.results.contracts import validate_calibration
 from pipeline.results.provenance import versions_text
 from pipeline.results.stores import open_zip, write_zip
 
-_FORMAT = 15
+_FORMAT = 16
 """To be raised when the way of measuring changes, so that what was measured otherwise is not used."""
 
 Curves = Mapping[str, xr.Dataset]
@@ -43,6 +43,7 @@ def cached(
     members: Sequence[Member],
     images: Sequence[int],
     fractions: Sequence[float],
+    repetitions: int,
     measure: Callable[[Curves], xr.Dataset],
     *,
     force: bool,
@@ -50,17 +51,17 @@ def cached(
     """The calibration in `folder` of the same segments on the same devices; else what `measure` gives, which is kept.
 
     `names` and `works`, the geometry, are those of the segments. Devices are the same if their threads, hardware and
-    memory are, and as many of them share a host; the numbers of images, the shares and the versions of the software
-    have to be, too. `measure` is given the curves of those segments that other networks in `folder` have; `force`
-    measures in any case, and everything. An incomplete calibration is not kept. A folder that cannot be written is no
-    error.
+    memory are, and as many of them share a host; the numbers of images, the shares, the repetitions and the versions
+    of the software have to be, too. `measure` is given the curves of those segments that other networks in `folder`
+    have; `force` measures in any case, and everything. An incomplete calibration is not kept. A folder that cannot be
+    written is no error.
     """
     hosts = list(dict.fromkeys(member.host for member in members))
     devices = [
         (member.device.label, member.device.threads, member.hardware, member.memory, hosts.index(member.host))
         for member in members
     ]
-    alike = _hashed([_FORMAT, devices, list(images), list(fractions), versions_text()])
+    alike = _hashed([_FORMAT, devices, list(images), list(fractions), repetitions, versions_text()])
     path = folder / f"{alike}-{_hashed([list(names), list(works)])}.zarr.zip"
     if path.exists() and not force:
         with contextlib.suppress(InputError):  # one that cannot be read is measured anew

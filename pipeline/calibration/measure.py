@@ -115,10 +115,12 @@ def calibrate(
         return dataset
 
     if cache is None:
-        return measure({})
-    names = [chain.name for chain in chains]
-    found = cached(cache, names, works, chosen, task.images, task.fractions, measure, force=force)
-    return found.assign_coords(network=name)
+        found = measure({})
+    else:
+        names = [chain.name for chain in chains]
+        found = cached(cache, names, works, chosen, task.images, task.fractions, repetitions, measure, force=force)
+    # Of a network that does the same work the cache may have a calibration, but not what this one is called.
+    return found.assign_coords(network=name).assign_attrs(network_digest=graph.digest)
 
 
 def _known(curves: Curves, works: Sequence[str], order: int) -> frozenset[int]:

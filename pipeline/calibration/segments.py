@@ -60,12 +60,11 @@ def geometry(graph: Graph, model: nn.Module, plan: Plan, chain: Chain) -> str:
     for index, name in enumerate(chain.operations):
         operation = graph[name]
         numbers[name] = f"op{index}"
-        module = model.get_submodule(operation.module) if operation.module is not None else None
-        work = operation.call if module is None else f"{type(module).__qualname__} {module}"
         trained = [(one.shape, one.trained) for one in operation.parameters]
         taken = [numbers[value] for value in operation.inputs]
         kinds = plan[name].input.kind + plan[name].output.kind
-        parts.append(f"{work}:{operation.effect.name}:{operation.unit}:{taken}:{operation.shape}:{trained}:{kinds}")
+        does = f"{operation.call}:{operation.effect.name}:{operation.unit}"
+        parts.append(f"{does}:{taken}:{operation.shape}:{trained}:{kinds}")
     parts.append(str([numbers[value] for value in chain.outputs]))
     return " | ".join(parts)
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +25,10 @@ from pipeline.graph.writes import IN_PLACE, NO_GRADIENT
 
 _TRIALS = (3, 5)
 """Two numbers of images: what has as many entries along axis 0 for both is a tensor of images."""
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+"""Where something lies in memory, which differs from process to process."""
+_RATE = re.compile(r"\d+\.\d+(?:e[+-]?\d+)?|\d+e[+-]\d+")
+"""A number that is not whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +56,7 @@ class Operation:
     module: str | None
     """Qualified name of the submodule it calls."""
     call: str
-    """The function or method it calls, with its arguments that are no tensors; empty for a submodule."""
+    """What it calls, a function, a method or a type of module, with the arguments that are no tensors."""
     inputs: tuple[str, ...]
     """Names of the operations whose output it takes; ``graph.input`` is the batch."""
     shape: tuple[int, ...] | None
@@ -98,6 +106,20 @@ class Graph:
 
     def __getitem__(self, name: str) -> Operation:
         return self._by_name[name]
+
+    @cached_property
+    def digest(self) -> str:
+        """A short text, the same in any process, that another network has not, nor one with other sizes or arguments.
+
+        Neither the values of weights nor rates and slopes, such as dropout's, are in it: no plan depends on them.
+        """
+        told: list[object] = [self.input_shape, self.outputs]
+        for one in self.operations:
+            taken = ["" if value == self.input else value for value in one.inputs]
+            call = one.effect.value, _RATE.sub("_", one.call), one.noise and one.noise.per
+            state = [(each.name, each.shape, each.trained, each.buffer) for each in one.parameters]
+            told.append((one.name, *call, taken, one.shape, one.channel_axis, one.unit, one.input_unit, state))
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
     @property
     def convolutions(self) -> tuple[Operation, ...]:
@@ -191,7 +213,7 @@ class _Analysis:
             name=node.name,
             effect=judgement.effect,
             module=str(node.target) if module is not None else None,
-            call="" if module is not None else _call_of(node),
+            call=_call_of(node, module),
             inputs=tuple(one.name for one in taken),
             shape=shape,
             channel_axis=axis,
@@ -273,10 +295,12 @@ def _keeps_indices(node: fx.Node, module: nn.Module | None) -> bool:
     return "max_pool" in getattr(node.target, "__name__", str(node.target))
 
 
-def _call_of(node: fx.Node) -> str:
+def _call_of(node: fx.Node, module: nn.Module | None) -> str:
+    if module is not None:
+        return _ADDRESS.sub("", f"{type(module).__qualname__} {module}")
     target = getattr(node.target, "__name__", str(node.target))
     args, kwargs = (fx.map_arg(given, lambda _: "_") for given in (node.args, node.kwargs))
-    return f"{target}{args}{kwargs}"
+    return _ADDRESS.sub("", f"{target}{args}{kwargs}")
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:

@@ -232,7 +232,9 @@ def test_the_same_work_on_the_same_devices_is_measured_once(client: Client, tmp_
     assert "cached" not in first.attrs
     assert "cached" in again.attrs
     xr.testing.assert_equal(again, first)
-    assert "cached" not in measured(5).attrs, "another width is other work"
+    wider = measured(5)
+    assert "cached" not in wider.attrs, "another width is other work"
+    assert again.attrs["network_digest"] == first.attrs["network_digest"] != wider.attrs["network_digest"]
     assert "cached" not in measured(4, force=True).attrs
     for file in tmp_path.iterdir():
         file.write_bytes(b"broken")

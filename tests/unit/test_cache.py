@@ -28,7 +28,7 @@ def _times_measured(folder: Path, *runs: tuple[Member, ...], incomplete: bool = 
         return found.assign_attrs(incomplete=1) if incomplete else found
 
     for members in runs:
-        found = cached(folder, ["conv1"], ["5x5"], members, (8, 16), (0.5, 1.0), measure, force=False)
+        found = cached(folder, ["conv1"], ["5x5"], members, (8, 16), (0.5, 1.0), 2, measure, force=False)
         assert found.forward_time.equals(synthetic.calibration().forward_time)
     return len(measured)
 
@@ -46,3 +46,20 @@ def test_other_devices_or_as_many_on_other_hosts_are_measured(tmp_path: Path, ch
 
 def test_an_incomplete_calibration_is_measured_anew(tmp_path: Path) -> None:
     assert _times_measured(tmp_path, MEMBERS, MEMBERS, incomplete=True) == 2
+
+
+def test_more_repetitions_are_measured(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def found(repetitions: int) -> xr.Dataset:
+        def measure(known: Curves) -> xr.Dataset:
+            assert not known, "curves of fewer repetitions do not serve either"
+            asked.append(repetitions)
+            return synthetic.calibration()
+
+        return cached(tmp_path, ["conv1"], ["conv1"], MEMBERS, (8, 16), (0.5, 1.0), repetitions, measure, force=False)
+
+    assert "cached" not in found(2).attrs
+    assert "cached" not in found(10).attrs
+    assert "cached" in found(2).attrs
+    assert asked == [2, 10]
