@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 import xarray as xr
 
 from pipeline.calibration.segments import chains_of
@@ -18,7 +19,7 @@ from pipeline.results.stores import combine, combine_calibrations, combine_error
 STRATEGIES = ("single", "ddp", "equal", "paper", "kernel", "batch", "auto")
 PROVENANCE = {
     "configuration": "{}",
-    "versions": "python 3, torch 2",
+    "versions": f"python 3, torch {torch.__version__}",
     "hardware": "synthetic machine, 2 cores",
     "threads": "1",
     "emulated": True,

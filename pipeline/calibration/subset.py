@@ -7,14 +7,16 @@ from collections.abc import Sequence
 import xarray as xr
 
 from pipeline.errors import InputError
+from pipeline.plan.checks import check_single
 
 
 def of_devices(calibration: xr.Dataset, labels: Sequence[str]) -> xr.Dataset:
     """The part of a calibration that is about the devices called `labels`, in that order.
 
     Raises:
-        InputError: The calibration has fewer devices of some label.
+        InputError: The calibration is several, or has fewer devices of some label.
     """
+    check_single(calibration)
     measured = [str(label) for label in calibration.device_label.values]
     free = list(range(len(measured)))
     chosen = []

@@ -58,14 +58,14 @@ def simulate(
     """Simulate training steps on up to 1,024 calibrated or described devices, over links of any speed."""
     from pipeline.cluster.deployment import connect
     from pipeline.config import load_config
-    from pipeline.results.contracts import validate_calibration
+    from pipeline.plan.checks import check_single
     from pipeline.results.stores import open_zip, write_store
     from pipeline.simulation.sweep import Grid, sweep
     from pipeline.simulation.workers import simulators
 
     study = load_config(config if config is not None else {}).simulation
     described = _described(describe) if describe is not None else dict(study.described)
-    calibrations = _by_network([open_zip(path, validate_calibration) for path in calibration])
+    calibrations = _by_network([open_zip(path, check_single) for path in calibration])
     grid = Grid(
         networks=_each_once(network or study.networks or calibrations),
         batch_sizes=_each_once(batch_size or study.batch_sizes),

@@ -34,14 +34,15 @@ class _Plan(_Section):
     devices: tuple[int, ...]
     labels: tuple[str, ...]
     channels_last: bool = False
+    network_digest: str = ""
     operations: tuple[_Operation, ...]
 
 
-_FIELDS = ("strategy", "batch_size", "devices", "labels", "channels_last")
+_FIELDS = ("strategy", "batch_size", "devices", "labels", "channels_last", "network_digest")
 
 
 def plan_to_json(plan: Plan) -> str:
-    """The plan as JSON text; the network is not in it, only the names of its operations."""
+    """The plan as JSON text; the network is not in it, only its digest and the names of its operations."""
     operations = tuple(
         _Operation(name=one.name, input=_written(one.input), output=_written(one.output), home=one.home)
         for one in plan.operations
@@ -80,8 +81,14 @@ def plan_from_json(text: str, source: str = "the plan") -> Plan:
         devices=read.devices,
         labels=read.labels,
         channels_last=read.channels_last,
+        network_digest=read.network_digest,
         operations=tuple(
-            OperationPlan(name=one.name, input=_read(one.input), output=_read(one.output), home=one.home)
+            OperationPlan(
+                name=one.name,
+                input=_read(one.input, one.name, source),
+                output=_read(one.output, one.name, source),
+                home=one.home,
+            )
             for one in read.operations
         ),
     )
@@ -102,5 +109,8 @@ def _written(layout: Layout) -> _Layout:
     return _Layout(kind=layout.kind, shares=layout.shares)
 
 
-def _read(layout: _Layout) -> Layout:
-    return Layout(layout.kind, layout.shares)
+def _read(layout: _Layout, name: str, source: str) -> Layout:
+    try:
+        return Layout(layout.kind, layout.shares)
+    except InputError as error:
+        raise InputError(f"{source} is not a plan: {name}: {error}") from None

@@ -73,6 +73,8 @@ class Plan:
     """Whether all ranks keep images and weights with the channels last in memory, as the calibration found faster."""
     graph: Graph | None = field(default=None, repr=False, compare=False)
     """The network it is for; a plan that was read from a file does not know it."""
+    network_digest: str = field(default="", compare=False)
+    """``Graph.digest`` of that, which a file keeps; empty in a plan of before there was one."""
 
     @property
     def ranks(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,7 +12,7 @@ from torch import nn
 
 from pipeline.errors import InputError
 from pipeline.graph.trace import Graph, trace
-from pipeline.plan.checks import check_calibration
+from pipeline.plan.checks import check_calibration, image_shape_of
 from pipeline.plan.costs import Costs
 from pipeline.plan.fitting import able_alone, check_memory, is_scarce, most_within_memory
 from pipeline.plan.link_cases import Links
@@ -29,10 +28,10 @@ _DOUBT = 0.05
 def make_plan(model: nn.Module, calibration: xr.Dataset, *, batch_size: int, strategy: Strategy = "auto") -> Plan:
     """Plan ``model`` for the devices that ``calibration`` measured.
 
-    Raises ``InputError`` for a calibration of another network, an unknown strategy or a batch size below 1.
+    Raises ``InputError`` for several calibrations or one of another network, an unknown strategy or a batch size below
+    1.
     """
-    image_shape = json.loads(calibration.attrs["image_shape"])
-    graph = trace(model, torch.zeros(2, *image_shape))
+    graph = trace(model, torch.zeros(2, *image_shape_of(calibration)))
     labels = [str(label) for label in calibration.device_label.values]
     return plan_graph(graph, calibration, batch_size=batch_size, strategy=strategy, labels=labels)
 
@@ -75,7 +74,7 @@ def plan_graph(
 
             check_memory(graph, plan, costs, smaller=smaller, itemsize=itemsize)
     channels_last = costs is not None and costs.channels_last and plan.strategy != "ddp"
-    return replace(plan, graph=graph, channels_last=channels_last)
+    return replace(plan, graph=graph, network_digest=graph.digest, channels_last=channels_last)
 
 
 def uniform_plan(

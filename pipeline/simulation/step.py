@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import torch
 import xarray as xr
@@ -12,7 +10,7 @@ from torch import nn
 from pipeline.errors import InputError
 from pipeline.graph.trace import trace
 from pipeline.links import Link
-from pipeline.plan.checks import check_calibration, check_plan
+from pipeline.plan.checks import check_calibration, check_plan, image_shape_of
 from pipeline.plan.costs import Costs
 from pipeline.plan.labels import DDP_LABELS, instruction_labels
 from pipeline.plan.link_cases import Links
@@ -37,12 +35,12 @@ def simulate(
     a file needs its ``model``. ``itemsize`` is the bytes per number. Returns ``step_time(step)`` of one step and its
     timeline, with the attribute ``simulated``; of ``ddp`` only the step is predicted, its timeline is NaN.
 
-    Raises ``InputError`` for a calibration of another network or of other devices, for a plan without its model, and
-    for a negative latency or a bandwidth that is not positive.
+    Raises ``InputError`` for several calibrations or one of another network or of other devices, for a plan without its
+    model or for another one, and for a negative latency or a bandwidth that is not positive.
     """
     graph = plan.graph
     if model is not None:
-        graph = trace(model, torch.zeros(2, *json.loads(calibration.attrs["image_shape"])))
+        graph = trace(model, torch.zeros(2, *image_shape_of(calibration)))
     if graph is None:
         raise InputError("the plan was read from a file and does not know its network: give simulate its model=")
     labels = [str(label) for label in calibration.device_label.values]

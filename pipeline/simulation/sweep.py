@@ -6,7 +6,6 @@ differs in the link alone is simulated at once; the rest is spread over processe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -21,7 +20,7 @@ from pipeline.errors import InputError
 from pipeline.graph.trace import Graph, trace
 from pipeline.links import Link, parse_link
 from pipeline.networks import network as build
-from pipeline.plan.checks import check_calibration
+from pipeline.plan.checks import check_calibration, image_shape_of
 from pipeline.plan.costs import Costs
 from pipeline.plan.fitting import fits, is_scarce
 from pipeline.plan.link_cases import Links
@@ -161,9 +160,10 @@ class _Catalogue:
 
 
 def _graph_of(name: str, calibration: xr.Dataset) -> Graph:
-    shape = json.loads(calibration.attrs["image_shape"])
+    channels, height, width = image_shape_of(calibration)
     classes = int(calibration.attrs.get("classes", 10))
-    return trace(build(name, classes=classes, image_shape=tuple(shape)), torch.zeros(2, *shape))
+    model = build(name, classes=classes, image_shape=(channels, height, width))
+    return trace(model, torch.zeros(2, channels, height, width))
 
 
 def _uniform(calibrations: Sequence[xr.Dataset], links: Mapping[str, Link | None]) -> Links:

@@ -16,6 +16,7 @@ from pipeline.cluster.devices import discover
 from pipeline.cluster.gang import RankContext, run_gang
 from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph, Operation, trace
+from pipeline.plan.checks import check_plan
 from pipeline.plan.layouts import Layout, images, kernels, master, partial, replicated
 from pipeline.plan.plan import OperationPlan, Plan
 from pipeline.plan.ties import bound
@@ -144,6 +145,8 @@ def test_any_layout_may_follow_any_other(client: Client) -> None:
     graph = trace(model, x_SBCHW[0])
     assert not [one.name for one in graph.operations if one.effect is Effect.WHOLE]
     plans = [_random_plan(graph, seed) for seed in range(40)]
+    for plan in plans:
+        check_plan(plan, graph, plan.labels)
     found = run_gang(
         client, discover(client), _train, [(model, graph, plans, x_SBCHW, y_SB)] * RANKS, label="mixed layouts"
     )[0]

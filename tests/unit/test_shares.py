@@ -111,3 +111,9 @@ def test_a_useless_device_gets_nothing() -> None:
 def test_a_curve_that_is_not_ordered_is_refused() -> None:
     with pytest.raises(InputError, match="cost curve"):
         balanced(4, [np.array([2.0, 1.0])], [np.array([1.0, 2.0])])
+
+
+def test_an_empty_curve_is_named() -> None:
+    full, empty = np.array([1.0, 2.0]), np.array([])
+    with pytest.raises(InputError, match="cost curve 1 is empty: it needs at least one point"):
+        balanced(4, [full, empty], [full, empty])
