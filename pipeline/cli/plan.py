@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,6 +30,13 @@ if TYPE_CHECKING:
 
 _DEVICES_SHOWN = 6
 _WIDTH = 120
+_LAYOUTS = {
+    "M": "all on the first device",
+    "R": "a copy on each",
+    "K": "kernels or channels split",
+    "B": "images split",
+    "P": "a summand on each",
+}
 
 
 def plan(
@@ -51,7 +59,7 @@ def plan(
     from pipeline.networks import check_name
     from pipeline.networks import network as build
     from pipeline.plan.costs import Costs
-    from pipeline.plan.files import plan_to_json
+    from pipeline.plan.files import write_plan
     from pipeline.plan.planner import plan_graph
     from pipeline.plan.summary import summarise
     from pipeline.results.contracts import validate_calibration
@@ -74,45 +82,68 @@ def plan(
     made = plan_graph(graph, measured, batch_size=batch_size, strategy=chosen, labels=labels)
     show(made, summarise(graph, made, Costs.of(measured), all_labels=labels))
     if output is not None:
-        output.write_text(plan_to_json(made), encoding="utf-8")
+        write_plan(made, output)
         print(f"Plan written to {output}.")
 
 
 def show(made: Plan, summary: Summary) -> None:
     """Print a plan as a table, with what it is predicted to take below."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    few = made.ranks <= _DEVICES_SHOWN
-    table = Table(title=f"{made.strategy} over {_counted(made.labels)}, batch {made.batch_size}", title_justify="left")
+    # Where no terminal says how wide it is, lines that fit the usual table, and sentences that do not break.
+    terminal = sys.stdout.isatty()
+    console = Console(highlight=False, markup=False, width=None if terminal else _WIDTH)
+    title = f"{made.strategy} over {_counted(made.labels)}, batch {made.batch_size}"
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE)
     for name in ("operation", "layout"):
         table.add_column(name, overflow="fold")
-    for name in ("shares", "time per device / ms", "moved / MB", "exchange / ms"):
-        table.add_column(name, justify="right")
-    for row in _joined(summary.rows):
-        milliseconds = [1e3 * one for one in row.seconds]
-        table.add_row(
-            row.operation,
-            row.layouts,
-            " ".join(map(str, row.shares)) if few else _range([float(one) for one in row.shares], "g"),
-            " ".join(f"{one:.2f}" for one in milliseconds) if few else _range(milliseconds, ".2f"),
-            f"{row.exchanged_bytes / 1e6:.2f}" if row.exchanged_bytes else "",
-            f"{1e3 * row.exchange_seconds:.2f}" if row.exchange_seconds else "",
-        )
-    # Where no terminal says how wide it is, lines that fit the usual table.
-    Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH).print(table)
-    print(
-        f"Predicted step: {1e3 * summary.step_seconds:.4g} ms, {summary.speedup:.2f}x the fastest device alone "
-        f"({summary.baseline}); all devices together would allow {summary.bound:.2f}x."
+    for name in ("shares", "time / ms"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("sent / MB", "exchange / ms") if made.ranks > 1 else ():
+        table.add_column(name, justify="right", no_wrap=True)
+    rows = _joined(summary.rows)
+    shares = _aligned([[float(one) for one in row.shares] for row in rows], ".0f")
+    times = _aligned([[1e3 * one for one in row.seconds] for row in rows], ".2f")
+    for row, *own in zip(rows, shares, times, strict=True):
+        sent = row.exchanged_bytes
+        exchange = [f"{sent / 1e6:.2f}", f"{1e3 * row.exchange_seconds:.2f}"] if sent else ["", ""]
+        table.add_row(*map(Text, (row.operation, row.layouts, *own, *(exchange if made.ranks > 1 else ()))))
+    console.print(table)
+    for line in _sentences(made, summary):
+        console.print(line, soft_wrap=not terminal)
+
+
+def _sentences(made: Plan, summary: Summary) -> list[str]:
+    """What a plan means, a line each."""
+    kinds = {kind for row in summary.rows for kind in row.layouts.split(" → ")}
+    few, lines = made.ranks <= _DEVICES_SHOWN, []
+    if made.ranks > 1:
+        order = "of each device in turn" if few else "the least and the most of a device"
+        lines.append(f"Shares and times are {order}; times and what is sent, outputs and weights, are of both passes.")
+        lines.append(f"Layouts: {', '.join(f'{kind} {means}' for kind, means in _LAYOUTS.items() if kind in kinds)}.")
+    if made.strategy == "ddp":
+        lines.append("Gradients are summed beside the backward pass: the exchange is what that makes the step longer.")
+    baseline = summary.baseline if summary.baseline_fits else f"{summary.baseline}, which cannot hold the network"
+    lines.append(
+        f"Predicted step: {1e3 * summary.step_seconds:.4g} ms; the fastest device alone, {baseline}, takes "
+        f"{1e3 * summary.baseline_seconds:.4g} ms."
     )
+    lines.append(f"Speedup: {summary.speedup:.2f}x; all devices together would allow {summary.bound:.2f}x.")
     mebibytes = [one / 2**20 for one in summary.memory]
     shown = ", ".join(f"{one:.0f}" for one in mebibytes) if few else _range(mebibytes, ".0f")
-    print(f"Memory per device, beyond its process and the images: {shown} MiB.")
+    lines.append(f"Memory per device, beyond its process and the images: {shown} MiB.")
+    if limited := [f"{made.devices[rank]} ({made.labels[rank]})" for rank in summary.limited_by_memory]:
+        lines.append(f"Memory limits the share of device {', '.join(limited)}.")
     if made.channels_last:
-        print("All devices keep their tensors with the channels last in memory, which was measured to be faster.")
-    print(f"What limits: {summary.limit}.")
-    for one in summary.helps:
-        print(f"What would help: {one.change}: {one.speedup:.2f}x.")
+        lines.append("All devices keep their tensors with the channels last in memory, which was measured as faster.")
+    lines.append(f"What limits: {summary.limit}.")
+    if summary.helps:
+        lines.append(f"What would help, as speedup over {summary.baseline} alone, now {summary.speedup:.2f}x:")
+        lines += [f"  {one.change}: {summary.baseline_seconds / one.step_seconds:.2f}x" for one in summary.helps]
+    return lines
 
 
 def _joined(rows: Sequence[Row]) -> list[Row]:
@@ -133,10 +164,20 @@ def _joined(rows: Sequence[Row]) -> list[Row]:
 
 
 def _counted(labels: tuple[str, ...]) -> str:
-    counts = {label: labels.count(label) for label in dict.fromkeys(labels)}
-    return " + ".join(label if count == 1 else f"{count} x {label}" for label, count in counts.items())
+    """The devices in order, those of one label that follow each other counted."""
+    groups = [(label, len(list(group))) for label, group in groupby(labels)]
+    return " + ".join(label if count == 1 else f"{count} x {label}" for label, count in groups)
 
 
-def _range(numbers: list[float], form: str) -> str:
+def _aligned(rows: Sequence[Sequence[float]], form: str) -> list[str]:
+    """A row of numbers as text each, below each other, ``-`` for none; of many devices the least and the most."""
+    if len(rows[0]) > _DEVICES_SHOWN:
+        return [_range(row, form) for row in rows]
+    texts = [[f"{one:{form}}" if one else "-" for one in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    return ["  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in texts]
+
+
+def _range(numbers: Sequence[float], form: str) -> str:
     low, high = min(numbers), max(numbers)
     return f"{low:{form}}" if low == high else f"{low:{form}} to {high:{form}}"
