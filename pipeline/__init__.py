@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pipeline.cluster.deployment import connect, local_cluster
     from pipeline.cluster.devices import Device
     from pipeline.errors import InputError, PipelineError, RunError
+    from pipeline.plan.files import read_plan, write_plan
     from pipeline.plan.plan import Plan
     from pipeline.plan.planner import make_plan
     from pipeline.simulation.step import simulate
@@ -31,11 +32,13 @@ _HOMES = {
     "fit": "pipeline.training",
     "local_cluster": "pipeline.cluster.deployment",
     "make_plan": "pipeline.plan.planner",
+    "read_plan": "pipeline.plan.files",
     "simulate": "pipeline.simulation.step",
+    "write_plan": "pipeline.plan.files",
 }
 __all__ = [
     "Device", "FitResult", "InputError", "PipelineError", "Plan", "RunError",
-    "calibrate", "connect", "fit", "local_cluster", "make_plan", "simulate",
+    "calibrate", "connect", "fit", "local_cluster", "make_plan", "read_plan", "simulate", "write_plan",
 ]  # fmt: skip
 
 

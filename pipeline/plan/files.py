@@ -94,10 +94,18 @@ def plan_from_json(text: str, source: str = "the plan") -> Plan:
     )
 
 
-def read_plan(path: Path) -> Plan:
+def write_plan(plan: Plan, path: str | Path) -> None:
+    """Write a plan to a file, for ``read_plan`` and ``train --plan``; raises ``InputError`` where that cannot be."""
+    try:
+        Path(path).write_text(plan_to_json(plan), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"the plan cannot be written to {path}: {error.strerror}") from None
+
+
+def read_plan(path: str | Path) -> Plan:
     """The plan in a file; raises ``InputError`` where there is none."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"the plan {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
