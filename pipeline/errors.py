@@ -9,6 +9,10 @@ class InputError(PipelineError, ValueError):
     """Something a user gave is wrong: names the value, the place and what would be right (exit code 2)."""
 
 
+class TooLittleMemoryError(InputError):
+    """The devices cannot hold the network that they are to train."""
+
+
 class RunError(PipelineError, RuntimeError):
     """A run failed after its input was accepted: a lost worker, a rank that raised, a timeout (exit code 1)."""
 

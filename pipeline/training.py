@@ -20,19 +20,23 @@ from pipeline.checkpoint import check_checkpoint, write_weights
 from pipeline.cluster.deployment import local_cluster
 from pipeline.cluster.devices import Member, discover
 from pipeline.errors import InputError
-from pipeline.graph.trace import model_dtype, trace
-from pipeline.plan.checks import check_plan
+from pipeline.graph.trace import Graph, model_dtype, trace
+from pipeline.plan.checks import check_calibration, check_plan
+from pipeline.plan.fitting import Room, check_memory, is_scarce
 from pipeline.plan.plan import STRATEGIES, Plan, Strategy
 from pipeline.plan.planner import plan_graph
 from pipeline.plan.strategies import Shares
 from pipeline.results.contracts import describe
 from pipeline.run.batches import batch_indices
 from pipeline.run.callbacks import Callback
-from pipeline.run.launch import SGD, OnProgress, example_batch, run_plan
+from pipeline.run.launch import SGD, OnProgress, example_batch, held_memory, room_for, run_plan
 from pipeline.run.parameters import ParameterGroups
 from pipeline.run.recipe import Loss, OptimizerFactory, Recipe, SchedulerFactory, check_recipe
 from pipeline.run.timeline import merged_losses, timing_dataset
 from pipeline.run.worker import Account
+
+_LARGE_PROCESS = 2 * 2**30
+"""No process of a worker holds so many bytes without a network: about 300 MiB are usual."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +114,19 @@ def fit(
     graph = trace(model, example_BCHW)
     with _cluster(client) as connected:
         chosen = tuple(members or discover(connected))
-        labels = [member.device.label for member in chosen]
+        labels, itemsize = [member.device.label for member in chosen], model_dtype(model).itemsize
         if plan is not None:
             check_plan(plan, graph, labels)
+            calibration = None
+        elif calibration is not None:
+            check_calibration(calibration, graph, labels)
+        elif shares is None and strategy not in ("ddp", "equal") and len(chosen) > 1:
+            calibration = calibrate(model, example_BCHW, connected, members=chosen, batch_size=batch_size)
+        room = room_for(chosen, dataset, validation=validation, optimizer=optimizer)
+        room = _beside_processes(room, connected, chosen, calibration, graph, batch_size, itemsize)
+        if plan is not None:
+            check_memory(graph, plan, room, itemsize=itemsize)
         else:
-            if calibration is None and shares is None and strategy not in ("ddp", "equal") and len(chosen) > 1:
-                calibration = calibrate(model, example_BCHW, connected, members=chosen, batch_size=batch_size)
             plan = plan_graph(
                 graph,
                 calibration,
@@ -123,7 +134,8 @@ def fit(
                 strategy=strategy,
                 labels=labels,
                 shares=shares,
-                itemsize=model_dtype(model).itemsize,
+                itemsize=itemsize,
+                room=room,
             )
         indices = batch_indices(images, batch_size, epochs=epochs, max_steps=max_steps, shuffle=shuffle, seed=seed)
         accounts = run_plan(
@@ -143,6 +155,27 @@ def fit(
         plan=plan,
         callbacks=accounts[0].callbacks,
     )
+
+
+def _beside_processes(
+    room: Room,
+    client: Client,
+    members: Sequence[Member],
+    calibration: xr.Dataset | None,
+    graph: Graph,
+    batch_size: int,
+    itemsize: int,
+) -> Room:
+    """The ``room`` of the members without what their processes hold, as a calibration has measured.
+
+    Without one they are asked, unless there is plenty in any case.
+    """
+    if calibration is not None:
+        return room.beside(calibration.process_memory.values)
+    least = room.beside(_LARGE_PROCESS)
+    if not is_scarce(graph, least, batch_size, itemsize=itemsize):
+        return least
+    return room.beside(held_memory(client, members))
 
 
 def _checked_length(dataset: Dataset[Any], batch_size: int, epochs: int, max_steps: int | None) -> int:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, TooLittleMemoryError
 from pipeline.graph.trace import Graph
-from pipeline.plan.costs import Costs
-from pipeline.plan.memory import predict_memory
-from pipeline.plan.plan import Plan
+from pipeline.plan.memory import SGD_STATES, Bytes, predict_memory
+from pipeline.plan.plan import Plan, Strategy
 from pipeline.plan.program import Program
 from pipeline.plan.shares import Most
 from pipeline.plan.strategies import Shares, plan_network
@@ -32,51 +31,105 @@ _AMPLE = 4
 """No strategy makes a device hold as many times what the network takes alone."""
 _HALVINGS = 8
 _MIB = 2**20
+_MOST_DEVICES = 64
+"""Up to so many devices are proposed to whoever has too few."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """The memory that devices have for a training, and what of it is taken whatever the plan."""
+
+    left: Bytes
+    """(device) bytes that each may hold beyond its process, without end where nothing is known."""
+    images: Bytes
+    """(device) bytes of the data set in its memory if it is the master, and under ``ddp`` in any case."""
+    validation: Bytes
+    """(device) bytes of the images to validate with in its memory if it is the master."""
+    states: int = SGD_STATES
+    """Numbers that the optimiser keeps per weight."""
+
+    @classmethod
+    def of(
+        cls, left: Bytes, *, images: Bytes | float = 0.0, validation: Bytes | float = 0.0, states: int = SGD_STATES
+    ) -> Room:
+        """Beyond the processes there is so much ``left``; of images there are none in memory unless given."""
+        none = np.zeros(len(left))
+        return cls(left=left, images=images + none, validation=validation + none, states=states)
+
+    def beside(self, held: Bytes | float) -> Room:
+        """The room that is left where the processes hold so much, (device) in bytes."""
+        return replace(self, left=self.left - held)
+
+    def only(self, devices: Sequence[int]) -> Room:
+        """The room of ``devices`` alone, in that order."""
+        chosen = list(devices)
+        return replace(self, left=self.left[chosen], images=self.images[chosen], validation=self.validation[chosen])
+
+    def limits(self, plan: Plan) -> Bytes:
+        """(rank) bytes that each may hold for its part of ``plan``; negative where the images alone are too much."""
+        devices = list(plan.devices)
+        found: Bytes = self.left[devices] - self.images_of(plan)
+        return found
+
+    def images_of(self, plan: Plan) -> Bytes:
+        """(rank) bytes of images in the memory of each."""
+        devices = list(plan.devices)
+        master = np.arange(len(devices)) == 0
+        found: Bytes = np.where(master | (plan.strategy == "ddp"), self.images[devices], 0.0)
+        return found + np.where(master, self.validation[devices], 0.0)
 
 
 def needed_memory(
-    graph: Graph, plan: Plan, *, itemsize: int = 4, program: Program | None = None
-) -> NDArray[np.float64]:
-    """What each rank has to have beyond its process in bytes, (rank), to be on the safe side."""
-    return SAFETY * predict_memory(graph, plan, itemsize=itemsize, program=program)
+    graph: Graph, plan: Plan, *, itemsize: int = 4, states: int = SGD_STATES, program: Program | None = None
+) -> Bytes:
+    """What each rank has to have beyond its process and images in bytes, (rank), to be on the safe side."""
+    return SAFETY * predict_memory(graph, plan, itemsize=itemsize, states=states, program=program)
 
 
-def is_scarce(graph: Graph, costs: Costs, batch_size: int, *, itemsize: int = 4) -> bool:
+def is_scarce(graph: Graph, room: Room, batch_size: int, *, itemsize: int = 4) -> bool:
     """Whether some device could not hold several times the whole network, so that plans have to be checked."""
-    if not np.isfinite(costs.memory_left).any():
+    if not np.isfinite(room.left).any():
         return False
-    alone = plan_network(graph, "single", batch_size=batch_size, labels=("alone",))
-    return bool((costs.memory_left < _AMPLE * needed_memory(graph, alone, itemsize=itemsize)).any())
+    least = room.left - room.images - room.validation
+    return bool((least < _AMPLE * _alone(graph, room, batch_size, itemsize)).any())
 
 
-def fits(graph: Graph, plan: Plan, costs: Costs, *, itemsize: int = 4, program: Program | None = None) -> bool:
-    """Whether every rank can hold its part of ``plan``; ``costs`` are of all devices that it was made for."""
-    limits = costs.memory_left[list(plan.devices)]
-    return bool((needed_memory(graph, plan, itemsize=itemsize, program=program) <= limits).all())
+def fits(graph: Graph, plan: Plan, room: Room, *, itemsize: int = 4, program: Program | None = None) -> bool:
+    """Whether every rank can hold its part of ``plan``; ``room`` is that of all devices that it was made for."""
+    need = needed_memory(graph, plan, itemsize=itemsize, states=room.states, program=program)
+    return bool((need <= room.limits(plan)).all())
 
 
-def able_alone(graph: Graph, costs: Costs, batch_size: int, *, itemsize: int = 4) -> tuple[int, ...]:
+def able_alone(graph: Graph, room: Room, batch_size: int, *, itemsize: int = 4) -> tuple[int, ...]:
     """The devices that can hold the whole network; all of them where none can."""
-    alone = plan_network(graph, "single", batch_size=batch_size, labels=("alone",))
-    need = needed_memory(graph, alone, itemsize=itemsize)[0]
-    return tuple(np.flatnonzero(costs.memory_left >= need).tolist()) or tuple(range(costs.devices))
+    able = room.left - room.images - room.validation >= _alone(graph, room, batch_size, itemsize)
+    return tuple(np.flatnonzero(able).tolist()) or tuple(range(len(room.left)))
 
 
-def most_within_memory(graph: Graph, plan_with: PlanWith, costs: Costs, *, itemsize: int = 4) -> Most | None:
+def _alone(graph: Graph, room: Room, batch_size: int, itemsize: int) -> float:
+    """What a device that holds the whole network has to have."""
+    plan = plan_network(graph, "single", batch_size=batch_size, labels=("alone",))
+    return float(needed_memory(graph, plan, itemsize=itemsize, states=room.states)[0])
+
+
+def most_within_memory(graph: Graph, plan_with: PlanWith, room: Room, *, itemsize: int = 4) -> Most | None:
     """What fraction each rank can hold, found by bisection for one rank at a time, while the others share the rest.
 
-    ``costs`` are of the ranks that ``plan_with`` plans for. None where no rank has to be limited, or no limits help.
+    ``room`` is of the ranks that ``plan_with`` plans for. None where no rank has to be limited, or no limits help, as
+    they cannot help a single rank.
     """
-    if fits(graph, plan_with(), costs, itemsize=itemsize):
+    free = plan_with()
+    if free.ranks == 1 or fits(graph, free, room, itemsize=itemsize):
         return None
-    limits = costs.memory_left
+    limits = room.limits(free)
     most = np.ones(len(limits))
     known: dict[tuple[bool, float], float] = {}  # but for the master, all with equal limits can hold the same
 
     def can_hold(rank: int, fraction: float) -> bool:
-        shares = np.full(len(limits), (1 - fraction) / max(len(limits) - 1, 1))
+        shares = np.full(len(limits), (1 - fraction) / (len(limits) - 1))
         shares[rank] = fraction
-        need = needed_memory(graph, plan_with(shares=[float(one) for one in shares]), itemsize=itemsize)
+        plan = plan_with(shares=[float(one) for one in shares])
+        need = needed_memory(graph, plan, itemsize=itemsize, states=room.states)
         return bool(need[rank] <= limits[rank])
 
     def largest(rank: int) -> float:
@@ -94,7 +147,7 @@ def most_within_memory(graph: Graph, plan_with: PlanWith, costs: Costs, *, items
             known[kind] = largest(rank)
         most[rank] = known[kind]
     try:
-        return most if fits(graph, plan_with(most=most), costs, itemsize=itemsize) else None
+        return most if fits(graph, plan_with(most=most), room, itemsize=itemsize) else None
     except InputError:  # all of them together cannot hold the network
         return None
 
@@ -102,34 +155,81 @@ def most_within_memory(graph: Graph, plan_with: PlanWith, costs: Costs, *, items
 def check_memory(
     graph: Graph,
     plan: Plan,
-    costs: Costs,
+    room: Room,
     *,
+    wanted: Strategy | None = None,
     smaller: Callable[[int], Plan] | None = None,
     itemsize: int = 4,
 ) -> None:
-    """Raise ``InputError`` if a rank cannot hold its part of ``plan``, and say what would do.
+    """Raise ``TooLittleMemoryError`` if a rank cannot hold its part of ``plan``, and say what would do.
 
-    ``costs`` are of all devices that the plan was made for; ``smaller`` plans for another batch size.
+    ``room`` is that of all devices that the plan was made for. ``wanted`` is the strategy that was asked for, where it
+    is another than the plan's; ``smaller`` plans for another batch size.
     """
-    limits = costs.memory_left[list(plan.devices)]
-    need = needed_memory(graph, plan, itemsize=itemsize)
+    limits = room.limits(plan)
+    need = needed_memory(graph, plan, itemsize=itemsize, states=room.states)
     over = np.flatnonzero(need > limits)
     if not over.size:
         return
     rank = int(over[np.argmax(need[over] - limits[over])])
-    helps = "give it more, or add devices"
-    batch_size = plan.batch_size // 2
-    while smaller is not None and batch_size:
-        try:
-            other = smaller(batch_size)
-        except InputError:
-            break
-        if fits(graph, other, costs, itemsize=itemsize):
-            helps = f"a batch of {batch_size} images would fit"
-            break
-        batch_size //= 2
-    raise InputError(
+    images = room.images_of(plan)[rank]
+    beside = f"its process and {images / _MIB:.0f} MiB of images" if images else "its process"
+    raise TooLittleMemoryError(
         f"device {plan.devices[rank]} ({plan.labels[rank]}) needs about {need[rank] / _MIB:.0f} MiB for its part at "
-        f"batch size {plan.batch_size}, but has {limits[rank] / _MIB:.0f} MiB beside its process: "
-        f"{helps}"
+        f"batch size {plan.batch_size}, but has {max(limits[rank], 0.0) / _MIB:.0f} MiB beside {beside}: "
+        f"{_what_helps(graph, plan, room, wanted or plan.strategy, smaller, itemsize)}"
     )
+
+
+def _what_helps(
+    graph: Graph, plan: Plan, room: Room, wanted: Strategy, smaller: Callable[[int], Plan] | None, itemsize: int
+) -> str:
+    found = []
+    images = 0 if smaller is None else _largest_batch(graph, room, plan.batch_size, smaller, itemsize)
+    if images:
+        found.append(f"a batch of {images} image{'s' if images > 1 else ''} would fit")
+    # What these divide becomes less on each device with every further one; `single` takes one whatever there are, and
+    # others keep all weights in one place or everywhere.
+    divides: dict[Strategy, Strategy] = {"kernel": "kernel", "batch": "batch", "auto": "kernel"}
+    if wanted in divides:
+        largest = int(np.argmax(room.limits(plan)))
+        count = _enough_alike(graph, plan, room.only([plan.devices[largest]]), divides[wanted], itemsize)
+        if count:
+            which = f"device {plan.devices[largest]} ({plan.labels[largest]})"
+            found.append(f"{count} devices like {which} would hold it with equal shares")
+    if not found and smaller is not None:
+        found = ["not even one image would fit, so give it more memory"]
+    return ", and ".join(found) or "give it more memory, or plan for a smaller batch"
+
+
+def _largest_batch(graph: Graph, room: Room, batch_size: int, smaller: Callable[[int], Plan], itemsize: int) -> int:
+    """The largest number of images below ``batch_size`` that fits, by bisection; 0 if none does."""
+
+    def fit(images: int) -> bool:
+        try:
+            return fits(graph, smaller(images), room, itemsize=itemsize)
+        except InputError:  # too few for the strategy
+            return False
+
+    low, high = 0, batch_size
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fit(middle) else (low, middle)
+    return low
+
+
+def _enough_alike(graph: Graph, plan: Plan, room: Room, strategy: Strategy, itemsize: int) -> int:
+    """How many devices with the ``room`` of one hold equal shares of the network; 0 if a good many do not."""
+
+    def enough(count: int) -> bool:
+        shares, labels = [1 / count] * count, ["alike"] * count
+        alike = plan_network(graph, strategy, batch_size=plan.batch_size, labels=labels, shares=shares)
+        return fits(graph, alike, room.only([0] * count), itemsize=itemsize)
+
+    low, high = 1, _MOST_DEVICES
+    if not enough(high):
+        return 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high

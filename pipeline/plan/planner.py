@@ -14,7 +14,7 @@ from pipeline.errors import InputError
 from pipeline.graph.trace import Graph, trace
 from pipeline.plan.checks import check_calibration, image_shape_of
 from pipeline.plan.costs import Costs
-from pipeline.plan.fitting import able_alone, check_memory, is_scarce, most_within_memory
+from pipeline.plan.fitting import Room, able_alone, check_memory, is_scarce, most_within_memory
 from pipeline.plan.link_cases import Links
 from pipeline.plan.plan import STRATEGIES, Plan, Strategy
 from pipeline.plan.prediction import predict_step
@@ -46,12 +46,14 @@ def plan_graph(
     shares: Shares | None = None,
     links: Links | None = None,
     itemsize: int = 4,
+    room: Room | None = None,
 ) -> Plan:
     """Plan a traced network for the devices called ``labels``, which ``calibration`` measured in this order.
 
     ``links`` (one case) stand for the measured ones. Without a calibration only ``ddp``, ``equal``, one device, or
-    given ``shares`` are possible. With shares ``auto`` is ``kernel``, and on one device ``single``. Raises
-    ``InputError`` as ``make_plan`` does.
+    given ``shares`` are possible. With shares ``auto`` is ``kernel``, and on one device ``single``. The plan fits the
+    ``room`` of the devices, which is what the calibration found, for gradient descent with momentum, unless given.
+    Raises ``InputError`` as ``make_plan`` does.
     """
     if strategy not in STRATEGIES:
         raise InputError(f"strategy '{strategy}' is unknown; the strategies are {', '.join(STRATEGIES)}")
@@ -59,20 +61,22 @@ def plan_graph(
     if calibration is not None:
         check_calibration(calibration, graph, labels)
         costs = Costs.of(calibration)
+        room = room or Room.of(costs.memory_left)
     if strategy == "auto" and costs is not None and len(labels) > 1 and shares is None:
         plan = fastest_plan(
-            graph, costs, batch_size=batch_size, labels=labels, itemsize=itemsize, links=links, doubt=_DOUBT
+            graph, costs, batch_size=batch_size, labels=labels, itemsize=itemsize, links=links, doubt=_DOUBT, room=room
         )
     else:
+        wanted = strategy
         if strategy == "auto":
             strategy = "single" if len(labels) == 1 else "kernel"
-        plan = uniform_plan(graph, strategy, batch_size, labels, costs, shares, itemsize)
-        if costs is not None and is_scarce(graph, costs, batch_size, itemsize=itemsize):
+        plan = uniform_plan(graph, strategy, batch_size, labels, costs, shares, itemsize, room)
+        if room is not None and is_scarce(graph, room, batch_size, itemsize=itemsize):
 
             def smaller(size: int) -> Plan:
-                return uniform_plan(graph, strategy, size, labels, costs, shares, itemsize)
+                return uniform_plan(graph, strategy, size, labels, costs, shares, itemsize, room)
 
-            check_memory(graph, plan, costs, smaller=smaller, itemsize=itemsize)
+            check_memory(graph, plan, room, wanted=wanted, smaller=smaller, itemsize=itemsize)
     channels_last = costs is not None and costs.channels_last and plan.strategy != "ddp"
     return replace(plan, graph=graph, network_digest=graph.digest, channels_last=channels_last)
 
@@ -85,22 +89,26 @@ def uniform_plan(
     costs: Costs | None,
     shares: Shares | None = None,
     itemsize: int = 4,
+    room: Room | None = None,
 ) -> Plan:
     """The plan of any strategy but ``auto``, for what the devices can hold where the strategy chooses.
 
-    ``kernel`` and ``batch`` choose the shares, ``single`` the device. Where nothing that may be chosen fits, the plan
-    does not.
+    ``kernel`` and ``batch`` choose the shares, ``single`` the device, by the ``room`` there is, which ``costs`` tell
+    unless given. Where nothing that may be chosen fits, the plan does not.
     """
-    if strategy == "single" and costs is not None and is_scarce(graph, costs, batch_size, itemsize=itemsize):
-        devices = able_alone(graph, costs, batch_size, itemsize=itemsize)
+    plan_with = functools.partial(plan_network, graph, strategy, batch_size=batch_size, labels=labels, costs=costs)
+    chooses = strategy == "single" or (shares is None and strategy in ("kernel", "batch"))
+    if costs is None or not chooses:
+        return plan_with(shares=shares)
+    room = room or Room.of(costs.memory_left)
+    if not is_scarce(graph, room, batch_size, itemsize=itemsize):
+        return plan_with(shares=shares)
+    if strategy == "single":
+        devices = able_alone(graph, room, batch_size, itemsize=itemsize)
         named = [labels[device] for device in devices]
         alone = plan_network(graph, strategy, batch_size=batch_size, labels=named, costs=costs.only(devices))
         return replace(alone, devices=tuple(devices[rank] for rank in alone.devices))
-    plan_with = functools.partial(plan_network, graph, strategy, batch_size=batch_size, labels=labels, costs=costs)
-    chosen = costs is not None and shares is None and strategy in ("kernel", "batch")
-    if costs is None or not chosen or not is_scarce(graph, costs, batch_size, itemsize=itemsize):
-        return plan_with(shares=shares)
-    return plan_with(most=most_within_memory(graph, plan_with, costs, itemsize=itemsize))
+    return plan_with(most=most_within_memory(graph, plan_with, room, itemsize=itemsize))
 
 
 def predicted_step_time(

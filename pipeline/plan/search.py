@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph, Operation
 from pipeline.plan.costs import Costs
-from pipeline.plan.fitting import PlanWith, able_alone, check_memory, fits, is_scarce, most_within_memory
+from pipeline.plan.fitting import PlanWith, Room, able_alone, check_memory, fits, is_scarce, most_within_memory
 from pipeline.plan.link_cases import Links
 from pipeline.plan.plan import OperationPlan, Plan, Strategy
 from pipeline.plan.prediction import predict_step
@@ -39,6 +39,8 @@ from pipeline.plan.ties import Tie
 
 UNIFORM: tuple[Strategy, ...] = ("single", "equal", "paper", "kernel", "batch")
 """The exact strategies, all of which are tried on all devices."""
+_LIMITED: tuple[Strategy, ...] = ("kernel", "batch")
+"""Those of them whose shares can be limited to what each device can hold."""
 _KINDS: tuple[Kind, ...] = ("K", "B", "M")
 """Of every layer; a convolution whose input may be split can be split by that, too."""
 _EXHAUSTIVE = 200
@@ -64,13 +66,15 @@ def fastest_plan(
     itemsize: int = 4,
     links: Links | None = None,
     doubt: float = 0.0,
+    room: Room | None = None,
 ) -> Plan:
     """The plan with the least predicted step time for the devices called ``labels``, which may leave some out.
 
     ``links`` (one case) replace the measured ones. Never predicted slower than any of ``UNIFORM``. A plan that mixes
-    kinds of splits, of which a calibration has run none, has to be faster than these by the fraction ``doubt``.
+    kinds of splits, of which a calibration has run none, has to be faster than these by the fraction ``doubt``. It fits
+    the ``room`` of the devices, which ``costs`` tell unless given.
     """
-    return _Search(graph, costs, batch_size, tuple(labels), itemsize, links).best(doubt)
+    return _Search(graph, costs, batch_size, tuple(labels), itemsize, links, room).best(doubt)
 
 
 def fastest_times(
@@ -87,15 +91,22 @@ def fastest_times(
 
 class _Search:
     def __init__(
-        self, graph: Graph, costs: Costs, batch_size: int, labels: tuple[str, ...], itemsize: int, links: Links | None
+        self,
+        graph: Graph,
+        costs: Costs,
+        batch_size: int,
+        labels: tuple[str, ...],
+        itemsize: int,
+        links: Links | None,
+        room: Room | None = None,
     ) -> None:
         self._graph, self._costs, self._batch_size, self._labels = graph, costs, batch_size, labels
-        self._itemsize, self._links = itemsize, links
+        self._itemsize, self._links, self._room = itemsize, links, room or Room.of(costs.memory_left)
         self._layers = [one.name for one in layers_of(graph)]
         self._kinds = [_kinds_of(one, first=not place) for place, one in enumerate(layers_of(graph))]
         self._narrowing = [_narrows(graph, one) for one in layers_of(graph)]
         self._structure = structure_of(graph)
-        self._scarce = is_scarce(graph, costs, batch_size, itemsize=itemsize)
+        self._scarce = is_scarce(graph, self._room, batch_size, itemsize=itemsize)
         self._splits: dict[tuple[int, ...], tuple[Split, tuple[int, ...]]] = {}
         self._limits: dict[tuple[Strategy, tuple[int, ...]], Most | None] = {}
         self._tried: dict[tuple[tuple[int, ...], tuple[OperationPlan, ...]], float] = {}
@@ -111,8 +122,9 @@ class _Search:
             check_memory(
                 self._graph,
                 self._uniform("kernel", everyone),
-                self._costs,
-                smaller=lambda size: self._plan_with("kernel", everyone, size)(),
+                self._room,
+                wanted="auto",
+                smaller=self._smaller,
                 itemsize=self._itemsize,
             )
         assert self._best is not None
@@ -120,13 +132,23 @@ class _Search:
             return self._best_uniform[1]
         return self._best[1]
 
+    def _smaller(self, batch_size: int) -> Plan:
+        """A plan for fewer images that fits, if one of all devices or of a single one does."""
+        fewer = _Search(self._graph, self._costs, batch_size, self._labels, self._itemsize, self._links, self._room)
+        everyone = tuple(range(self._costs.devices))
+        plan = fewer._single()
+        for strategy in _LIMITED:
+            if not fits(self._graph, plan, self._room, itemsize=self._itemsize):
+                plan = fewer._uniform(strategy, everyone)
+        return plan
+
     def explore(self) -> None:
         """Try all that may be the fastest; nothing is found where no plan fits."""
         everyone = tuple(range(self._costs.devices))
         self._try(self._single())
         found = []
         for devices in _device_sets(self._costs, self._batch_size):
-            strategies = UNIFORM[1:] if devices == everyone else ("kernel", "batch")
+            strategies = UNIFORM[1:] if devices == everyone else _LIMITED
             found.append((min(self._try(self._uniform(one, devices)) for one in strategies), devices))
         for _, devices in sorted(found)[: _SETS_SEARCHED if len(everyone) <= _SMALL_SET else 1]:
             self._search_layers(devices)
@@ -143,7 +165,7 @@ class _Search:
 
     def _predicted(self, plan: Plan) -> float:
         program = compile_program(self._graph, plan, self._batch_size)
-        if self._scarce and not fits(self._graph, plan, self._costs, itemsize=self._itemsize, program=program):
+        if self._scarce and not fits(self._graph, plan, self._room, itemsize=self._itemsize, program=program):
             return np.inf
         links = self._links and self._links.of(plan.devices)
         costs = self._costs.only(plan.devices)
@@ -159,23 +181,23 @@ class _Search:
         return mean
 
     def _uniform(self, strategy: Strategy, devices: tuple[int, ...]) -> Plan:
-        limited = strategy in ("kernel", "batch")
-        plan = self._plan_with(strategy, devices)(most=self._most(strategy, devices) if limited else None)
+        most = self._most(strategy, devices) if strategy in _LIMITED else None
+        plan = self._plan_with(strategy, devices)(most=most)
         return replace(plan, devices=tuple(devices[rank] for rank in plan.devices))
 
     def _single(self) -> Plan:
         """The fastest device alone, of those that can hold the network where any can."""
         devices = tuple(range(self._costs.devices))
         if self._scarce:
-            devices = able_alone(self._graph, self._costs, self._batch_size, itemsize=self._itemsize)
+            devices = able_alone(self._graph, self._room, self._batch_size, itemsize=self._itemsize)
         return self._uniform("single", devices)
 
-    def _plan_with(self, strategy: Strategy, devices: tuple[int, ...], batch_size: int | None = None) -> PlanWith:
+    def _plan_with(self, strategy: Strategy, devices: tuple[int, ...]) -> PlanWith:
         return functools.partial(
             plan_network,
             self._graph,
             strategy,
-            batch_size=batch_size or self._batch_size,
+            batch_size=self._batch_size,
             labels=[self._labels[device] for device in devices],
             costs=self._costs.only(devices),
         )
@@ -186,7 +208,7 @@ class _Search:
             return None
         if (strategy, devices) not in self._limits:
             self._limits[strategy, devices] = most_within_memory(
-                self._graph, self._plan_with(strategy, devices), self._costs.only(devices), itemsize=self._itemsize
+                self._graph, self._plan_with(strategy, devices), self._room.only(devices), itemsize=self._itemsize
             )
         return self._limits[strategy, devices]
 

@@ -15,12 +15,13 @@ import xarray as xr
 from distributed import Client
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset
 
 from pipeline.cluster.devices import Member
-from pipeline.errors import InputError, RunError
+from pipeline.errors import InputError, RunError, TooLittleMemoryError
 from pipeline.graph.trace import trace
 from pipeline.links import parse_link
+from pipeline.plan.checks import check_calibration
 from pipeline.plan.costs import Costs
 from pipeline.plan.labels import instruction_labels
 from pipeline.plan.link_cases import Links
@@ -41,7 +42,8 @@ from pipeline.results.contracts import (
 )
 from pipeline.results.timeline import busy_times, label_variables
 from pipeline.run.batches import batch_indices
-from pipeline.run.launch import PLAIN, SGD, OnProgress, example_batch, run_plan
+from pipeline.run.launch import PLAIN, SGD, OnProgress, example_batch, room_for, run_plan
+from pipeline.run.memory import bytes_of
 from pipeline.run.recipe import OptimizerFactory
 from pipeline.run.timeline import merged_losses, stacked
 from pipeline.run.worker import Account
@@ -79,7 +81,7 @@ class Bench:
 
         A ``link`` other than loopback is emulated between them. A calibration ``believed`` in its place makes the
         plans, whose times are still predicted from ``calibration``. Raises ``InputError`` for a batch larger than the
-        data set, or a link that cannot be emulated between the members.
+        data set, a link that cannot be emulated between the members, or a calibration of something else.
         """
         self._images = len(dataset)  # type: ignore[arg-type]
         if batch_size > self._images:
@@ -97,21 +99,35 @@ class Bench:
         self._labels = [member.device.label for member in members]
         self._batch_size, self._seed, self._optimizer = batch_size, seed, optimizer
         self._place = functools.partial(CellIndex, network, batch_size, device_set, link)
+        check_calibration(calibration, self._graph, self._labels)
         self._costs, self._planned_from = Costs.of(calibration), calibration if believed is None else believed
         self._process_memory = calibration.process_memory.values
+        self._room = room_for(members, dataset, optimizer=optimizer).beside(self._process_memory)
         self._plans: dict[Strategy, Plan] = {}
+        self._refusals: dict[Strategy, str] = {}
 
     def plan(self, strategy: Strategy) -> Plan:
-        """The plan of a strategy, worked out once; raises ``InputError`` if the calibration is of something else."""
-        if strategy not in self._plans:
-            self._plans[strategy] = plan_graph(
-                self._graph, self._planned_from, batch_size=self._batch_size, strategy=strategy, labels=self._labels,
-                links=self._links,
-            )  # fmt: skip
+        """The plan of a strategy, worked out once; raises ``TooLittleMemoryError`` where there is a ``refusal``."""
+        if (reason := self.refusal(strategy)) is not None:
+            raise TooLittleMemoryError(reason)
         return self._plans[strategy]
 
+    def refusal(self, strategy: Strategy) -> str | None:
+        """Why the devices cannot hold the network as a strategy splits it; None where they can."""
+        if strategy not in self._plans and strategy not in self._refusals:
+            try:
+                self._plans[strategy] = plan_graph(
+                    self._graph, self._planned_from, batch_size=self._batch_size, strategy=strategy,
+                    labels=self._labels, links=self._links, room=self._room,
+                )  # fmt: skip
+            except TooLittleMemoryError as error:
+                self._refusals[strategy] = str(error)
+        return self._refusals.get(strategy)
+
     def predicted(self, strategy: Strategy) -> float:
-        """Predicted time of one step in s."""
+        """Predicted time of one step in s, infinite where the devices cannot hold the network."""
+        if self.refusal(strategy) is not None:
+            return math.inf
         return predicted_step_time(self._graph, self.plan(strategy), self._costs, links=self._links)
 
     def time(
@@ -128,10 +144,12 @@ class Bench:
 
         Short steps are timed more often, up to ``most`` times, until so many ``seconds`` are predicted to be
         timed. Of ``single`` the convolutions are timed in as many more steps as there are ``repetitions``, or in fewer
-        where these are long. A run that fails or runs out of memory gives a cell whose status says so. Raises
-        ``InputError`` for repetitions below 1.
+        where these are long. A run that fails or runs out of memory, or for which there is too little, gives a cell
+        whose status says so. Raises ``InputError`` for repetitions below 1.
         """
         _check_clock(repetitions, seconds, warmup)
+        if (reason := self.refusal(strategy)) is not None:
+            return unmeasured_cell(self._place(strategy), self._labels, f"{OUT_OF_MEMORY}: {reason}")
         plan, predicted = self.plan(strategy), self.predicted(strategy)
         timed = max(repetitions, math.ceil(min(seconds / predicted, most)) if predicted > 0 else 0)
         total = warmup + timed
@@ -153,11 +171,12 @@ class Bench:
     def _memory(self, plan: Plan) -> NDArray[np.float64]:
         """Predicted peak memory in bytes, (rank); of a GPU its process holds nothing there, nor are images."""
         chosen = list(plan.devices)
-        found: NDArray[np.float64] = self._process_memory[chosen] + predict_memory(self._graph, plan)
+        needed = predict_memory(self._graph, plan, states=self._room.states)
+        found: NDArray[np.float64] = self._process_memory[chosen] + needed
         for rank, device in enumerate(chosen):
             has_images = rank == 0 or plan.strategy == "ddp"
             if has_images and self._members[device].device.kind == "cpu":
-                found[rank] += _bytes_of(self._dataset)
+                found[rank] += bytes_of(self._dataset)
         return found
 
     def _cell(self, strategy: Strategy, accounts: Sequence[Account], repetitions: int) -> xr.Dataset:
@@ -211,13 +230,6 @@ def _profiled(repetitions: int, predicted: float) -> int:
     return max(1, min(repetitions, int(_PROFILED_S / max(predicted, 1e-6))))
 
 
-def _bytes_of(dataset: Dataset[Any]) -> float:
-    """What a data set takes in memory; NaN where it does not say."""
-    if isinstance(dataset, TensorDataset):
-        return float(sum(one.nbytes for one in dataset.tensors))
-    return float(getattr(dataset, "nbytes", math.nan))
-
-
 def measure_cells(
     cells: Mapping[Key, tuple[Bench, Strategy]],
     *,
@@ -264,11 +276,11 @@ def _as_auto(cell: xr.Dataset) -> xr.Dataset:
 def _first_alike(key: Key, cells: Mapping[Key, tuple[Bench, Strategy]]) -> Key:
     """The cell that is timed for ``key``: itself, unless ``auto`` took the plan of another at the same place."""
     bench, strategy = cells[key]
-    if strategy != "auto":
+    if strategy != "auto" or bench.refusal(strategy) is not None:
         return key
     alike = (
         other for other, (place, name) in cells.items()
-        if name != "auto" and place is bench and place.plan(name) == place.plan("auto")
+        if name != "auto" and place is bench and bench.refusal(name) is None and bench.plan(name) == bench.plan("auto")
     )  # fmt: skip
     return next(alike, key)
 

@@ -1,4 +1,4 @@
-"""Start a plan on the devices it names: one job per rank, and back come their accounts."""
+"""Start a plan on the devices it names, if they have the memory: one job per rank, and back come their accounts."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from distributed import Client
+from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -17,10 +19,12 @@ from pipeline.cluster.gang import run_gang
 from pipeline.errors import InputError
 from pipeline.graph.trace import Graph
 from pipeline.links import Link
+from pipeline.plan.fitting import Room
 from pipeline.plan.plan import Plan
 from pipeline.run.callbacks import Callback
-from pipeline.run.recipe import OptimizerFactory, Recipe
-from pipeline.run.worker import Account, Job, run_rank
+from pipeline.run.memory import bytes_of
+from pipeline.run.recipe import OptimizerFactory, Recipe, states_of
+from pipeline.run.worker import Account, Job, process_memory, run_rank
 
 SGD: OptimizerFactory = functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)
 PLAIN = Recipe(loss=nn.CrossEntropyLoss(), optimizer=SGD)
@@ -78,6 +82,30 @@ def run_plan(
         arguments.append((client.scatter(job, workers=[ranks[rank].address], hash=False),))
     accounts: list[Account] = run_gang(client, ranks, run_rank, arguments, label=label, on_progress=on_progress)
     return accounts
+
+
+def room_for(
+    members: Sequence[Member],
+    dataset: Dataset[Any],
+    *,
+    optimizer: OptimizerFactory,
+    validation: Dataset[Any] | None = None,
+) -> Room:
+    """The room of ``members`` for a training, with that of their processes.
+
+    Images that do not say what they take in memory count for nothing, and so do all on a GPU, whose host has them.
+    """
+    known = [0.0 if one is None else float(np.nan_to_num(bytes_of(one))) for one in (dataset, validation)]
+    has_images = np.array([float(member.device.kind == "cpu") for member in members])
+    images, to_validate = (size * has_images for size in known)
+    memory = np.array([float(member.memory) for member in members])
+    return Room.of(memory, images=images, validation=to_validate, states=states_of(optimizer))
+
+
+def held_memory(client: Client, members: Sequence[Member]) -> NDArray[np.float64]:
+    """What the process of each member holds before it trains, (member) in bytes; raises ``RunError`` if one is lost."""
+    held = run_gang(client, members, process_memory, [()] * len(members), label="a look at the memory")
+    return np.array(held, dtype=float)
 
 
 def example_batch(dataset: Dataset[Any], images: int = 2) -> torch.Tensor:

@@ -1,15 +1,18 @@
-"""How much memory a rank holds: of a CPU device its process, of a GPU its tensors."""
+"""How much memory a rank holds: of a CPU device its process, of a GPU its tensors; and what a data set takes."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import gc
+import math
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils.data import Dataset, TensorDataset
 
 _STATUS = Path("/proc/self/status")
 
@@ -39,6 +42,13 @@ def current_memory(device: torch.device) -> int:
         return int(torch.cuda.memory_allocated(device))
     _give_back()
     return _status("VmRSS")
+
+
+def bytes_of(dataset: Dataset[Any]) -> float:
+    """What a data set takes in memory; NaN where it does not say."""
+    if isinstance(dataset, TensorDataset):
+        return float(sum(one.nbytes for one in dataset.tensors))
+    return float(getattr(dataset, "nbytes", math.nan))
 
 
 def _give_back() -> None:

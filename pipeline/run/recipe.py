@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pipeline.cluster.rank import RankContext
 from pipeline.errors import InputError, first_line
+from pipeline.plan.memory import SGD_STATES
 from pipeline.run.parameters import ParameterGroups, Parameters
 
 Loss = Callable[[Any, torch.Tensor], torch.Tensor]
@@ -152,6 +153,22 @@ def _trial(optimizer: OptimizerFactory, ranks: int) -> torch.Tensor:
         for update in updates:
             update.step()
     return torch.cat([weight.detach() for index in range(2) for weight in (own[index] for own in weights)])
+
+
+def states_of(optimizer: OptimizerFactory) -> int:
+    """How many numbers an optimiser keeps for each of a weight, found by a step on a small one.
+
+    Of one that fails the usual number, for whoever plans before it does.
+    """
+    weight = nn.Parameter(torch.ones(4, 6))
+    weight.grad = torch.ones_like(weight)
+    try:
+        update = optimizer([weight])
+        update.step()
+    except Exception:  # noqa: BLE001 - a run with it tells what is wrong
+        return SGD_STATES
+    kept = update.state[weight].values()
+    return sum(isinstance(one, torch.Tensor) and one.shape == weight.shape for one in kept)
 
 
 def _name(factory: Any) -> str:

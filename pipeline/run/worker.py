@@ -30,7 +30,7 @@ from pipeline.run.clock import Clock, clock_offset
 from pipeline.run.convolution_timer import ConvolutionTimer
 from pipeline.run.ddp import DataParallel
 from pipeline.run.execution import Execution
-from pipeline.run.memory import peak_memory, reset_peak_memory
+from pipeline.run.memory import current_memory, peak_memory, reset_peak_memory
 from pipeline.run.recipe import Recipe, Turn
 
 
@@ -98,6 +98,15 @@ class Account:
     """(step) time in convolutions of the profiled steps in s."""
     callbacks: tuple[Callback, ...]
     """As they ended."""
+
+
+def process_memory(context: RankContext) -> int:
+    """What the process of a rank holds in bytes before it is given a network; every rank of the gang runs this."""
+    layer = nn.Conv2d(3, 8, 3).to(context.torch_device)
+    # What torch sets up for its operations stays in the process, as it will in training.
+    layer(torch.ones(1, 3, 16, 16, device=context.torch_device)).sum().backward()
+    del layer
+    return current_memory(context.torch_device)
 
 
 def run_rank(context: RankContext, job: Job) -> Account:

@@ -22,7 +22,7 @@ from pipeline.links import Link, parse_link
 from pipeline.networks import network as build
 from pipeline.plan.checks import check_calibration, image_shape_of
 from pipeline.plan.costs import Costs
-from pipeline.plan.fitting import fits, is_scarce
+from pipeline.plan.fitting import Room, fits, is_scarce
 from pipeline.plan.link_cases import Links
 from pipeline.plan.plan import Strategy
 from pipeline.plan.planner import uniform_plan
@@ -197,8 +197,8 @@ def _times(group: _Group, strategy: Strategy) -> NDArray[np.float64]:
     if strategy == "auto" and ranks > 1:
         return fastest_times(group.graph, costs, batch_size=group.batch_size, labels=labels, links=group.links)
     one: Strategy = "single" if ranks == 1 else strategy
-    plan = uniform_plan(group.graph, one, group.batch_size, labels, costs)
-    if is_scarce(group.graph, costs, group.batch_size) and not fits(group.graph, plan, costs):
+    plan, room = uniform_plan(group.graph, one, group.batch_size, labels, costs), Room.of(costs.memory_left)
+    if is_scarce(group.graph, room, group.batch_size) and not fits(group.graph, plan, room):
         return np.full(group.links.cases, np.inf)
     chosen = costs.only(plan.devices)
     return predict_step(group.graph, plan, chosen, batch_size=group.batch_size, links=group.links)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
-from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, TooLittleMemoryError
 from pipeline.graph.trace import Graph, trace
 from pipeline.networks import network
 from pipeline.plan.costs import Costs
-from pipeline.plan.fitting import fits, most_within_memory, needed_memory
+from pipeline.plan.fitting import Room, check_memory, fits, most_within_memory, needed_memory
 from pipeline.plan.plan import Plan, Strategy
 from pipeline.plan.planner import plan_graph
 from pipeline.plan.strategies import plan_network
@@ -34,7 +35,7 @@ def _plan(graph: Graph, left: Sequence[float], strategy: Strategy, batch_size: i
     calibration = synthetic.calibration_of(graph, LABELS)
     calibration["memory_limit"] = ("device", PROCESS + np.array(left))
     plan = plan_graph(graph, calibration, batch_size=batch_size, strategy=strategy, labels=LABELS)
-    assert fits(graph, plan, replace(Costs.of(calibration)))
+    assert fits(graph, plan, Room.of(np.array(left)))
     return plan
 
 
@@ -74,7 +75,7 @@ def test_a_narrow_layer_is_shared_out_where_each_device_can_hold_less_than_a_ker
     left[1] = 0.93 * free[1]
     calibration["memory_limit"] = ("device", PROCESS + left)
     plan = plan_graph(graph, calibration, batch_size=8, strategy="kernel", labels=labels)
-    assert fits(graph, plan, Costs.of(calibration))
+    assert fits(graph, plan, Room.of(left))
     assert plan.convolution_shares(graph)[1] > 0
 
 
@@ -84,13 +85,133 @@ def test_what_fits_nowhere_is_refused_with_what_would_help(graph: Graph, strateg
         InputError, match=r"device \d \(cpu.*\) needs about \d+ MiB .*batch size 32, but has \d+ MiB"
     ) as error:
         _plan(graph, (1e6,) * 3, strategy)
+    assert "not even one image would fit, so give it more memory" in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_smaller_batch_is_proposed_where_it_fits(graph: Graph) -> None:
-    need = needed_memory(graph, _plan(graph, (1e12,) * 3, "single", batch_size=16))[0]
-    with pytest.raises(InputError, match="a batch of 16 images would fit"):
-        _plan(graph, (1.05 * need,) * 3, "single", batch_size=32)
+@pytest.mark.parametrize("strategy", ["single", "ddp", "kernel"])
+def test_the_largest_batch_that_fits_is_proposed(graph: Graph, strategy: Strategy) -> None:
+    left = (1.001 * needed_memory(graph, _plan(graph, (1e12,) * 3, strategy, batch_size=21)).max(),) * 3
+    with pytest.raises(TooLittleMemoryError, match="a batch of") as error:
+        _plan(graph, left, strategy, batch_size=64)
+    found = re.search(r"a batch of (\d+) images would fit", str(error.value))
+    assert found is not None
+    largest = int(found[1])
+    assert largest >= 21
+    _plan(graph, left, strategy, batch_size=largest)
+    with pytest.raises(TooLittleMemoryError):
+        _plan(graph, left, strategy, batch_size=largest + 1)
+
+
+def _alike(graph: Graph, strategy: Strategy, count: int, batch_size: int = 64) -> Plan:
+    shares = [1 / count] * count
+    return plan_network(graph, strategy, batch_size=batch_size, labels=["cpu"] * count, shares=shares)
+
+
+def _told(graph: Graph, left: float, wanted: Strategy, device: str = "cpu") -> str:
+    """Why a single device cannot hold the network."""
+    calibration = synthetic.calibration_of(graph, [device])
+    calibration["memory_limit"] = ("device", [PROCESS + left])
+    with pytest.raises(TooLittleMemoryError) as error:
+        plan_graph(graph, calibration, batch_size=64, strategy=wanted, labels=[device])
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "divided"),
+    [("kernel", "kernel"), ("batch", "batch"), ("auto", "kernel")],
+    ids=["kernel", "batch", "auto"],
+)
+def test_as_many_devices_as_would_do_are_proposed_where_more_of_them_help(
+    graph: Graph, wanted: Strategy, divided: Strategy
+) -> None:
+    left = 1.01 * needed_memory(graph, _alike(graph, divided, 3)).max()
+    told = _told(graph, left, wanted)
+    assert "a batch of " in told
+    assert told.endswith("and 3 devices like device 0 (cpu) would hold it with equal shares")
+    assert not fits(graph, _alike(graph, divided, 2), Room.of(np.full(2, left)))
+
+
+@pytest.mark.parametrize("wanted", ["single", "ddp", "equal", "paper"])
+def test_more_devices_are_not_proposed_where_they_need_not_help(graph: Graph, wanted: Strategy) -> None:
+    left = 1.01 * needed_memory(graph, _alike(graph, "kernel", 3)).max()
+    assert "devices like" not in _told(graph, left, wanted)
+
+
+@pytest.mark.parametrize("wanted", ["kernel", "batch"])
+def test_a_single_device_that_cannot_hold_the_network_is_named(graph: Graph, wanted: Strategy) -> None:
+    told = _told(graph, 1e6, wanted, "cpu[300MiB]")
+    assert told.startswith("device 0 (cpu[300MiB]) needs about ")
+    assert "shares 0.5" not in told
+
+
+ON_ONE: dict[str, Any] = {"labels": ["cpu"], "strategy": "single"}
+ON_TWO: dict[str, Any] = {"labels": ["cpu", "cpu"]}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ON_ONE,
+        ON_ONE | {"strategy": "auto"},
+        ON_TWO | {"strategy": "ddp"},
+        ON_TWO | {"strategy": "equal"},
+        ON_TWO | {"strategy": "kernel", "shares": (0.5, 0.5)},
+        ON_TWO | {"strategy": "batch", "shares": (0.5, 0.5)},
+    ],
+    ids=["a single device", "auto on one", "ddp", "equal", "shares of kernels", "shares of images"],
+)
+def test_what_does_not_fit_is_refused_without_a_calibration_too(graph: Graph, how: dict[str, Any]) -> None:
+    plan = plan_graph(graph, None, batch_size=32, **how)
+    need = needed_memory(graph, plan)
+    enough = Room.of(1.01 * need)
+    assert plan_graph(graph, None, batch_size=32, room=enough, **how) == plan
+    for rank in range(plan.ranks):
+        left = 1.01 * need
+        left[rank] = 0.99 * need[rank]
+        with pytest.raises(TooLittleMemoryError, match=rf"device {rank} \(cpu\) needs about \d+ MiB"):
+            plan_graph(graph, None, batch_size=32, room=Room.of(left), **how)
+
+
+def test_what_the_optimiser_keeps_counts(graph: Graph) -> None:
+    calibration = synthetic.calibration_of(graph, LABELS)
+    plan_with = functools.partial(
+        plan_graph, graph, calibration, batch_size=32, strategy="kernel", labels=LABELS, shares=None
+    )
+    left = 1.02 * needed_memory(graph, plan_with())
+    assert plan_with(room=Room.of(left, states=0)) == plan_with(room=Room.of(left)) == plan_with()
+    with pytest.raises(TooLittleMemoryError):
+        plan_with(room=Room.of(left, states=2))
+
+
+def test_images_count_where_they_are_in_memory(graph: Graph) -> None:
+    labels = ["cpu", "cpu"]
+    for strategy, holders in (("equal", (0,)), ("ddp", (0, 1))):
+        plan = plan_network(graph, strategy, batch_size=32, labels=labels)  # type: ignore[arg-type]
+        need = needed_memory(graph, plan)
+        for rank in (0, 1):
+            images = np.zeros(2)
+            images[rank] = 100 * 2**20
+            room = Room.of(need + 50 * 2**20, images=images)
+            assert fits(graph, plan, room) == (rank not in holders)
+            if rank in holders:
+                with pytest.raises(TooLittleMemoryError, match=rf"device {rank} .* beside its process and 100 MiB of"):
+                    check_memory(graph, plan, room)
+        validated = Room.of(need + 50 * 2**20, validation=np.array([0.0, 100 * 2**20]))
+        assert fits(graph, plan, validated), "only the master validates"
+        assert not fits(graph, plan, Room.of(need + 50 * 2**20, validation=100 * 2.0**20))
+
+
+def test_the_master_gets_less_where_it_holds_the_images(graph: Graph) -> None:
+    calibration = synthetic.calibration_of(graph, LABELS)
+    plan_with = functools.partial(plan_graph, graph, calibration, batch_size=32, strategy="kernel", labels=LABELS)
+    free = plan_with()
+    left = 1.5 * needed_memory(graph, free)
+    left[1:] = 1e12
+    full = Room.of(left, images=0.6 * left)
+    limited = plan_with(room=full)
+    assert fits(graph, limited, full)
+    assert 0 < limited.convolution_shares(graph)[0] < free.convolution_shares(graph)[0]
 
 
 def test_two_devices_with_too_little_each_get_what_they_can_hold(graph: Graph) -> None:
@@ -99,7 +220,7 @@ def test_two_devices_with_too_little_each_get_what_they_can_hold(graph: Graph) -
     wanted = 0.7, 0.3
     need = needed_memory(graph, plan_with(shares=wanted))
     # Neither fits half of it beside the other, and the second has room for little more than what is left.
-    tight = replace(costs, memory=1.03 * need)
+    tight = Room.of(1.03 * need)
     most = most_within_memory(graph, plan_with, tight)
     assert most is not None
     plan = plan_with(most=most)

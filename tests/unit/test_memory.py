@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
+from pipeline.cluster.devices import Device, Member
 from pipeline.graph.trace import Graph, trace
 from pipeline.networks import network
 from pipeline.plan.memory import predict_memory
 from pipeline.plan.plan import Plan, Strategy
 from pipeline.plan.strategies import Shares, plan_network
+from pipeline.run.launch import room_for
+from pipeline.run.recipe import OptimizerFactory, states_of
 
 MIB = 2**20
 
@@ -97,3 +103,41 @@ def test_gradients_that_are_summed_are_joined_beside_those_of_each_weight() -> N
 def test_the_master_of_the_paper_holds_most(graph: Graph) -> None:
     master, worker = predict_memory(graph, _plan(graph, "paper", (0.5, 0.5)))
     assert master > 1.5 * worker
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "states"),
+    [
+        (functools.partial(torch.optim.SGD, lr=0.1), 0),
+        (functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9), 1),
+        (torch.optim.Adagrad, 1),
+        (functools.partial(torch.optim.RMSprop, momentum=0.5), 2),
+        (torch.optim.Adam, 2),
+        (torch.optim.AdamW, 2),
+        (functools.partial(torch.optim.Adam, amsgrad=True), 3),
+    ],
+    ids=["SGD", "SGD with momentum", "Adagrad", "RMSprop with momentum", "Adam", "AdamW", "AMSGrad"],
+)
+def test_what_an_optimiser_keeps_is_found_by_a_step(optimizer: OptimizerFactory, states: int) -> None:
+    assert states_of(optimizer) == states
+
+
+def test_images_are_in_the_memory_of_a_cpu_device_and_not_of_a_gpu() -> None:
+    images = TensorDataset(torch.zeros(10, 3, 8, 8), torch.zeros(10, dtype=torch.int64))
+    members = [
+        Member(name=kind, address=kind, host="here", device=Device(kind), hardware="of a test", memory=2**30)  # type: ignore[arg-type]
+        for kind in ("cpu", "gpu")
+    ]
+    room = room_for(members, images, optimizer=torch.optim.Adam, validation=_OnDisk(images))
+    assert room.images.tolist() == [10 * (3 * 8 * 8 * 4 + 8), 0]
+    assert room.validation.tolist() == [0, 0]
+    assert room.left.tolist() == [2**30, 2**30]
+    assert room.states == 2
+    assert np.array_equal(room.beside(np.array([1.0, 2.0])).left, [2**30 - 1, 2**30 - 2])
+
+
+class _OnDisk(torch.utils.data.Subset[tuple[torch.Tensor, ...]]):
+    """Images that do not say what they take in memory."""
+
+    def __init__(self, images: TensorDataset) -> None:
+        super().__init__(images, range(len(images)))
