@@ -1,4 +1,4 @@
-"""What `auto` takes beside the fastest of all other strategies, and how far one measurement is from another."""
+"""What `auto` takes beside the fastest other strategy, how far measurements differ, and their intervals."""
 
 from __future__ import annotations
 
@@ -107,6 +107,27 @@ def repeatability(timing: xr.Dataset) -> Samples:
             others = np.concatenate([some for number, some in times.items() if number != one])
             found.append(abs(float(np.median(times[one]) / np.median(others)) - 1))
     return np.array(found)
+
+
+def step_interval(timing: xr.Dataset, *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> xr.Dataset:
+    """`low` and `high`, the ends of the bootstrap interval of the median step of every cell in s.
+
+    Whole rounds are drawn, and steps within them. NaN where nothing was measured.
+    """
+    steps = timing["step_time"].where(timing["status"] == OK).transpose(*INDEX, "repetition")
+    rounds = _rounds(timing).transpose(*INDEX, "repetition").values
+    ends = np.full((2, *steps.shape[:5]), np.nan)
+    tail = (1 - level) / 2
+    for place in np.ndindex(steps.shape[:5]):
+        times = list(_by_round(steps.values[place], rounds[place]).values())
+        if times:
+            generator = np.random.default_rng(seed)
+            drawn = generator.integers(0, len(times), (resamples, len(times)))
+            ends[(slice(None), *place)] = np.quantile(_resampled(times, drawn, generator), [tail, 1 - tail])
+    result = xr.Dataset({name: (INDEX, one) for name, one in zip(("low", "high"), ends, strict=True)}, steps.coords)
+    for name, which in (("low", "lower"), ("high", "upper")):
+        result[name].attrs = {"units": "s", "long_name": f"{which} end of the {level:.0%} interval of the median step"}
+    return result.drop_vars("repetition", errors="ignore")
 
 
 def _rounds(timing: xr.Dataset) -> xr.DataArray:

@@ -10,13 +10,14 @@ from typing import NamedTuple
 import xarray as xr
 from matplotlib.figure import Figure
 
-from pipeline.analysis import accuracy_findings, grid_findings, simulation_findings, step_findings
+from pipeline.analysis import accuracy_findings, grid_findings, instruction_findings, simulation_findings, step_findings
 from pipeline.analysis.accuracy_figure import accuracy_over_epochs
 from pipeline.analysis.calibration_figure import calibration_curves
 from pipeline.analysis.choice_figure import auto_beside_others
 from pipeline.analysis.gpu_figure import gpus
 from pipeline.analysis.gpu_findings import gpu_finding
 from pipeline.analysis.grid_figures import convolution_over_size, speedup_over_devices, time_per_step
+from pipeline.analysis.instruction_figures import predicted_instructions, predicted_timeline
 from pipeline.analysis.prediction_figure import predicted_against_measured
 from pipeline.analysis.simulation_figures import break_even_map, speedup_over_links, speedup_over_many_devices
 from pipeline.analysis.step_figures import step_timeline, time_per_device
@@ -46,6 +47,8 @@ FIGURES: Mapping[str, Entry] = {
     "scaling": Entry(("simulation", "timing"), speedup_over_many_devices, simulation_findings.scaling_finding),
     "waterfall": Entry(("timing",), step_by_step, grid_findings.waterfall_finding),
     "prediction": Entry(("timing",), predicted_against_measured, step_findings.prediction_finding),
+    "predicted_instructions": Entry(("timing",), predicted_instructions, instruction_findings.instructions_finding),
+    "predicted_timeline": Entry(("timing",), predicted_timeline, instruction_findings.timeline_error_finding),
     "choice": Entry(("timing",), auto_beside_others, step_findings.choice_finding),
     "calibration": Entry(("calibration",), calibration_curves, step_findings.calibration_finding),
     "activity": Entry(("timing",), time_per_device, step_findings.activity_finding),

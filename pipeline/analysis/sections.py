@@ -1,6 +1,7 @@
 """The report, question by question: one table of its sections, and the page that is made of it.
 
-A further figure is one name in SECTIONS, one line in `figures.FIGURES` and a caption of its name.
+A further figure is one name in SECTIONS, one line in `figures.FIGURES` and a caption of its name. A table that
+belongs to a figure is NAME_table.rst beside it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ SECTIONS = (
     Section("Is the classification unchanged?", ("accuracy",), 7, in_summary=True),
     Section("How far does it scale?", ("scaling",), 8),
     Section("What does each idea bring?", ("waterfall",), 9),
-    Section("How well can it be told beforehand?", ("prediction", "choice", "calibration", "timeline", "activity")),
+    Section(
+        "How well can a step be told beforehand, and where does the prediction err?",
+        ("prediction", "predicted_instructions", "predicted_timeline"),
+    ),
+    Section("How well does the planner choose, and from what?", ("choice", "calibration", "timeline", "activity")),
 )
 
 
@@ -98,6 +103,8 @@ def _blocks(section: Section, folder: Path) -> list[str]:
         blocks += [f".. raw:: html\n   :file: {name}.svg", _container("caption", caption(name))]
         if others:
             blocks.append("\n".join(f"- {sentence}" for sentence in others))
+        if (folder / f"{name}_table.rst").exists():
+            blocks.append(f".. include:: {name}_table.rst")
     stores = dict.fromkeys(store for name in section.figures if name in FIGURES for store in FIGURES[name].stores)
     if stores:
         links = (f'`{store}.zarr <{store}.zarr/>`__ (``xarray.open_zarr("{store}.zarr")``)' for store in stores)

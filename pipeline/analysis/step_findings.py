@@ -11,6 +11,8 @@ import xarray as xr
 from pipeline.analysis import selection
 from pipeline.analysis.calibration_figure import largest, with_most_images
 from pipeline.analysis.choice import TOLERATED, auto_against_fastest, repeatability
+from pipeline.analysis.instruction_findings import where_it_errs
+from pipeline.analysis.instruction_times import kind_errors
 from pipeline.analysis.statistics import memory_error, prediction_error
 from pipeline.analysis.wording import listed, named
 from pipeline.results.contracts import OK
@@ -24,8 +26,10 @@ def prediction_finding(timing: xr.Dataset) -> str:
         return "No cell was both measured and predicted.\n"
     answer = (
         f"The step time predicted before a cell was measured is off by {np.median(every):.1%} in the median and "
-        f"{np.quantile(every, 0.95):.1%} at the 95th percentile of {every.size} cells."
+        f"{np.quantile(every, 0.95):.1%} at the 95th percentile of {every.size} cells"
     )
+    where = where_it_errs(kind_errors(timing), most=2)
+    answer += f"; of what their instructions are off, {where}." if where else "."
     each = {name: _finite(error.sel(strategy=name)) for name in selection.strategies(timing)}
     told = ", ".join(
         f"``{name}`` {np.median(one):.1%} and {np.quantile(one, 0.95):.1%}" for name, one in each.items() if one.size

@@ -61,6 +61,7 @@ def figures(
 ) -> None:
     """Draw all figures of a study, the headline table and the page of the report; a missing store is said to be so."""
     from pipeline.analysis.figures import write_figures
+    from pipeline.analysis.prediction_tables import write_predictions
     from pipeline.analysis.sections import write_page
     from pipeline.analysis.tables import write_headline
     from pipeline.analysis.usage import write_usage
@@ -74,6 +75,7 @@ def figures(
     folder = output or outputs / "figures"
     written = write_figures(found, folder)
     written += write_headline(found["timing"], folder, simulation=found.get("simulation"))
+    written += write_predictions(found["timing"], folder)
     written += [write_page(folder), write_usage(outputs, folder)]
     print(f"{len(written)} files written to {folder}.")
 

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from pipeline.analysis.figures import FIGURES, write_figures
+from pipeline.analysis.prediction_tables import cells_table, write_predictions
 from pipeline.analysis.report import execute_notebook, write_report
 from pipeline.analysis.sections import SECTIONS, caption, heading, write_page
 from pipeline.analysis.tables import write_headline
@@ -58,6 +59,7 @@ def test_a_rule_of_the_running_workflow_writes_the_report_with_every_question_fi
 ):
     write_figures(stores, tmp_path / "made")
     write_headline(stores["timing"], tmp_path / "made", simulation=stores["simulation"])
+    write_predictions(stores["timing"], tmp_path / "made")
     write_page(tmp_path / "made")
     write_usage(tmp_path, tmp_path / "made")
     (tmp_path / "Snakefile").write_text(SNAKEFILE)
@@ -73,6 +75,8 @@ def test_a_rule_of_the_running_workflow_writes_the_report_with_every_question_fi
     for section in SECTIONS:
         assert heading(section) in page
     assert NOT_NOTED in page
+    assert f"All {len(cells_table(stores['timing']))} cells" in page
+    assert 'href="figures/predictions.csv"' in page
     for name, entry in FIGURES.items():
         for sentence in sentences_of(entry.say(*(stores[store] for store in entry.stores))):
             words = max(sentence.split("``"), key=len)

@@ -24,11 +24,22 @@ rule figures:
         findings=expand(f"{OUT}/figures/{{name}}.rst", name=["headline", "usage", *FIGURES]),
         page=f"{OUT}/figures/study.rst",
         tables=multiext(f"{OUT}/figures/headline", ".csv", ".md"),
+        predictions=expand(
+            f"{OUT}/figures/{{name}}",
+            name=[
+                "predictions.csv",
+                "predicted_kinds.csv",
+                "predicted_instructions.csv",
+                "predicted_instructions_table.rst",
+            ],
+        ),
     log:
         f"{LOGS}/figures.log",
     params:
         study=subpath(input.timing, parent=True),
-        code="".join(code_digest(f"pipeline.analysis.{name}") for name in ("sections", "tables", "usage")),
+        code="".join(
+            code_digest(f"pipeline.analysis.{name}") for name in ("sections", "tables", "prediction_tables", "usage")
+        ),
     conda:
         ENVIRONMENT
     shell:
@@ -43,6 +54,7 @@ rule report:
         figures=rules.figures.output.figures,
         findings=rules.figures.output.findings,
         page=rules.figures.output.page,
+        predictions=rules.figures.output.predictions,
         record=rules.configuration.output.record,
         captions=expand(FOLDER / "report" / "{name}.rst", name=["study", "headline", *FIGURES]),
     output:
