@@ -104,8 +104,9 @@ def _with_timeline(result: xr.Dataset, compute: np.ndarray, exchange: np.ndarray
     result["instruction_bytes"] = ("instruction", [4e6 if part[1] == "exchange" else 0.0 for part in parts])
     result["instruction_start"] = (("instruction", "device"), start * scale)
     result["instruction_end"] = (("instruction", "device"), end * scale)
-    result["predicted_start"] = (("instruction", "device"), 0.97 * start * scale)
-    result["predicted_end"] = (("instruction", "device"), 0.97 * end * scale)
+    foretold = result["predicted_step_time"].item() / now.max() if result["strategy"].item() != "ddp" else np.nan
+    result["predicted_start"] = (("instruction", "device"), foretold * start)
+    result["predicted_end"] = (("instruction", "device"), foretold * end)
     return result
 
 
