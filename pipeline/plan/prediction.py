@@ -5,7 +5,10 @@ Many links can be tried at once: everything that depends on the link has an axis
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +41,8 @@ _HANDLING_S = 2e-4
 """What an exchange keeps a rank busy at most, however little it moves and however long its messages travel."""
 _PAIRWISE_RANKS = 48
 """Up to so many ranks every message is followed; beyond, the sums of what each rank sends and receives."""
+_KNOWN = 1024
+"""So many layouts' parts are kept, as the same few come up all over a plan."""
 
 
 def predict_step(
@@ -160,15 +165,19 @@ class _Simulation:
         """Whether an exchange was the last thing that each rank took part in."""
         self._pending: list[tuple[Exchange, Times]] = []
         self._latencies: dict[bytes, Times] = {}
+        self._ports: dict[tuple[Traffic, int], _Ports] = {}
+        self._sums: dict[tuple[Traffic, int], tuple[Times, Times]] = {}
 
     def run(self) -> Times:
         instructions = self._program.instructions
         every = busy_seconds(self._graph, self._plan, self._program, self._costs)
         timeline = np.full((self._links.cases, len(instructions), self._program.ranks, 2), np.nan)
         for index, instruction in enumerate(instructions):
-            self._complete(instruction)
-            ranks = list(instruction.ranks)
-            start = self._free[:, ranks]
+            if self._pending:
+                self._complete(instruction)
+            everyone = len(instruction.ranks) == self._program.ranks
+            ranks = slice(None) if everyone else list(instruction.ranks)  # a slice is far quicker
+            start = self._free[:, ranks].copy()
             if isinstance(instruction, Exchange):
                 self._resumes[ranks] = True
                 end = self._exchange(instruction)
@@ -186,7 +195,8 @@ class _Simulation:
                     self._resumes[ranks] = False
                 end = start + busy
                 self._free[:, ranks] = end
-                self._computed[ranks] += busy if len(ranks) > 1 else 0.0
+                if len(instruction.ranks) > 1:
+                    self._computed[ranks] += busy
             timeline[:, index, ranks, 0], timeline[:, index, ranks, 1] = start, end
         return timeline
 
@@ -238,23 +248,29 @@ class _Simulation:
 
     def _message_by_message(self, moved: Traffic, unit: int, turns: Times) -> Times:
         """Each port takes its messages one after the other, in the order of the other end's ranks."""
-        size = moved.matrix
-        travels = size > 0
-        sends, receives = np.any(travels, axis=1), np.any(travels, axis=0)
-        duration = size * unit * self._links.seconds_per_byte
-        if not self._links.alike and np.count_nonzero(sends) >= CROWD:
-            duration = duration * self._costs.crowding[:, None]
-        latency = np.broadcast_to(self._links.latency, duration.shape) + turns[:, None]
-        begin = np.maximum(self._free, self._egress)
-        leaves = begin[:, :, None] + np.cumsum(duration, axis=2)
-        self._egress = np.where(sends, leaves[:, :, -1], self._egress)
-        arrives = np.where(travels, leaves + latency, -np.inf)
+        ports = self._ports_of(moved, unit)
+        latency = self._links.latency + turns[:, None]
+        leaves = np.maximum(self._free, self._egress)[:, :, None] + ports.leaving
+        left = leaves[:, :, -1]
+        self._egress = np.where(ports.sends, left, self._egress)
+        arrives = np.where(ports.travels, leaves + latency, -np.inf)
         # The port is busy for as long as each message takes: t = max(arrival, t before + duration), unrolled.
-        busy = np.cumsum(duration, axis=1)
-        ended = np.maximum((arrives - busy).max(axis=1), self._ingress) + busy[:, -1]
-        self._ingress = np.where(receives, ended, self._ingress)
-        end = np.where(sends, np.maximum(leaves[:, :, -1], self._free) + self._handling / 2, self._free)
-        return np.where(receives, np.maximum(end, ended), end)
+        ended = np.maximum((arrives - ports.arriving).max(axis=1), self._ingress) + ports.arriving[:, -1]
+        self._ingress = np.where(ports.receives, ended, self._ingress)
+        end = np.where(ports.sends, np.maximum(left, self._free) + self._handling / 2, self._free)
+        return np.where(ports.receives, np.maximum(end, ended), end)
+
+    def _ports_of(self, moved: Traffic, unit: int) -> _Ports:
+        """The same for all exchanges that move as much between the same ranks, as those of equal layers do."""
+        if (moved, unit) not in self._ports:
+            travels = moved.matrix > 0
+            sends, receives = np.any(travels, axis=1), np.any(travels, axis=0)
+            duration = moved.matrix * unit * self._links.seconds_per_byte
+            if not self._links.alike and np.count_nonzero(sends) >= CROWD:
+                duration = duration * self._costs.crowding[:, None]
+            leaving, arriving = np.cumsum(duration, axis=2), np.cumsum(duration, axis=1)
+            self._ports[moved, unit] = _Ports(travels, sends, receives, leaving, arriving)
+        return self._ports[moved, unit]
 
     def _in_sum(self, moved: Traffic, unit: int, turns: Times) -> Times:
         """Ports share their bandwidth fairly, so that what goes through one ends when all of it has.
@@ -288,12 +304,33 @@ class _Simulation:
 
     def _port_seconds(self, moved: Traffic, unit: int) -> tuple[Times, Times]:
         """For how long the messages occupy each sender's and each receiver's port in s, both (case, rank)."""
-        per_byte = self._links.seconds_per_byte
-        if self._links.alike:
-            return moved.sent[1] * unit * per_byte[:, :, 0], moved.received[1] * unit * per_byte[:, :, 0]
-        crowded = np.count_nonzero(moved.sent[0]) >= CROWD
-        leaving, arriving = moved.over(per_byte, self._costs.crowding if crowded else np.ones(self._program.ranks))
-        return leaving * unit, arriving * unit
+        if (moved, unit) not in self._sums:
+            per_byte = self._links.seconds_per_byte
+            if self._links.alike:
+                rate = unit * per_byte[:, :, 0]
+                self._sums[moved, unit] = moved.sent[1] * rate, moved.received[1] * rate
+            else:
+                crowded = np.count_nonzero(moved.sent[0]) >= CROWD
+                of_sender = self._costs.crowding if crowded else np.ones(self._program.ranks)
+                leaving, arriving = moved.over(per_byte, of_sender)
+                self._sums[moved, unit] = leaving * unit, arriving * unit
+        return self._sums[moved, unit]
+
+
+@dataclass(frozen=True)
+class _Ports:
+    """What one exchange occupies the ports with, whenever it begins."""
+
+    travels: NDArray[np.bool_]
+    """(sender, receiver)."""
+    sends: NDArray[np.bool_]
+    """(rank)."""
+    receives: NDArray[np.bool_]
+    """(rank)."""
+    leaving: Times
+    """Until each message has left its sender's port, in s, (case, sender, receiver)."""
+    arriving: Times
+    """How long it and those before it occupy its receiver's port, in s, (case, sender, receiver)."""
 
 
 def _latest(moved: Traffic, times: Times) -> Times:
@@ -311,7 +348,7 @@ def _updated(program: Program) -> Times:
     elements = np.zeros(program.ranks)
     for one in program.parameters:
         if one.parameter.trained:
-            elements += float(np.prod(one.parameter.shape)) * _parts(one.home)
+            elements += float(math.prod(one.parameter.shape)) * _parts(one.home)
     return elements
 
 
@@ -319,10 +356,9 @@ def _work(plan: Plan, step: Step, batch_size: int) -> tuple[Times, Times]:
     """Each rank's part of an operation: of its kernels or input channels, and for how many images; both (rank)."""
     if _is_by_images(step):
         assert step.output is not None
-        images = step.output.layout.numbers
-        return (images > 0).astype(float), images
-    parts = _parts(plan[step.operation].divided)
-    return parts, np.full(len(parts), float(batch_size))
+        return _some(step.output.layout), step.output.layout.numbers
+    divided = plan[step.operation].divided
+    return _parts(divided), _all(len(divided.shares), batch_size)
 
 
 def layout_of(plan: Plan, step: Step) -> Shared:
@@ -337,6 +373,16 @@ def _is_by_images(step: Step) -> bool:
     return step.output is not None and step.output.layout.kind == "B"
 
 
+@lru_cache(maxsize=_KNOWN)
 def _parts(layout: Layout) -> Times:
-    shares = layout.numbers
-    return shares / shares.sum() if layout.kind in ("K", "B") else (shares > 0).astype(float)
+    return layout.numbers / layout.numbers.sum() if layout.kind in ("K", "B") else _some(layout)
+
+
+@lru_cache(maxsize=_KNOWN)
+def _some(layout: Layout) -> Times:
+    return (layout.numbers > 0).astype(float)
+
+
+@lru_cache(maxsize=_KNOWN)
+def _all(ranks: int, batch_size: int) -> Times:
+    return np.full(ranks, float(batch_size))

@@ -13,14 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
+
+import numpy as np
 
 from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph, Operation
 from pipeline.plan.instructions import LOSS, Compute, Exchange, Instruction, Part, Placed, Step, TensorSpec, Update
 from pipeline.plan.layouts import Layout, images, kernels, master, partial, replicated
 from pipeline.plan.plan import OperationPlan, ParameterPlan, Plan, parameter_plans
-from pipeline.plan.shares import proportional
+from pipeline.plan.shares import equal, proportional
 
 BUCKET_ELEMENTS = 1 << 20
 """Gradients are summed together until there are so many."""
@@ -335,11 +338,17 @@ class _Buckets:
         if elements < _SUMMED_AT_ONCE:
             self._found.append(_summing(bucket, elements, own, total))
             return
-        holders = home.holders
-        parts = iter(proportional(elements, [1.0] * len(holders)))
-        middle = kernels(tuple(next(parts) if share else 0 for share in home.shares))
+        middle = _parts_of(home, elements)
         self._found.append(_summing(bucket, elements, own, middle))
         self._half = [_summing(bucket, elements, middle, total)]
+
+
+@lru_cache(maxsize=256)
+def _parts_of(home: Layout, elements: int) -> Layout:
+    """An equal part of a bucket for each that has a copy; layers that are alike have buckets that are."""
+    shares = np.zeros(len(home.shares), dtype=int)
+    shares[list(home.holders)] = equal(elements, len(home.holders))
+    return kernels(tuple(shares.tolist()))
 
 
 def _summing(bucket: str, elements: int, source: Layout, target: Layout) -> Exchange:

@@ -28,7 +28,7 @@ def proportional(total: int, weights: Sequence[float]) -> tuple[int, ...]:
     share = np.floor(exact).astype(int)
     by_remainder = np.argsort(-(exact - share), kind="stable")
     share[by_remainder[: total - int(share.sum())]] += 1
-    return tuple(int(one) for one in share)
+    return tuple(share.tolist())
 
 
 def equal(total: int, ranks: int) -> tuple[int, ...]:
@@ -83,7 +83,7 @@ def balanced(
         last = int(np.argmax(np.where(share > 0, finish, -1.0)))
         share[last] -= 1
         finish[last] = curves.only(last).seconds(share[last : last + 1])[0]
-    return tuple(int(one) for one in share)
+    return tuple(share.tolist())
 
 
 @dataclass(frozen=True, eq=False)

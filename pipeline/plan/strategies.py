@@ -110,7 +110,7 @@ def _nothing(tie: Tie) -> tuple[int, ...]:
 
 
 def _in_units(tie: Tie, shares: Sequence[int]) -> tuple[int, ...]:
-    return tuple(share * tie.unit for share in shares)
+    return tuple(shares) if tie.unit == 1 else tuple(share * tie.unit for share in shares)
 
 
 def _given_for(tie: Tie, shares: Mapping[str, Sequence[int]], ranks: int) -> tuple[int, ...]:
@@ -264,7 +264,7 @@ class Mixed:
         held = [self._shares_of(one) for one in layers]
         if self._images is not None and "B" in self._kinds.values():
             held.append(self._images.shares)
-        return tuple(sum(column) for column in zip(*held, strict=True)) if held else (1,) + (0,) * (self._ranks - 1)
+        return tuple(np.sum(held, axis=0).tolist()) if held else master(self._ranks).shares
 
     def _shares_of(self, operation: Operation) -> tuple[int, ...]:
         tie = self._ties[operation.name]

@@ -138,6 +138,7 @@ def _gathers(costs: Costs, links: Links, ranks: int, late: float = 0.0) -> tuple
     for follow in (True, False):
         simulation = object.__new__(prediction._Simulation)
         simulation._links, simulation._costs = links, costs
+        simulation._ports, simulation._sums = {}, {}
         simulation._free = np.zeros((1, ranks))
         simulation._free[0, 0] = late
         simulation._handling = np.zeros((1, 1))
