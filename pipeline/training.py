@@ -79,6 +79,7 @@ def fit(
     callbacks: Sequence[Callback] = (),
     checkpoint: str | Path | None = None,
     calibration: xr.Dataset | None = None,
+    cache: Path | None = None,
     shares: Shares | None = None,
     plan: Plan | None = None,
     label: str | None = None,
@@ -92,7 +93,8 @@ def fit(
     Adam and the like), as devices update shards. ``loss`` (cross-entropy by default) averages over a batch.
     ``validation`` images are classified after each epoch. The devices are calibrated first, in seconds, unless a
     ``calibration`` or ``shares`` (fractions per device, or kernels per layer and device) are given, or a whole ``plan``
-    for these devices and ``batch_size``, which then decides instead of ``strategy``. ``checkpoint`` is a
+    for these devices and ``batch_size``, which then decides instead of ``strategy``. ``cache`` is a folder in which
+    calibrations are kept and looked for. ``checkpoint`` is a
     file for the trained weights: a ``.safetensors`` file, or under any other name one for ``torch.load(...,
     weights_only=True)``. ``label`` names the run on the dashboard.
 
@@ -121,7 +123,7 @@ def fit(
         elif calibration is not None:
             check_calibration(calibration, graph, labels)
         elif shares is None and strategy not in ("ddp", "equal") and len(chosen) > 1:
-            calibration = calibrate(model, example_BCHW, connected, members=chosen, batch_size=batch_size)
+            calibration = calibrate(model, example_BCHW, connected, members=chosen, batch_size=batch_size, cache=cache)
         room = room_for(chosen, dataset, validation=validation, optimizer=optimizer)
         room = _beside_processes(room, connected, chosen, calibration, graph, batch_size, itemsize)
         if plan is not None:

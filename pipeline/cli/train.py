@@ -11,6 +11,7 @@ import typer
 from pipeline.cli.epochs import EpochNews, shown_epochs
 from pipeline.cli.images import prepared_images
 from pipeline.cli.options import (
+    CalibrationOption,
     DataOption,
     DevicesOption,
     ImageSizeOption,
@@ -19,7 +20,7 @@ from pipeline.cli.options import (
     SeedOption,
 )
 from pipeline.cli.progress import Progress
-from pipeline.cli.ranks import checked_strategy, cluster
+from pipeline.cli.ranks import checked_strategy, cluster, costs_of
 from pipeline.cli.recipe import (
     GammaOption,
     LearningRateOption,
@@ -60,6 +61,7 @@ def train(
     plan: Annotated[
         Path | None, typer.Option("--plan", help="JSON file that `plan` wrote, instead of a strategy.")
     ] = None,
+    calibration: CalibrationOption = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", min=1, help="Images per step over all devices; 64, or the plan's.")
     ] = None,
@@ -90,6 +92,7 @@ def train(
     """Train a network with its layers split over unequal devices."""
     from torch import nn
 
+    from pipeline.calibration.cache import cache_folder
     from pipeline.checkpoint import check_checkpoint
     from pipeline.graph.trace import trace
     from pipeline.networks import check_name
@@ -104,6 +107,8 @@ def train(
     given = read_plan(plan) if plan is not None else None
     if given is not None and (parts is not None or chosen != "auto"):
         raise InputError("--plan already says how to split: leave --strategy and --shares out")
+    if calibration is not None and (given is not None or parts is not None):
+        raise InputError("--calibration is for a plan that is made now: leave it out beside --plan or --shares")
     batch_size = batch_size or (given.batch_size if given is not None else 64)
     update = optimizer_named(optimizer, learning_rate, momentum, weight_decay)
     check_schedule(schedule, step_size, gamma)
@@ -121,6 +126,9 @@ def train(
             Progress(f"train {network}", min(steps, max_steps or steps)) as progress,
             shown_epochs(client) as (news, lines),
         ):
+            costs = None
+            if calibration is not None:
+                costs = costs_of(calibration, network, model, images, client, members, batch_size)
             result = fit(
                 model,
                 images,
@@ -132,6 +140,8 @@ def train(
                 strategy=chosen,
                 shares=parts,
                 plan=given,
+                calibration=costs,
+                cache=cache_folder(),
                 optimizer=update,
                 clip_norm=clip_norm,
                 accumulate=accumulate,

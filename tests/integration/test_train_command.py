@@ -60,7 +60,7 @@ def run(folder: Path, name: str, *arguments: str) -> subprocess.CompletedProcess
     return subprocess.run(
         command,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PIPELINE_CACHE": str(folder.parent / "calibrations")},
         capture_output=True,
         text=True,
         timeout=120,
@@ -110,3 +110,17 @@ def test_workers_that_cannot_import_the_module_are_told_before_anything_runs(
     assert not (folder / "weights.pt").exists()
     done = run(folder, "benchmark", "--scheduler", str(scheduler))
     assert (done.returncode, "cannot be used on worker elsewhere" in done.stderr) == (2, True)
+
+
+def test_what_a_training_calibrates_is_kept_for_the_next_one(folder: Path) -> None:
+    common = ["--devices", "2 x cpu", "--strategy", "kernel", "--batch-size", "16"]
+    done = run(folder, "train", *common, "--max-steps", "1")
+    assert done.returncode == 0, done.stderr
+    (kept,) = (folder.parent / "calibrations").iterdir()
+    done = run(folder, "plan", *common[2:], "--calibration", str(kept))
+    assert done.returncode == 0, done.stderr
+    done = run(folder, "plan", *common)
+    assert "taken from the cache" in done.stdout
+    done = run(folder, "train", "--calibration", str(kept), "--shares", "0.5,0.5")
+    assert done.returncode == 2
+    assert "--calibration is for a plan that is made now: leave it out beside --plan or --shares" in done.stderr
