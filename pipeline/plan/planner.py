@@ -11,7 +11,7 @@ import xarray as xr
 from torch import nn
 
 from pipeline.errors import InputError
-from pipeline.graph.trace import Graph, trace
+from pipeline.graph.trace import Graph, model_dtype, trace
 from pipeline.plan.checks import check_calibration, image_shape_of
 from pipeline.plan.costs import Costs
 from pipeline.plan.fitting import Room, able_alone, check_memory, is_scarce, most_within_memory
@@ -21,7 +21,7 @@ from pipeline.plan.prediction import predict_step
 from pipeline.plan.search import fastest_plan
 from pipeline.plan.strategies import Shares, plan_network
 
-_DOUBT = 0.05
+DOUBT = 0.05
 """About how much predictions err."""
 
 
@@ -33,7 +33,8 @@ def make_plan(model: nn.Module, calibration: xr.Dataset, *, batch_size: int, str
     """
     graph = trace(model, torch.zeros(2, *image_shape_of(calibration)))
     labels = [str(label) for label in calibration.device_label.values]
-    return plan_graph(graph, calibration, batch_size=batch_size, strategy=strategy, labels=labels)
+    itemsize = model_dtype(model).itemsize
+    return plan_graph(graph, calibration, batch_size=batch_size, strategy=strategy, labels=labels, itemsize=itemsize)
 
 
 def plan_graph(
@@ -64,7 +65,7 @@ def plan_graph(
         room = room or Room.of(costs.memory_left)
     if strategy == "auto" and costs is not None and len(labels) > 1 and shares is None:
         plan = fastest_plan(
-            graph, costs, batch_size=batch_size, labels=labels, itemsize=itemsize, links=links, doubt=_DOUBT, room=room
+            graph, costs, batch_size=batch_size, labels=labels, itemsize=itemsize, links=links, doubt=DOUBT, room=room
         )
     else:
         wanted = strategy

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import permutations, product
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +54,10 @@ next to nothing more."""
 _LEAST_TRIES, _MOST_TRIES = 8, 200
 _SMALL_SET = 8
 """Up to so many devices, any one may be left out; of more the fastest 2, 4, 8, 16, ... are tried."""
+_LEANINGS = (1.5, 1.2, 1.08)
+"""By these factors shares of a small set lean to one device or away from it, for as long as that helps."""
+_WORTH = 0.02
+"""What shares that lean have to save: less is not worth a plan of its own."""
 _BADLY_LINKED = 4.0
 """A device whose links take so many times what those of half of the devices do may be left out of any set."""
 
@@ -78,15 +83,29 @@ def fastest_plan(
 
 
 def fastest_times(
-    graph: Graph, costs: Costs, *, batch_size: int, labels: Sequence[str], links: Links, itemsize: int = 4
+    graph: Graph,
+    costs: Costs,
+    *,
+    batch_size: int,
+    labels: Sequence[str],
+    links: Links,
+    itemsize: int = 4,
+    doubt: float = 0.0,
 ) -> NDArray[np.float64]:
-    """The least predicted step time in s in each case of ``links``, (case), each by a plan of its own.
+    """The predicted step time in s in each case of ``links``, (case), of the plan that is fastest there.
 
-    Infinite where no plan fits the memory of the devices.
+    With ``doubt`` as in ``fastest_plan``. Infinite where no plan fits the memory of the devices.
     """
     search = _Search(graph, costs, batch_size, tuple(labels), itemsize, links)
     search.explore()
-    return search.times
+    return np.where(search.times > (1 - doubt) * search.unmixed_times, search.unmixed_times, search.times)
+
+
+class _Splits(NamedTuple):
+    """How a set of devices shares out what is split."""
+
+    kernels: Split
+    images: tuple[int, ...]
 
 
 class _Search:
@@ -107,13 +126,15 @@ class _Search:
         self._narrowing = [_narrows(graph, one) for one in layers_of(graph)]
         self._structure = structure_of(graph)
         self._scarce = is_scarce(graph, self._room, batch_size, itemsize=itemsize)
-        self._splits: dict[tuple[int, ...], tuple[Split, tuple[int, ...]]] = {}
+        self._splits: dict[tuple[int, ...], _Splits] = {}
         self._limits: dict[tuple[Strategy, tuple[int, ...]], Most | None] = {}
-        self._tried: dict[tuple[tuple[int, ...], tuple[OperationPlan, ...]], float] = {}
+        self._known: dict[tuple[tuple[int, ...], tuple[OperationPlan, ...]], NDArray[np.float64]] = {}
         self._best: tuple[float, Plan] | None = None
-        self._best_uniform: tuple[float, Plan] | None = None
+        self._best_unmixed: tuple[float, Plan] | None = None
         self.times = np.full(1 if links is None else links.cases, np.inf)
         """The least predicted step time so far in each case of the links, (case) in s."""
+        self.unmixed_times = self.times.copy()
+        """The same of plans that do not mix kinds of splits."""
 
     def best(self, doubt: float = 0.0) -> Plan:
         self.explore()
@@ -128,8 +149,8 @@ class _Search:
                 itemsize=self._itemsize,
             )
         assert self._best is not None
-        if self._best_uniform is not None and self._best[0] > (1 - doubt) * self._best_uniform[0]:
-            return self._best_uniform[1]
+        if self._best_unmixed is not None and self._best[0] > (1 - doubt) * self._best_unmixed[0]:
+            return self._best_unmixed[1]
         return self._best[1]
 
     def _smaller(self, batch_size: int) -> Plan:
@@ -153,32 +174,36 @@ class _Search:
         for _, devices in sorted(found)[: _SETS_SEARCHED if len(everyone) <= _SMALL_SET else 1]:
             self._search_layers(devices)
 
-    def _try(self, plan: Plan) -> float:
-        """Predicted step time of a plan in s, the mean over the cases; the best so far is kept.
+    def _try(self, plan: Plan, *, mixed: bool = False) -> float:
+        """Predicted step time of a plan in s; the best so far is kept, and the best that does not mix kinds."""
+        times = self._predicted(plan)
+        time = _mean(times)
+        self.times = np.minimum(self.times, times)
+        if time < (np.inf if self._best is None else self._best[0]):
+            self._best = time, plan
+        if not mixed:
+            self.unmixed_times = np.minimum(self.unmixed_times, times)
+            if time < (np.inf if self._best_unmixed is None else self._best_unmixed[0]):
+                self._best_unmixed = time, plan
+        return time
+
+    def _predicted(self, plan: Plan) -> NDArray[np.float64]:
+        """Predicted step time of a plan in each case of the links, (case) in s; infinite where it does not fit.
 
         Plans that come to the same, by whatever strategy, are predicted once.
         """
         same = plan.devices, plan.operations
-        if same not in self._tried:
-            self._tried[same] = self._predicted(plan)
-        return self._tried[same]
-
-    def _predicted(self, plan: Plan) -> float:
-        program = compile_program(self._graph, plan, self._batch_size)
-        if self._scarce and not fits(self._graph, plan, self._room, itemsize=self._itemsize, program=program):
-            return np.inf
-        links = self._links and self._links.of(plan.devices)
-        costs = self._costs.only(plan.devices)
-        times = predict_step(
-            self._graph, plan, costs, batch_size=self._batch_size, itemsize=self._itemsize, links=links, program=program
-        )
-        self.times = np.minimum(self.times, times)
-        mean = float(np.exp(np.log(times).mean()))  # geometric: no case outweighs another
-        if self._best is None or mean < self._best[0]:
-            self._best = mean, plan
-        if plan.strategy in UNIFORM and (self._best_uniform is None or mean < self._best_uniform[0]):
-            self._best_uniform = mean, plan
-        return mean
+        if same not in self._known:
+            program = compile_program(self._graph, plan, self._batch_size)
+            if self._scarce and not fits(self._graph, plan, self._room, itemsize=self._itemsize, program=program):
+                self._known[same] = np.full_like(self.times, np.inf)
+            else:
+                links = self._links and self._links.of(plan.devices)
+                self._known[same] = predict_step(
+                    self._graph, plan, self._costs.only(plan.devices), batch_size=self._batch_size,
+                    itemsize=self._itemsize, links=links, program=program,
+                )  # fmt: skip
+        return self._known[same]
 
     def _uniform(self, strategy: Strategy, devices: tuple[int, ...]) -> Plan:
         most = self._most(strategy, devices) if strategy in _LIMITED else None
@@ -212,9 +237,9 @@ class _Search:
             )
         return self._limits[strategy, devices]
 
-    def _mixed(self, kinds: Mapping[str, Kind], devices: tuple[int, ...]) -> Plan:
+    def _mixed(self, kinds: Mapping[str, Kind], devices: tuple[int, ...], splits: _Splits | None = None) -> Plan:
         ranks = len(devices)
-        split, of_images = self._split_of(devices)
+        split, of_images = splits or self._splits_of(devices)
         return Plan(
             strategy="auto",
             batch_size=self._batch_size,
@@ -223,30 +248,64 @@ class _Search:
             operations=Mixed(self._graph, ranks, kinds, split, of_images, self._structure).plans(),
         )
 
-    def _split_of(self, devices: tuple[int, ...]) -> tuple[Split, tuple[int, ...]]:
-        """How kernels and images are shared out over a set of devices; worked out once."""
+    def _splits_of(self, devices: tuple[int, ...]) -> _Splits:
+        """How kernels and images are shared out over a set of devices; worked out once.
+
+        All end computing at the same time; but of a small set, shares lean away from whoever keeps the others waiting,
+        as who has a slow link or begins late, if the program as a whole takes less time then.
+        """
         if devices not in self._splits:
-            costs, ranks = self._costs.only(devices), len(devices)
-            by_kernels = kernel_split("kernel", ranks, self._batch_size, costs, None, self._most("kernel", devices))
-            known: dict[str, tuple[int, ...]] = {}
-
-            def split(tie: Tie) -> tuple[int, ...]:
-                name = tie.operations[0].name
-                if name not in known:
-                    known[name] = by_kernels(tie)
-                return known[name]
-
-            by_images = image_shares(self._batch_size, ranks, costs, None, self._most("batch", devices))
-            self._splits[devices] = split, by_images
+            found = self._shared_out(devices, np.ones(len(devices)))
+            if len(devices) <= _SMALL_SET and (self._links is None or self._links.cases == 1):
+                found = _Splits(self._leaning("K", devices).kernels, self._leaning("B", devices).images)
+            self._splits[devices] = found
         return self._splits[devices]
+
+    def _leaning(self, kind: Kind, devices: tuple[int, ...]) -> _Splits:
+        """The shares by which the network takes the least time where all its layers are of one kind."""
+        alike = dict.fromkeys(self._layers, kind)
+
+        def tried(factor: NDArray[np.float64]) -> tuple[float, _Splits]:
+            splits = self._shared_out(devices, factor)
+            return _mean(self._predicted(self._mixed(alike, devices, splits))), splits
+
+        factor = np.ones(len(devices))
+        best = even = tried(factor)
+        for step in _LEANINGS:
+            improved = True
+            while improved:
+                improved = False
+                for device, change in product(range(len(devices)), (step, 1 / step)):
+                    other = factor.copy()
+                    other[device] *= change
+                    found = tried(other)
+                    if found[0] < best[0]:
+                        best, factor, improved = found, other, True
+        return best[1] if best[0] < (1 - _WORTH) * even[0] else even[1]
+
+    def _shared_out(self, devices: tuple[int, ...], factor: NDArray[np.float64]) -> _Splits:
+        """So that all would end at the same time if each took ``factor``, (device), times as long to compute."""
+        costs, ranks = self._costs.only(devices).slowed(factor), len(devices)
+        by_kernels = kernel_split("kernel", ranks, self._batch_size, costs, None, self._most("kernel", devices))
+        known: dict[str, tuple[int, ...]] = {}
+
+        def split(tie: Tie) -> tuple[int, ...]:
+            name = tie.operations[0].name
+            if name not in known:
+                known[name] = by_kernels(tie)
+            return known[name]
+
+        return _Splits(split, image_shares(self._batch_size, ranks, costs, None, self._most("batch", devices)))
 
     def _search_layers(self, devices: tuple[int, ...]) -> None:
         tried: dict[tuple[Kind, ...], float] = {}
-        before = len(self._tried)
+        self._splits_of(devices)
+        before = len(self._known)
 
         def time_of(kinds: tuple[Kind, ...]) -> float:
             if kinds not in tried:
-                tried[kinds] = self._try(self._mixed(dict(zip(self._layers, kinds, strict=True)), devices))
+                plan = self._mixed(dict(zip(self._layers, kinds, strict=True)), devices)
+                tried[kinds] = self._try(plan, mixed=len(set(kinds)) > 1)
             return tried[kinds]
 
         if math.prod(len(one) for one in self._kinds) <= _EXHAUSTIVE:
@@ -264,7 +323,7 @@ class _Search:
         while improved:
             improved = False
             for kinds in self._neighbours(current):
-                if len(self._tried) - before >= tries:
+                if len(self._known) - before >= tries:
                     return
                 if time_of(kinds) < tried[current]:
                     current, improved = kinds, True
@@ -282,6 +341,11 @@ class _Search:
             for kind in self._kinds[place]:
                 if kind != kinds[place]:
                     yield (*kinds[:place], kind, *kinds[place + 1 :])
+
+
+def _mean(times: NDArray[np.float64]) -> float:
+    """Over the cases of the links; geometric, as no case is to outweigh another."""
+    return float(np.exp(np.log(times).mean()))
 
 
 def _kinds_of(layer: Operation, *, first: bool) -> tuple[Kind, ...]:

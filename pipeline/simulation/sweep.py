@@ -25,7 +25,7 @@ from pipeline.plan.costs import Costs
 from pipeline.plan.fitting import Room, fits, is_scarce
 from pipeline.plan.link_cases import Links
 from pipeline.plan.plan import Strategy
-from pipeline.plan.planner import uniform_plan
+from pipeline.plan.planner import DOUBT, uniform_plan
 from pipeline.plan.prediction import predict_step
 from pipeline.plan.search import fastest_times
 from pipeline.results.contracts import NOT_PLANNED, OK, OUT_OF_MEMORY, describe, validate_timing
@@ -167,17 +167,21 @@ def _graph_of(name: str, calibration: xr.Dataset) -> Graph:
 
 
 def _uniform(calibrations: Sequence[xr.Dataset], links: Mapping[str, Link | None]) -> Links:
-    """The links as cases; loopback is the median of those that were measured."""
-    measured: list[Link] = []
+    """The links as cases, each with what sending takes besides; loopback is the median of those that were measured."""
+    measured: list[tuple[float, float]] = []
     for one in calibrations:
         apart = ~np.eye(one.sizes["source"], dtype=bool)
-        pairs = zip(one.link_latency.values[apart], one.link_bandwidth.values[apart], strict=True)
-        measured += [Link(float(latency), float(bandwidth)) for latency, bandwidth in pairs]
+        pairs = zip(one.link_latency.values[apart], 1 / one.link_bandwidth.values[apart], strict=True)
+        measured += [(float(latency), float(per_byte)) for latency, per_byte in pairs]
     if not measured and None in links.values():
         raise InputError("no link was measured, as each calibration is of one device: name links such as 1Gbit/s+0.1ms")
-    own = Link(*np.median(measured, axis=0)) if measured else None
-    chosen = [own if link is None else link for link in links.values()]
-    return Links.uniform(*(np.array([getattr(link, name) for link in chosen]) for name in ("latency", "bandwidth")))
+    own, fastest = (np.median(measured, axis=0), np.min(measured, axis=0)) if measured else (np.zeros(2), np.zeros(2))
+    cases = []
+    for link in links.values():
+        case = Links(*own[:, None, None, None]) if link is None else Links.one(link).sent_by(*fastest)
+        cases.append((case.latency, case.seconds_per_byte))
+    latency, per_byte = (np.concatenate(one) for one in zip(*cases, strict=True))
+    return Links(latency, per_byte, has_software=True)
 
 
 def _parts(groups: int) -> int:
@@ -195,7 +199,9 @@ def _times(group: _Group, strategy: Strategy) -> NDArray[np.float64]:
     costs, ranks = group.costs.only(group.rows), len(group.rows)
     labels = ["device"] * ranks
     if strategy == "auto" and ranks > 1:
-        return fastest_times(group.graph, costs, batch_size=group.batch_size, labels=labels, links=group.links)
+        return fastest_times(
+            group.graph, costs, batch_size=group.batch_size, labels=labels, links=group.links, doubt=DOUBT
+        )
     one: Strategy = "single" if ranks == 1 else strategy
     plan, room = uniform_plan(group.graph, one, group.batch_size, labels, costs), Room.of(costs.memory_left)
     if is_scarce(group.graph, room, group.batch_size) and not fits(group.graph, plan, room):

@@ -16,7 +16,7 @@ from pipeline.graph.trace import Graph, trace
 from pipeline.networks import network
 from pipeline.plan.costs import LAYOUTS, Costs
 from pipeline.plan.link_cases import Links
-from pipeline.plan.plan import STRATEGIES, Strategy
+from pipeline.plan.plan import STRATEGIES, Plan, Strategy
 from pipeline.plan.prediction import predict_step
 from pipeline.plan.search import fastest_plan, fastest_times
 from pipeline.plan.strategies import Kind, Mixed, image_shares, kernel_split, layers_of, plan_network
@@ -93,31 +93,69 @@ def _exhaustive(graph: Graph, costs: Costs, batch_size: int) -> float:
         plans = [
             plan_network(graph, one, batch_size=batch_size, labels=labels, costs=some) for one in ("paper", "equal")
         ]
-        kinds: tuple[Kind, ...]
-        for kinds in product("KBMI", repeat=len(layers)):  # type: ignore[assignment]
-            mixed = Mixed(graph, ranks, dict(zip(layers, kinds, strict=True)), split, of_images)
+        for kinds in product("KBMI", repeat=len(layers)):
+            named: dict[str, Kind] = dict(zip(layers, kinds, strict=True))  # type: ignore[arg-type]
+            operations = Mixed(graph, ranks, named, split, of_images).plans()
             plans.append(
-                search.Plan(
-                    strategy="auto", batch_size=batch_size, devices=devices, labels=tuple(labels),
-                    operations=mixed.plans(),
+                Plan(
+                    strategy="auto", batch_size=batch_size, devices=devices, labels=tuple(labels), operations=operations
                 )
-            )  # fmt: skip
+            )
         best = min(best, *(float(predict_step(graph, plan, some, batch_size=batch_size)[0]) for plan in plans))
     return best
 
 
+class _Residual(nn.Module):
+    """A sum of two branches, which have to agree."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(24, 24, 3, padding=1)
+        self.classifier = nn.Linear(24 * 16 * 16, 10)
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        shortcut = torch.relu(self.first(x_BCHW))
+        found: torch.Tensor = self.classifier((shortcut + self.second(shortcut)).relu().flatten(1))
+        return found
+
+
 @pytest.mark.parametrize("bandwidth", [3e6, 3e7, 1e9])
+@pytest.mark.parametrize(
+    ("model", "size", "speeds"),
+    [(network("50:500"), 32, [1e11, 6e10, 3e10]), (_Residual(), 16, [1e10, 4e9])],
+    ids=["chain", "residual"],
+)
 def test_auto_equals_exhaustive_search_on_small_networks(
-    graph: Graph, bandwidth: float, monkeypatch: pytest.MonkeyPatch
+    model: nn.Module, size: int, speeds: list[float], bandwidth: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    costs = costs_of(graph, [1e11, 6e10, 3e10], bandwidth=bandwidth)
+    graph = trace(model, torch.zeros(2, 3, size, size))
+    costs = costs_of(graph, speeds, bandwidth=bandwidth)
     best = _exhaustive(graph, costs, 32)
-    labels = ["a", "b", "c"]
+    monkeypatch.setattr(search, "_LEANINGS", ())  # as the other search has no such shares
+    labels = [str(device) for device in range(costs.devices)]
     for exhaustive in (search._EXHAUSTIVE, 0):  # also by the descent that larger networks need
         monkeypatch.setattr(search, "_EXHAUSTIVE", exhaustive)
         plan = fastest_plan(graph, costs, batch_size=32, labels=labels)
         found = float(predict_step(graph, plan, costs.only(plan.devices), batch_size=32)[0])
         assert found == pytest.approx(best, rel=1e-9)
+
+
+def test_shares_lean_away_from_whom_the_others_wait_for(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = np.array([[0.0], [0.01]]) * np.ones(2)  # the second device takes long to begin with anything
+    costs = replace(costs_of(graph, [1e11] * 2, bandwidth=1e10), call=call)
+    even, leaning = (_unmixed(graph, costs, monkeypatch, leanings) for leanings in ((), search._LEANINGS))
+    assert even.convolution_shares(graph) == pytest.approx((0.5, 0.5), abs=0.01)
+    assert 0 < leaning.convolution_shares(graph)[1] < 0.48
+    before, after = (float(predict_step(graph, one, costs, batch_size=64)[0]) for one in (even, leaning))
+    assert after < (1 - search._WORTH) * before
+    monkeypatch.setattr(search, "_WORTH", 1.1 * (1 - after / before))
+    assert _unmixed(graph, costs, monkeypatch, search._LEANINGS) == even, "too little to be worth it"
+
+
+def _unmixed(graph: Graph, costs: Costs, monkeypatch: pytest.MonkeyPatch, leanings: tuple[float, ...]) -> Plan:
+    """The plan of one kind of split alone, with these leanings."""
+    monkeypatch.setattr(search, "_LEANINGS", leanings)
+    return fastest_plan(graph, costs, batch_size=64, labels=["a", "b"], doubt=1.0)
 
 
 def test_a_mixed_plan_has_to_be_faster_than_predictions_err(graph: Graph) -> None:
