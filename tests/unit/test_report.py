@@ -76,7 +76,7 @@ def test_a_rule_of_the_running_workflow_writes_the_report_with_every_question_fi
         assert heading(section) in page
     assert NOT_NOTED in page
     assert f"All {len(cells_table(stores['timing']))} cells" in page
-    assert 'href="figures/predictions.csv"' in page
+    assert "figures/predictions.csv" in page
     for name, entry in FIGURES.items():
         for sentence in sentences_of(entry.say(*(stores[store] for store in entry.stores))):
             words = max(sentence.split("``"), key=len)
