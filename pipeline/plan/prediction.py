@@ -6,7 +6,7 @@ Many links can be tried at once: everything that depends on the link has an axis
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -64,9 +64,7 @@ def predict_step(
         over = links.with_software(costs) if links else Links.measured(costs)
         return predict_data_parallel(graph, costs, batch_size, itemsize, over)
     program = program or compile_program(graph, plan, batch_size)
-    timeline = predict_timeline(graph, plan, program, costs, itemsize=itemsize, links=links)
-    found: Times = np.nanmax(timeline, axis=(1, 2, 3))
-    return found
+    return _simulation(graph, plan, program, costs, itemsize, links).end()
 
 
 def predict_timeline(
@@ -78,8 +76,14 @@ def predict_timeline(
     A rank begins an instruction when it has ended the one before, but goes on during a deferred exchange until what
     needs it begins. Who waits for a rank that has computed waits for its *turn* as well (``Costs.turn``).
     """
+    return _simulation(graph, plan, program, costs, itemsize, links).timeline()
+
+
+def _simulation(
+    graph: Graph, plan: Plan, program: Program, costs: Costs, itemsize: int, links: Links | None
+) -> _Simulation:
     over = links.with_software(costs) if links else Links.measured(costs)
-    return _Simulation(graph, plan, program, costs, itemsize, over).run()
+    return _Simulation(graph, plan, program, costs, itemsize, over)
 
 
 def busy_seconds(graph: Graph, plan: Plan, program: Program, costs: Costs) -> Times:
@@ -168,11 +172,25 @@ class _Simulation:
         self._ports: dict[tuple[Traffic, int], _Ports] = {}
         self._sums: dict[tuple[Traffic, int], tuple[Times, Times]] = {}
 
-    def run(self) -> Times:
-        instructions = self._program.instructions
+    def timeline(self) -> Times:
+        """Start and end, (case, instruction, rank, 2) in s."""
+        shape = self._links.cases, len(self._program.instructions), self._program.ranks, 2
+        found = np.full(shape, np.nan)
+        for index, (ranks, start, end) in enumerate(self._run()):
+            found[:, index, ranks, 0], found[:, index, ranks, 1] = start, end
+        return found
+
+    def end(self) -> Times:
+        """When all have ended, (case) in s."""
+        latest = np.zeros(self._links.cases)
+        for _, _, end in self._run():
+            latest = np.maximum(latest, end.max(axis=1, initial=0.0))
+        return latest
+
+    def _run(self) -> Iterator[tuple[slice | list[int], Times, Times]]:
+        """Of each instruction the ranks that take part, and when they start and end, (case, rank of these) in s."""
         every = busy_seconds(self._graph, self._plan, self._program, self._costs)
-        timeline = np.full((self._links.cases, len(instructions), self._program.ranks, 2), np.nan)
-        for index, instruction in enumerate(instructions):
+        for index, instruction in enumerate(self._program.instructions):
             if self._pending:
                 self._complete(instruction)
             everyone = len(instruction.ranks) == self._program.ranks
@@ -197,8 +215,7 @@ class _Simulation:
                 self._free[:, ranks] = end
                 if len(instruction.ranks) > 1:
                     self._computed[ranks] += busy
-            timeline[:, index, ranks, 0], timeline[:, index, ranks, 1] = start, end
-        return timeline
+            yield ranks, start, end
 
     def _complete(self, following: Instruction) -> None:
         left = []

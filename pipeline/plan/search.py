@@ -207,6 +207,9 @@ class _Search:
 
     def _uniform(self, strategy: Strategy, devices: tuple[int, ...]) -> Plan:
         most = self._most(strategy, devices) if strategy in _LIMITED else None
+        return self._plan_of(strategy, devices, most)
+
+    def _plan_of(self, strategy: Strategy, devices: tuple[int, ...], most: Most | None) -> Plan:
         plan = self._plan_with(strategy, devices)(most=most)
         return replace(plan, devices=tuple(devices[rank] for rank in plan.devices))
 
@@ -232,8 +235,13 @@ class _Search:
         if not self._scarce:
             return None
         if (strategy, devices) not in self._limits:
-            self._limits[strategy, devices] = most_within_memory(
-                self._graph, self._plan_with(strategy, devices), self._room.only(devices), itemsize=self._itemsize
+            free = np.isfinite(self._predicted(self._plan_of(strategy, devices, None))).all()
+            self._limits[strategy, devices] = (
+                None
+                if free
+                else most_within_memory(
+                    self._graph, self._plan_with(strategy, devices), self._room.only(devices), itemsize=self._itemsize
+                )
             )
         return self._limits[strategy, devices]
 
