@@ -1,4 +1,7 @@
-"""Measure the links: round trips between every pair of ranks, one pair at a time, then turns of all ranks at once.
+"""Measure the links: messages there and back between every pair of ranks, one pair at a time, then turns of all ranks.
+
+A message of some size is answered by a small one, so that each direction is measured by itself, with one clock. Only
+how the latency is divided between the two directions nobody can tell: it is taken to be the same.
 
 In a *turn* every rank computes for a while and then sends a message to every other. Beside the message, a turn takes
 the time until the last rank has a core again and until the others see that it is ready, which is more where ranks have
@@ -10,7 +13,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -22,13 +25,15 @@ from pipeline.calibration.passes import Pass
 from pipeline.cluster.gang import RankContext
 from pipeline.links import Link
 from pipeline.plan.instructions import Exchange, Placed, TensorSpec
-from pipeline.plan.layouts import Layout, kernels, replicated
+from pipeline.plan.layouts import kernels, replicated
 from pipeline.run.transport import Transport
 
 LINK_BYTES = (1_024, 1_048_576, 8_388_608)
 """Sizes of the messages that measure a link, ascending."""
 TURN_BYTES = (64, 1_048_576)
 """What each rank sends to every other in a turn, little and much."""
+_ITEMSIZE = 4
+_WAYS = 2
 _TURNS = 24
 """How many turns with much to send are measured at once."""
 _LEAST_TURNS = 4
@@ -61,13 +66,13 @@ def link_of(time_MR: NDArray[np.float64], sizes: Sequence[int]) -> Link:
 
 
 def measure_links(context: RankContext, transport: Transport, repetitions: int) -> dict[int, NDArray[np.float64]]:
-    """Half of each round trip of every message size in s, (message, repetition), from this rank to every higher one."""
+    """The time of every message size in s, (2, message, repetition), to every higher rank and from it."""
     links = {}
     for lower in range(context.size):
         for higher in range(lower + 1, context.size):
             context.barrier()
             if context.rank in (lower, higher):
-                times = _round_trips(context, transport, lower, higher, repetitions) / 2
+                times = _both_ways(context, transport, lower, higher, repetitions)
                 if context.rank == lower:
                     links[higher] = times
     return links
@@ -181,7 +186,7 @@ def _resuming(alone: Sequence[_Walk], turns: Sequence[_Walk], most: float) -> ND
 
 def _turn_of(context: RankContext, transport: Transport, size: int) -> Callable[[], None]:
     """An exchange in which every rank sends ``size`` bytes to every other."""
-    elements = size // 4
+    elements = size // _ITEMSIZE
     together = Exchange(
         name=f"turn of {size} bytes",
         direction="forward",
@@ -194,39 +199,52 @@ def _turn_of(context: RankContext, transport: Transport, size: int) -> Callable[
     return functools.partial(transport.exchange, together, message, everything)
 
 
-def _round_trips(
+def _both_ways(
     context: RankContext, transport: Transport, lower: int, higher: int, repetitions: int
 ) -> NDArray[np.float64]:
-    times = np.full((len(LINK_BYTES), repetitions), np.nan)
-    for index, size in enumerate(LINK_BYTES):
-        elements = size // 4
-        here, there = (_all_on(end, elements, context.size) for end in (lower, higher))
-        out = Exchange(
-            name=f"{size} bytes {lower}→{higher}",
-            direction="forward",
-            source=Placed("message", here),
-            target=Placed("message", there),
-            spec=TensorSpec(shape=(1, elements), channel_axis=1, images_axis=0),
-        )
-        back = replace(out, direction="backward")
-        message = torch.zeros(1, elements, device=context.torch_device)
-        starts = context.rank == lower
-        trip = functools.partial(_trip, transport, out, back, message, starts=starts)
+    """What ``measure_links`` says of one pair: the first message, the smallest, takes half of the way there and back.
+
+    A larger one takes what it and its small answer take, without that of the answer.
+    """
+    times = np.full((_WAYS, len(LINK_BYTES), repetitions), np.nan)
+    starts = context.rank == lower
+    for index, way in product(range(len(LINK_BYTES)), range(_WAYS)):
+        if way and not index:
+            times[way, index] = times[0, index]
+            continue
+        there, back = (LINK_BYTES[index], LINK_BYTES[0])[:: -1 if way else 1]
+        messages = _message(there, lower, higher, context.size), _message(back, higher, lower, context.size)
+        bodies = [torch.zeros(one.spec.shape, device=context.torch_device) for one in messages]
+        trip = functools.partial(_trip, transport, messages, bodies, starts=starts)
         possible = torch.tensor(_possible(repetitions, trip()))  # which sets up the messages
         (dist.send if starts else dist.recv)(possible, higher if starts else lower, context.group)
         for repetition in range(int(possible)):
-            times[index, repetition] = trip()
+            times[way, index, repetition] = trip()
+    times[:, 0] /= 2
+    answer = float(np.nanmedian(times[0, 0]))
+    times[:, 1:] = np.maximum(times[:, 1:] - answer, answer)
     return times
 
 
-def _trip(transport: Transport, out: Exchange, back: Exchange, message: torch.Tensor, *, starts: bool) -> float:
-    """How long ``message`` takes there and back, in s; whoever ``starts`` has it."""
+def _message(size: int, source: int, destination: int, ranks: int) -> Exchange:
+    """An exchange of one message of ``size`` bytes."""
+    elements = size // _ITEMSIZE
+    here, there = (
+        kernels(tuple(elements if rank == end else 0 for rank in range(ranks))) for end in (source, destination)
+    )
+    return Exchange(
+        name=f"{size} bytes {source}→{destination}",
+        direction="forward",
+        source=Placed("message", here),
+        target=Placed("message", there),
+        spec=TensorSpec(shape=(1, elements), channel_axis=1, images_axis=0),
+    )
+
+
+def _trip(transport: Transport, messages: Sequence[Exchange], bodies: Sequence[torch.Tensor], *, starts: bool) -> float:
+    """How long the one message there and the other back take, in s; whoever ``starts`` sends the first."""
     start = time.perf_counter()
-    for one in (out, back):
-        sends = starts == (one is out)
-        transport.exchange(one, message if sends else None, None if sends else message)
+    for place, (one, body) in enumerate(zip(messages, bodies, strict=True)):
+        sends = starts == (place == 0)
+        transport.exchange(one, body if sends else None, None if sends else body)
     return time.perf_counter() - start
-
-
-def _all_on(rank: int, elements: int, ranks: int) -> Layout:
-    return kernels(tuple(elements if other == rank else 0 for other in range(ranks)))

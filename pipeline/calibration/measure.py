@@ -186,11 +186,11 @@ def _dataset(
 ) -> xr.Dataset:
     ranks = len(members)
     one = measured[0].links
-    repetitions = max(len(time_MR[0]) for time_MR in one.values()) if one else 0
+    repetitions = max(times.shape[-1] for times in one.values()) if one else 0
     link_time = np.full((ranks, ranks, len(LINK_BYTES), repetitions), np.nan)
     for rank, measurement in enumerate(measured):
-        for other, time_MR in measurement.links.items():
-            link_time[rank, other] = link_time[other, rank] = time_MR
+        for other, times in measurement.links.items():
+            link_time[rank, other], link_time[other, rank] = times
     latency, bandwidth = np.zeros((ranks, ranks)), np.full((ranks, ranks), np.inf)
     for source, destination in zip(*np.nonzero(~np.eye(ranks, dtype=bool)), strict=True):
         link = link_of(link_time[source, destination], LINK_BYTES)

@@ -122,7 +122,7 @@ class Measurement:
     channels_last: bool
     """Whether all ranks measured with the channels last in memory, because that was faster."""
     links: dict[int, NDArray[np.float64]]
-    """By other rank, (message, repetition) one way; each pair is measured by its lower rank."""
+    """By other rank, (2, message, repetition) to it and from it; each pair is measured by its lower rank."""
     turns: Turns
     """What they wait for each other."""
 

@@ -11,6 +11,7 @@ import torch
 from distributed import Client
 
 import pipeline
+from pipeline.calibration.links import LINK_BYTES, link_of, measure_links
 from pipeline.cluster.devices import discover
 from pipeline.cluster.gang import RankContext, run_gang
 from pipeline.errors import InputError
@@ -20,6 +21,7 @@ from pipeline.networks import network
 from pipeline.plan.instructions import Exchange, Placed, TensorSpec
 from pipeline.plan.layouts import kernels, master
 from pipeline.run.benchmark import Bench
+from pipeline.run.link_emulation import Ports, sleep_until
 from pipeline.run.transport import Transport
 from tests.engine import images
 from tests.synthetic import calibration_of
@@ -70,6 +72,34 @@ def test_the_masters_port_is_shared_in_both_directions(client: Client) -> None:
     assert (gather[1:] >= each * 0.95).all()
     without = run_gang(client, members, _scatter_and_gather, [(None,)] * RANKS, label="no link")
     assert np.array(without).max() < np.array(took).max()
+
+
+class _SlowToSend(Ports):
+    """Receives at once."""
+
+    def arrive(self, left: float, size: int) -> None:  # noqa: ARG002
+        sleep_until(left)
+
+
+def _measured_links(context: RankContext) -> dict[int, np.ndarray]:
+    """The links as a calibration measures them, where the last rank is slow to send."""
+    transport = Transport(context, link=Link(latency=0.0, bandwidth=1e12))
+    if context.rank == RANKS - 1:
+        transport._ports = _SlowToSend(LINK)
+    return measure_links(context, transport, repetitions=2)
+
+
+def test_each_direction_of_a_link_is_measured(client: Client) -> None:
+    found = run_gang(client, discover(client), _measured_links, [()] * RANKS, label="links")
+    took = LINK_BYTES[-1] / LINK.bandwidth
+    assert sorted(found[0]) == [1, 2]
+    for other, slow in ((1, False), (2, True)):
+        there, back = np.nanmedian(found[0][other], axis=-1)
+        assert there[-1] < 0.5 * took
+        assert (back[-1] > 0.9 * took) is np.bool_(slow)
+        assert there[0] == back[0], "one clock cannot tell latencies apart"
+    link = link_of(found[0][2][1], LINK_BYTES)
+    assert link.bandwidth == pytest.approx(LINK.bandwidth, rel=0.1)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "paper", "kernel", "batch", "auto"])
