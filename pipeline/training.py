@@ -50,6 +50,8 @@ class FitResult:
     timing: xr.Dataset
     """``step_time(step)`` in s, the timeline of the last steps by instruction and device, ``peak_memory(device)``."""
     plan: Plan
+    calibration: xr.Dataset | None
+    """What the plan was made from, where it was made now."""
     callbacks: tuple[Callback, ...]
     """As they ended."""
 
@@ -79,7 +81,7 @@ def fit(
     callbacks: Sequence[Callback] = (),
     checkpoint: str | Path | None = None,
     calibration: xr.Dataset | None = None,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     shares: Shares | None = None,
     plan: Plan | None = None,
     label: str | None = None,
@@ -155,6 +157,7 @@ def fit(
         history=_history(accounts),
         timing=timing_dataset(graph, plan, batch_size, accounts),
         plan=plan,
+        calibration=calibration,
         callbacks=accounts[0].callbacks,
     )
 

@@ -29,10 +29,11 @@ from pipeline.calibration.segments import Chain, chains_of, geometry
 from pipeline.calibration.worker import Measurement, Task, measure_rank, split_plan
 from pipeline.cluster.devices import Member, discover
 from pipeline.cluster.gang import run_gang
-from pipeline.errors import LostDeviceError, RunError, first_line
+from pipeline.errors import InputError, LostDeviceError, RunError, first_line
 from pipeline.graph.trace import Graph, trace
 from pipeline.plan.costs import LAYOUTS
 from pipeline.plan.instructions import COMPANIES
+from pipeline.plan.measurements import check_numbers
 from pipeline.results.contracts import describe, validate_calibration
 from pipeline.results.provenance import provenance
 
@@ -62,7 +63,7 @@ def calibrate(
     batch_size: int | None = None,
     fractions: Sequence[float] = FRACTIONS,
     repetitions: int = 2,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     force: bool = False,
     on_progress: Callable[[int, dict[str, float]], None] | None = None,
 ) -> xr.Dataset:
@@ -112,13 +113,15 @@ def calibrate(
             dataset = _with_probes(dataset, probing(task.model, graph, dataset), client, chosen, name)
         dataset = describe(dataset.assign(calibration_time=time.perf_counter() - start))
         validate_calibration(dataset)
-        return dataset
+        return _usable(dataset, graph, name)
 
     if cache is None:
         found = measure({})
     else:
         names = [chain.name for chain in chains]
-        found = cached(cache, names, works, chosen, task.images, task.fractions, repetitions, measure, force=force)
+        found = cached(
+            Path(cache), names, works, chosen, task.images, task.fractions, repetitions, measure, force=force
+        )
     # Of a network that does the same work the cache may have a calibration, but not what this one is called.
     return found.assign_coords(network=name).assign_attrs(network_digest=graph.digest)
 
@@ -167,6 +170,20 @@ def _with_probes(
     busy = _padded(np.stack([one.busy for one in found], axis=1), made, axis=2)
     dataset["probe_busy_time"] = ("probe", "device", "repetition"), busy
     return fitted(dataset, probes)
+
+
+def _usable(dataset: xr.Dataset, graph: Graph, name: str) -> xr.Dataset:
+    """The calibration; where no plan would take its numbers, with a warning, and not to be kept for the next time."""
+    try:
+        check_numbers(dataset, graph)
+    except InputError as error:
+        warnings.warn(
+            f"the calibration of {name} is not kept, as no plan can be made of it: {error}",
+            CalibrationWarning,
+            stacklevel=2,
+        )
+        return dataset.assign_attrs(incomplete=1)
+    return dataset
 
 
 def calibration_images(graph: Graph, batch_size: int) -> tuple[int, ...]:

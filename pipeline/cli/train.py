@@ -20,7 +20,7 @@ from pipeline.cli.options import (
     SeedOption,
 )
 from pipeline.cli.progress import Progress
-from pipeline.cli.ranks import checked_strategy, cluster, costs_of
+from pipeline.cli.ranks import checked_strategy, cluster, costs_of, say_if_cached
 from pipeline.cli.recipe import (
     GammaOption,
     LearningRateOption,
@@ -153,6 +153,8 @@ def train(
                 **schedule_named(schedule, epochs=epochs, updates=updates, step_size=step_size, gamma=gamma),
             )
             lines.show_all(told for one in result.callbacks if isinstance(one, EpochNews) for told in one.epochs)
+    if result.calibration is not None:
+        say_if_cached(result.calibration)
     print(result.plan.table())
     print(plan_headline(result.plan, graph))
     history, step_time = result.history, result.timing.step_time

@@ -56,6 +56,8 @@ _SMALL_SET = 8
 """Up to so many devices, any one may be left out; of more the fastest 2, 4, 8, 16, ... are tried."""
 _LEANINGS = (1.5, 1.2, 1.08)
 """By these factors shares of a small set lean to one device or away from it, for as long as that helps."""
+_PART_OF_TRIES = 4
+"""Of the plans that the search of the layers predicts, beside it one in so many for each kind of shares that lean."""
 _WORTH = 0.02
 """What shares that lean have to save: less is not worth a plan of its own."""
 _BADLY_LINKED = 4.0
@@ -94,9 +96,10 @@ def fastest_times(
 ) -> NDArray[np.float64]:
     """The predicted step time in s in each case of ``links``, (case), of the plan that is fastest there.
 
-    With ``doubt`` as in ``fastest_plan``. Infinite where no plan fits the memory of the devices.
+    With ``doubt`` as in ``fastest_plan``, but all devices end computing at the same time: which shares should lean
+    would be another question for each link. Infinite where no plan fits the memory of the devices.
     """
-    search = _Search(graph, costs, batch_size, tuple(labels), itemsize, links)
+    search = _Search(graph, costs, batch_size, tuple(labels), itemsize, links, leaning=False)
     search.explore()
     return np.where(search.times > (1 - doubt) * search.unmixed_times, search.unmixed_times, search.times)
 
@@ -118,6 +121,8 @@ class _Search:
         itemsize: int,
         links: Links | None,
         room: Room | None = None,
+        *,
+        leaning: bool = True,
     ) -> None:
         self._graph, self._costs, self._batch_size, self._labels = graph, costs, batch_size, labels
         self._itemsize, self._links, self._room = itemsize, links, room or Room.of(costs.memory_left)
@@ -126,6 +131,7 @@ class _Search:
         self._narrowing = [_narrows(graph, one) for one in layers_of(graph)]
         self._structure = structure_of(graph)
         self._scarce = is_scarce(graph, self._room, batch_size, itemsize=itemsize)
+        self._may_lean = leaning
         self._splits: dict[tuple[int, ...], _Splits] = {}
         self._limits: dict[tuple[Strategy, tuple[int, ...]], Most | None] = {}
         self._known: dict[tuple[tuple[int, ...], tuple[OperationPlan, ...]], NDArray[np.float64]] = {}
@@ -264,7 +270,7 @@ class _Search:
         """
         if devices not in self._splits:
             found = self._shared_out(devices, np.ones(len(devices)))
-            if len(devices) <= _SMALL_SET and (self._links is None or self._links.cases == 1):
+            if self._may_lean and len(devices) <= _SMALL_SET:
                 found = _Splits(self._leaning("K", devices).kernels, self._leaning("B", devices).images)
             self._splits[devices] = found
         return self._splits[devices]
@@ -279,17 +285,25 @@ class _Search:
 
         factor = np.ones(len(devices))
         best = even = tried(factor)
+        last = len(self._known) + self._tries(devices) // _PART_OF_TRIES
         for step in _LEANINGS:
             improved = True
             while improved:
                 improved = False
                 for device, change in product(range(len(devices)), (step, 1 / step)):
+                    if len(self._known) >= last:
+                        break
                     other = factor.copy()
                     other[device] *= change
                     found = tried(other)
                     if found[0] < best[0]:
                         best, factor, improved = found, other, True
         return best[1] if best[0] < (1 - _WORTH) * even[0] else even[1]
+
+    def _tries(self, devices: tuple[int, ...]) -> int:
+        """How many plans for a set of devices may be predicted in the search of its layers."""
+        work = len(self._graph.operations) * (len(devices) + _RANKS_AT_ONCE)
+        return min(_MOST_TRIES, max(_LEAST_TRIES, _WORK // work))
 
     def _shared_out(self, devices: tuple[int, ...], factor: NDArray[np.float64]) -> _Splits:
         """So that all would end at the same time if each took ``factor``, (device), times as long to compute."""
@@ -320,8 +334,7 @@ class _Search:
             for kinds in product(*self._kinds):
                 time_of(kinds)
             return
-        work = len(self._graph.operations) * (len(devices) + _RANKS_AT_ONCE)
-        tries = min(_MOST_TRIES, max(_LEAST_TRIES, _WORK // work))
+        tries = self._tries(devices)
         for kinds in _two_parts(len(self._layers), tries // 2):
             time_of(kinds)
         time_of(self._with_sums(min(tried, key=lambda kinds: tried[kinds])))

@@ -6,10 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import xarray as xr
 
 from pipeline.calibration.cache import Curves, cached
+from pipeline.calibration.measure import CalibrationWarning, _usable
 from pipeline.cluster.devices import Device, Member
+from pipeline.graph.trace import trace
+from pipeline.networks import network
 from tests import synthetic
 
 MEMBERS = tuple(
@@ -63,3 +67,12 @@ def test_more_repetitions_are_measured(tmp_path: Path) -> None:
     assert "cached" not in found(10).attrs
     assert "cached" in found(2).attrs
     assert asked == [2, 10]
+
+
+def test_a_calibration_that_no_plan_can_be_made_of_is_not_kept() -> None:
+    graph = trace(network("4:8"), torch.zeros(2, 3, 32, 32))
+    calibration = synthetic.calibration_of(graph, ["cpu", "cpu"])
+    assert "incomplete" not in _usable(calibration, graph, "4:8").attrs
+    calibration.forward_time.loc[{"device": 1, "share": 0.25}] = 1.0
+    with pytest.warns(CalibrationWarning, match="the calibration of 4:8 is not kept, as no plan can be made of it: .*"):
+        assert _usable(calibration, graph, "4:8").attrs["incomplete"] == 1

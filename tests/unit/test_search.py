@@ -148,6 +148,9 @@ def test_shares_lean_away_from_whom_the_others_wait_for(graph: Graph, monkeypatc
     assert 0 < leaning.convolution_shares(graph)[1] < 0.48
     before, after = (float(predict_step(graph, one, costs, batch_size=64)[0]) for one in (even, leaning))
     assert after < (1 - search._WORTH) * before
+    monkeypatch.setattr(search, "_PART_OF_TRIES", search._MOST_TRIES)
+    assert _unmixed(graph, costs, monkeypatch, search._LEANINGS) == even, "nor without plans to try"
+    monkeypatch.setattr(search, "_PART_OF_TRIES", 4)
     monkeypatch.setattr(search, "_WORTH", 1.1 * (1 - after / before))
     assert _unmixed(graph, costs, monkeypatch, search._LEANINGS) == even, "too little to be worth it"
 
