@@ -97,8 +97,8 @@ def test_a_killed_comparison_loses_no_finished_training(tmp_path: Path) -> None:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """The package on the path, and no calibration of an earlier run."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")}
+    """The package on the path, and of calibrations those of this file's tests alone."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder.parent / "cache")}
 
 
 def files(folder: Path) -> dict[str, int]:

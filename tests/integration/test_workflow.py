@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -204,12 +203,6 @@ def test_the_study_of_gpus_is_refused_in_a_sentence_without_one(tmp_path: Path) 
     code, said = dry_run(tmp_path, "--configfile", str(GPU_STUDY))
     assert code == 2
     assert "but there is no GPU here: run the study where one is visible" in said.splitlines()[-1]
-
-
-def test_the_workflow_is_free_of_lint() -> None:
-    command: Sequence[str] = [sys.executable, "-m", "snakemake", "--lint", "--snakefile", str(ROOT / "Snakefile")]
-    checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 def with_repetitions(number: int) -> dict[str, Any]:
