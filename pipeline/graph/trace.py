@@ -25,9 +25,7 @@ from pipeline.graph.writes import IN_PLACE, NO_GRADIENT
 
 _TRIALS = (3, 5)
 """Two numbers of images: what has as many entries along axis 0 for both is a tensor of images."""
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-"""Where something lies in memory, which differs from process to process."""
-_RATE = re.compile(r"\d+\.\d+(?:e[+-]?\d+)?|\d+e[+-]\d+")
+_RATE = re.compile(r"-?(?:\d+\.\d+(?:e[+-]?\d+)?|\d+e[+-]\d+)")
 """A number that is not whole."""
 
 
@@ -111,13 +109,25 @@ class Graph:
     def digest(self) -> str:
         """A short text, the same in any process, that another network has not, nor one with other sizes or arguments.
 
-        Neither the values of weights nor rates and slopes, such as dropout's, are in it: no plan depends on them.
+        Neither the values of weights nor rates and slopes, such as dropout's, are in it: no time depends on them.
         """
+        return self._hashed(frozen=True)
+
+    @cached_property
+    def plan_digest(self) -> str:
+        """The same as if all weights were trained: a plan can be run whichever are."""
+        return self._hashed(frozen=False)
+
+    def _hashed(self, *, frozen: bool) -> str:
+        """The digest, with or without what is frozen."""
         told: list[object] = [self.input_shape, self.outputs]
         for one in self.operations:
             taken = ["" if value == self.input else value for value in one.inputs]
             call = one.effect.value, _RATE.sub("_", one.call), one.noise and one.noise.per
-            state = [(each.name, each.shape, each.trained, each.buffer) for each in one.parameters]
+            state = [
+                (each.name, each.shape, each.trained if frozen else not each.buffer, each.buffer)
+                for each in one.parameters
+            ]
             told.append((one.name, *call, taken, one.shape, one.channel_axis, one.unit, one.input_unit, state))
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
@@ -297,10 +307,29 @@ def _keeps_indices(node: fx.Node, module: nn.Module | None) -> bool:
 
 def _call_of(node: fx.Node, module: nn.Module | None) -> str:
     if module is not None:
-        return _ADDRESS.sub("", f"{type(module).__qualname__} {module}")
+        return f"{type(module).__qualname__} {_description(module)}"
     target = getattr(node.target, "__name__", str(node.target))
     args, kwargs = (fx.map_arg(given, lambda _: "_") for given in (node.args, node.kwargs))
-    return _ADDRESS.sub("", f"{target}{args}{kwargs}")
+    return f"{target}{args}{kwargs}"
+
+
+def _description(module: nn.Module) -> str:
+    """The text of a module; where a part of it has a text of its own, only the types of such parts.
+
+    Their text may tell values of weights or addresses. Names and shapes of parameters are told beside it anyway.
+    """
+    if all(_has_usual_text(one) for one in module.modules()):
+        return str(module)
+    parts = (
+        f"{name}: {type(one).__qualname__}({one.extra_repr() if _has_usual_text(one) else ''})"
+        for name, one in module.named_modules()
+    )
+    return ", ".join(parts)
+
+
+def _has_usual_text(module: nn.Module) -> bool:
+    methods = type(module).extra_repr, type(module).__repr__
+    return all(one.__module__.partition(".")[0] in ("torch", "torchvision") for one in methods)
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:

@@ -116,7 +116,8 @@ def _check_network(calibration: xr.Dataset, graph: Graph, image_shape: tuple[int
     if (digest := calibration.attrs.get("network_digest", graph.digest)) != graph.digest:
         raise InputError(
             f"the calibration is of another network ({name}, digest {digest}): the operations of this one (digest "
-            f"{graph.digest}) have the same names, but some size, stride or the like differs, so calibrate this one"
+            f"{graph.digest}) have the same names, but some size, stride or the like differs, or which weights are "
+            "trained, so calibrate this one"
         )
 
 
@@ -133,10 +134,10 @@ def check_plan(plan: Plan, graph: Graph, labels: Sequence[str]) -> None:
             _check_layout(planned.output, {operation.channels}, plan, operation.name)
             _check_layout(planned.input, taken, plan, operation.name)
     # One of before there was a digest is taken for what its names and shares say.
-    if plan.network_digest not in ("", graph.digest):
+    if plan.network_digest not in ("", graph.plan_digest):
         raise InputError(
             f"the plan is for another model (digest {plan.network_digest}): some operation, size, stride or the like "
-            f"of this one (digest {graph.digest}) differs, so plan again"
+            f"of this one (digest {graph.plan_digest}) differs, so plan again"
         )
     if plan.strategy != "ddp":
         _check_operations(plan, graph)

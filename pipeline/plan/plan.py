@@ -74,7 +74,7 @@ class Plan:
     graph: Graph | None = field(default=None, repr=False, compare=False)
     """The network it is for; a plan that was read from a file does not know it."""
     network_digest: str = field(default="", compare=False)
-    """``Graph.digest`` of that, which a file keeps; empty in a plan of before there was one."""
+    """``Graph.plan_digest`` of that, which a file keeps; empty in a plan of before there was one."""
 
     @property
     def ranks(self) -> int:

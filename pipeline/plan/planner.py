@@ -79,7 +79,7 @@ def plan_graph(
 
             check_memory(graph, plan, room, wanted=wanted, smaller=smaller, itemsize=itemsize)
     channels_last = costs is not None and costs.channels_last and plan.strategy != "ddp"
-    return replace(plan, graph=graph, network_digest=graph.digest, channels_last=channels_last)
+    return replace(plan, graph=graph, network_digest=graph.plan_digest, channels_last=channels_last)
 
 
 def uniform_plan(

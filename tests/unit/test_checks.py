@@ -21,7 +21,7 @@ from pipeline.errors import InputError
 from pipeline.graph.trace import trace
 from pipeline.plan.checks import check_calibration, check_plan
 from pipeline.plan.files import plan_from_json, plan_to_json
-from pipeline.plan.plan import Plan
+from pipeline.plan.plan import Plan, Strategy
 from pipeline.plan.planner import plan_graph
 from pipeline.plan.strategies import plan_network
 from pipeline.results.stores import combine_calibrations, write_zip
@@ -45,8 +45,16 @@ def _net(*, kernel: int = 3) -> nn.Sequential:
     )
 
 
+def _frozen() -> nn.Sequential:
+    """The same of which the first weights are not trained."""
+    model = _net()
+    model[0].requires_grad_(False)
+    return model
+
+
 GRAPH = trace(_net(), torch.zeros(2, *SHAPE))
 OTHER = trace(_net(kernel=5), torch.zeros(2, *SHAPE))
+FROZEN = trace(_frozen(), torch.zeros(2, *SHAPE))
 FIRST, RELU, GROUPED, NORM, POOL, FLATTEN, DENSE, LAYER_NORM = (one.name for one in GRAPH.operations)
 
 
@@ -67,6 +75,8 @@ def test_a_calibration_of_the_same_names_but_another_kernel_size_is_refused(cali
         InputError, match=r"another network .of a test, digest .* some size, stride or the like differs"
     ):
         check_calibration(calibration, OTHER, LABELS)
+    with pytest.raises(InputError, match=r"differs, or which weights are trained, so calibrate this one"):
+        check_calibration(calibration, FROZEN, LABELS)
     del calibration.attrs["network_digest"]  # one that was kept before there was a digest
     check_calibration(calibration, OTHER, LABELS)
 
@@ -153,12 +163,9 @@ def test_what_need_not_be_measured_may_be_missing(calibration: xr.Dataset) -> No
 
 
 def test_what_no_gradient_flows_through_may_take_no_time_backward(calibration: xr.Dataset) -> None:
-    model = _net()
-    model[0].requires_grad_(False)
-    graph = trace(model, torch.zeros(2, *SHAPE))
     calibration.backward_time.loc[{"segment": FIRST}] = 0.0
-    calibration = calibration.assign_attrs(network_digest=graph.digest)
-    check_calibration(calibration, graph, LABELS)
+    calibration = calibration.assign_attrs(network_digest=FROZEN.digest)
+    check_calibration(calibration, FROZEN, LABELS)
 
 
 class TestCurvesThatFall:
@@ -222,6 +229,16 @@ def test_a_plan_for_the_same_names_but_another_kernel_size_is_refused(calibratio
     older = json.loads(plan_to_json(made))
     del older["network_digest"]
     check_plan(plan_from_json(json.dumps(older)), OTHER, LABELS)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "kernel", "batch"])
+def test_a_plan_may_be_run_with_other_weights_trained(calibration: xr.Dataset, strategy: Strategy) -> None:
+    read = plan_from_json(plan_to_json(plan_graph(GRAPH, calibration, batch_size=8, strategy=strategy, labels=LABELS)))
+    check_plan(read, FROZEN, LABELS)
+    again = plan_graph(
+        FROZEN, calibration.assign_attrs(network_digest=FROZEN.digest), batch_size=8, strategy=strategy, labels=LABELS
+    )
+    check_plan(plan_from_json(plan_to_json(again)), GRAPH, LABELS)
 
 
 def _plan(**layouts: tuple[str, list[int]]) -> Plan:

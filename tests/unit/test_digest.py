@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph, trace
 from pipeline.networks import network
 
@@ -51,17 +52,17 @@ class Small(nn.Module):
 
 
 class Unknown(nn.Module):
-    """Cannot be traced, and shows where a function of its own lies in memory."""
+    """Cannot be traced, and shows what its weights are and where a function of its own lies in memory."""
 
-    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor], *, padding: int = 1) -> None:
         super().__init__()
-        self.function = function
+        self.function, self.conv = function, nn.Conv2d(3, 3, 3, padding=padding, padding_mode="circular")
 
     def extra_repr(self) -> str:
-        return repr(self.function)
+        return f"{self.conv.weight.mean().item():e} {list(self.conv.weight[0, 0, 0])} {self.function}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.function(x) if x.shape[0] > x.dim() and x.sum() > 0 else x
+        return self.function(self.conv(x)) if x.sum() > 0 else self.conv(x)
 
 
 def _small(**changed: object) -> Graph:
@@ -90,18 +91,26 @@ def test_other_images_or_frozen_weights_are_another_network() -> None:
     assert trace(frozen, IMAGES_BCHW).digest != _small().digest
 
 
+def test_a_plan_is_for_the_network_whichever_weights_are_trained() -> None:
+    frozen = Small()
+    frozen.conv1.requires_grad_(False)
+    assert trace(frozen, IMAGES_BCHW).plan_digest == _small().plan_digest != _small(kernel=5).plan_digest
+
+
 def test_values_rates_and_slopes_do_not_count() -> None:
     torch.manual_seed(1)
     assert _small(dropped=0.2, added=1e-7).digest == _small().digest
+    assert _small(added=-0.25).digest == _small(added=-1e-7).digest == _small().digest
     assert trace(Small().double().eval(), torch.ones(5, 3, 8, 8)).digest == _small().digest
 
 
-def test_where_something_lies_in_memory_does_not_count() -> None:
-    models = [nn.Sequential(Unknown(lambda x: x)) for _ in range(2)]
+def test_what_a_module_of_ones_own_shows_does_not_count_but_the_layers_within_do() -> None:
+    models = [nn.Sequential(Unknown(lambda x: x, padding=padding)) for padding in (1, 1, 2)]
     assert str(models[0]) != str(models[1])
-    one, other = (trace(model, IMAGES_BCHW) for model in models)
-    assert "lambda" in one.operations[0].call
-    assert one.digest == other.digest
+    one, same, other = (trace(model, IMAGES_BCHW) for model in models)
+    assert [each.effect for each in one.operations] == [Effect.WHOLE]
+    assert one.operations[0].call == same.operations[0].call
+    assert one.digest == same.digest != other.digest
 
 
 def test_it_is_the_same_in_another_process() -> None:
