@@ -25,6 +25,7 @@ from pipeline.analysis.instruction_times import (
     has_instructions,
     kind_errors,
     kind_times,
+    kinds_of,
     parts,
 )
 from pipeline.analysis.statistics import flags, prediction_error, summary
@@ -43,8 +44,8 @@ _ENDS = {
     for names in TIMELINES.values()
     for name in names
 }
-INSTRUCTION_COLUMNS = (*INDEX, "instruction", "name", "kind", "phase", "device", "device_label", *_ENDS.values())
-"""Start and end of an instruction on a device, since the start of the step."""
+INSTRUCTION_COLUMNS = (*INDEX, "instruction", "name", "kind", "device", "device_label", *_ENDS.values())
+"""Start and end of an instruction on a device, since the start of the step; `kind` is that of KIND_COLUMNS."""
 
 
 def cells_table(timing: xr.Dataset) -> pd.DataFrame:
@@ -87,8 +88,10 @@ def instructions_table(timing: xr.Dataset) -> pd.DataFrame:
 
 
 def _instructions_of(timing: xr.Dataset, place: tuple[int, ...]) -> pd.DataFrame:
-    columns = {f"instruction_{name}": name for name in ("name", "kind", "phase")} | _ENDS
-    cell = timing[[*columns, "device_label"]].isel(dict(zip(INDEX, place, strict=True)))
+    columns = {"instruction_name": "name"} | _ENDS
+    cell = timing.isel(dict(zip(INDEX, place, strict=True)))
+    kinds = kinds_of(cell["instruction_kind"].values, cell["instruction_phase"].values)
+    cell = cell[[*columns, "device_label"]].assign(kind=("instruction", kinds))
     frame = cell.to_dataframe(dim_order=["instruction", "device"]).reset_index().rename(columns=columns)
     return frame.dropna(subset=list(_ENDS.values()), how="all")[list(INSTRUCTION_COLUMNS)]
 

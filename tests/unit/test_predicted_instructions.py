@@ -145,7 +145,8 @@ def test_the_table_of_instructions_has_what_the_store_has(timing):
     cell = timing.sel(place)
     rows = table[(table[list(INDEX)] == pd.Series(place)).all(axis=1)]
     assert len(rows) == int(cell["instruction_end"].notnull().sum())
-    row = rows[(rows["name"] == "conv2") & (rows["phase"] == "backward") & (rows["device"] == 1)].iloc[0]
+    assert set(table["kind"]) == set(kinds_table(timing)["kind"]) - {"idle", SPREAD}
+    row = rows[(rows["name"] == "conv2") & (rows["kind"] == "backward") & (rows["device"] == 1)].iloc[0]
     here = {"instruction": row["instruction"], "device": 1}
     assert row["device_label"] == "cpu@0.5"
     assert row["predicted_end_s"] == cell["predicted_end"].sel(here).item()
