@@ -105,6 +105,11 @@ class WhatIfs:
         plans = (self._planned(one, self._costs, self._labels) for one in _SPLITTING)
         return [one for one in plans if one is not None]
 
+    @property
+    def _all_used(self) -> str:
+        """What changes besides where a single one of several devices does everything."""
+        return ", with all devices used" if self._plan.ranks < len(self._devices) else ""
+
     def _over(self, latency: Times, per_byte: Times) -> Times:
         """The step over links of that latency and time per byte, (case, sender, receiver) in s; (case) in s."""
         links = Links(latency, per_byte, has_software=True)
@@ -136,11 +141,10 @@ class WhatIfs:
             cases.append(_Case(change, latency, _at(rate, per_byte)))
         cases.append(_Case("links that take no time at all", np.zeros_like(latency), np.zeros_like(per_byte)))
         steps = self._over(np.stack([one.latency for one in cases]), np.stack([one.per_byte for one in cases]))
-        split = ", with all devices used" if self._plan.ranks == 1 else ""
         least = float(self._over(latency[None], per_byte[None])[0])
         for case, seconds in zip(cases, steps, strict=True):
             if seconds * _WORTH_SAYING <= least:
-                yield Help(change=case.change + split, step_seconds=float(seconds))
+                yield Help(change=case.change + self._all_used, step_seconds=float(seconds))
             least = min(least, float(seconds))
 
     def _faster(self, busy: NDArray[np.float64]) -> Iterator[Help]:
@@ -160,7 +164,7 @@ class WhatIfs:
         if len(self._devices) > 1:  # of one device alone no link is known
             fastest = self._costs.fastest(self._plan.batch_size)
             seconds = self._best(_with_twin(self._costs, fastest), (*self._labels, self._labels[fastest]))
-            yield Help(change=f"one more device like {self._named(fastest)}", step_seconds=seconds)
+            yield Help(change=f"one more device like {self._named(fastest)}{self._all_used}", step_seconds=seconds)
 
     def _fewer(self) -> Iterator[Help]:
         """The slowest device left out; one of two is so by the strategy ``single``."""
@@ -182,7 +186,7 @@ class WhatIfs:
         if is_scarce(self._graph, Room.of(self._costs.memory_left), self._plan.batch_size, itemsize=self._itemsize):
             seconds = self._best(replace(self._costs, memory=None), self._labels)
             if seconds * _WORTH_SAYING <= self._best(self._costs, self._labels):
-                yield Help(change="enough memory on all devices", step_seconds=seconds)
+                yield Help(change=f"enough memory on all devices{self._all_used}", step_seconds=seconds)
 
     def _named(self, rank: int) -> str:
         return f"device {self._devices[rank]} ({self._labels[rank]})"

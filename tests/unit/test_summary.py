@@ -194,6 +194,16 @@ def test_where_slow_links_leave_one_device_alone_faster_ones_are_said_to_help(gr
     assert expected < 0.7 * summary.step_seconds
 
 
+def test_what_takes_all_devices_into_use_besides_says_so() -> None:
+    graph, labels = trace(network("150:800"), torch.zeros(2, 3, 32, 32)), ["cpu", "cpu", "cpu@0.5"]
+    costs = replace(costs_of(graph, [1e10, 1e10, 5e9], bandwidth=1e11), memory=np.full(3, 1e12))
+    needed = needed_memory(graph, _plan(graph, costs, "batch", labels))
+    tight = replace(costs, memory=np.array([1e12, 0.6 * needed[1], 0.6 * needed[2]]))
+    changes = _changes(_summary(graph, tight, "single", labels))
+    assert "enough memory on all devices, with all devices used" in changes
+    assert "one more device like device 0 (cpu), with all devices used" in changes
+
+
 def test_the_baseline_is_the_fastest_device_that_can_hold_the_network(graph: Graph) -> None:
     costs = replace(costs_of(graph, [1e10, 5e9, 5e9]), memory=np.array([1e6, 1e12, 1e12]))
     summary = _summary(graph, costs, "kernel", ["gpu[1MiB]", "cpu", "cpu"])
