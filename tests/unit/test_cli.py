@@ -74,6 +74,10 @@ def test_help_needs_neither_torch_nor_dask() -> None:
         (["--network", "8:16", "--step-size", "2"], "--step-size belongs to --schedule step"),
         (["--network", "8:16", "--clip-norm", "0"], "clip_norm 0.0 must be above 0"),
         (["--network", "8:16", "--shares", "half,half"], "'half,half' are not numbers"),
+        (
+            ["--network", "8:16", "--calibration", "kept.zarr.zip", "--shares", "0.5,0.5"],
+            "--calibration is for a plan that is made now: leave it out beside --plan or --shares",
+        ),
         (["--network", "8:16", "--checkpoint", "/nowhere/at/all.pt"], "its folder does not exist"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
