@@ -14,6 +14,8 @@ _CURVES = ("forward_time", "backward_time")
 _FALLS = 2.0
 """A curve that falls by more than this factor, to the whole share from a smaller one, is no measurement: by less it may
 do so by noise, or as a few kernels are done less well, and is made monotone."""
+_NOISE_S = 0.02
+"""A processor that is taken away for a while makes so much of any time."""
 _MATTERS = 0.1
 """Of what takes less than this part of a step nobody's plan depends, and noise makes more of it."""
 
@@ -87,9 +89,9 @@ def _check_rising(calibration: xr.Dataset) -> None:
     before = np.where(np.isfinite(smaller), smaller, 0.0).max(axis=-1, initial=0.0)
     size = np.maximum(whole, before)
     matters = size >= _MATTERS * size.sum(axis=(1, 2), keepdims=True)
-    _refuse_fall(calibration, before, whole, (before > _FALLS * whole) & matters)
+    _refuse_fall(calibration, before, whole, (before > _FALLS * whole + _NOISE_S) & matters)
     together = np.where(before > 0, before, whole).sum(axis=2, keepdims=True), whole.sum(axis=2, keepdims=True)
-    _refuse_fall(calibration, *together, together[0] > _FALLS * together[1])
+    _refuse_fall(calibration, *together, together[0] > _FALLS * together[1] + _NOISE_S)
 
 
 def _refuse_fall(

@@ -168,8 +168,15 @@ def test_what_no_gradient_flows_through_may_take_no_time_backward(calibration: x
     check_calibration(calibration, FROZEN, LABELS)
 
 
+def _make_slow(calibration: xr.Dataset) -> None:
+    """The same times of devices that take 100,000 times as long."""
+    for name in ("forward_time", "backward_time"):
+        calibration[name] = 100_000 * calibration[name]
+
+
 class TestCurvesThatFall:
     def test_beyond_noise_are_refused(self, calibration: xr.Dataset) -> None:
+        _make_slow(calibration)
         whole = calibration.forward_time.sel(segment=FIRST, share=1.0, images=16).isel(device=1).item()
         calibration.forward_time.loc[{"segment": FIRST, "share": 0.25, "device": 1}] = 2.1 * whole
         with pytest.raises(InputError, match=f"forward_time of {FIRST} on device 1 falls from .* more than noise"):
@@ -186,12 +193,19 @@ class TestCurvesThatFall:
     @pytest.mark.parametrize(("times", "repetitions"), [(1.9, [0, 1, 2]), (50.0, [1])], ids=["a little", "once"])
     def test_by_noise_are_kept(self, calibration: xr.Dataset, times: float, repetitions: list[int]) -> None:
         calibration = calibration.isel(repetition=[0, 0, 0])
+        _make_slow(calibration)
         whole = calibration.forward_time.sel(segment=FIRST, share=1.0, images=16).isel(device=1, repetition=0).item()
         place = {"segment": FIRST, "share": 0.25, "device": 1, "repetition": repetitions}
         calibration.forward_time.loc[place] = times * whole
         check_calibration(calibration, GRAPH, LABELS)
 
+    def test_of_a_network_that_takes_no_longer_than_noise_are_kept(self, calibration: xr.Dataset) -> None:
+        calibration["forward_time"] = xr.full_like(calibration.forward_time, 1e-4)
+        calibration.forward_time.loc[{"share": 0.25}] = 5e-4
+        check_calibration(calibration, GRAPH, LABELS)
+
     def test_in_what_hardly_takes_time_are_kept(self, calibration: xr.Dataset) -> None:
+        _make_slow(calibration)
         whole = calibration.forward_time.sel(segment=LAYER_NORM, share=1.0, images=16).max().item()
         calibration.forward_time.loc[{"segment": LAYER_NORM, "share": 0.25}] = 2.1 * whole
         check_calibration(calibration, GRAPH, LABELS)
