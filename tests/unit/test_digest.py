@@ -54,9 +54,9 @@ class Small(nn.Module):
 class Unknown(nn.Module):
     """Cannot be traced, and shows what its weights are and where a function of its own lies in memory."""
 
-    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor], *, padding: int = 1) -> None:
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor], *, dilation: int = 1) -> None:
         super().__init__()
-        self.function, self.conv = function, nn.Conv2d(3, 3, 3, padding=padding, padding_mode="circular")
+        self.function, self.conv = function, nn.Conv2d(3, 3, 3, padding=dilation, dilation=dilation)
 
     def extra_repr(self) -> str:
         return f"{self.conv.weight.mean().item():e} {list(self.conv.weight[0, 0, 0])} {self.function}"
@@ -105,7 +105,7 @@ def test_values_rates_and_slopes_do_not_count() -> None:
 
 
 def test_what_a_module_of_ones_own_shows_does_not_count_but_the_layers_within_do() -> None:
-    models = [nn.Sequential(Unknown(lambda x: x, padding=padding)) for padding in (1, 1, 2)]
+    models = [nn.Sequential(Unknown(lambda x: x, dilation=dilation)) for dilation in (1, 1, 2)]
     assert str(models[0]) != str(models[1])
     one, same, other = (trace(model, IMAGES_BCHW) for model in models)
     assert [each.effect for each in one.operations] == [Effect.WHOLE]
