@@ -95,8 +95,8 @@ def fit(
     Adam and the like), as devices update shards. ``loss`` (cross-entropy by default) averages over a batch.
     ``validation`` images are classified after each epoch. The devices are calibrated first, in seconds, unless a
     ``calibration`` or ``shares`` (fractions per device, or kernels per layer and device) are given, or a whole ``plan``
-    for these devices and ``batch_size``, which then decides instead of ``strategy``. ``cache`` is a folder in which
-    calibrations are kept and looked for. ``checkpoint`` is a
+    for these devices and ``batch_size``, which then decides instead of ``strategy``: a calibration beside it only tells
+    what the processes hold. ``cache`` is a folder in which calibrations are kept and looked for. ``checkpoint`` is a
     file for the trained weights: a ``.safetensors`` file, or under any other name one for ``torch.load(...,
     weights_only=True)``. ``label`` names the run on the dashboard.
 
@@ -121,15 +121,16 @@ def fit(
         labels, itemsize = [member.device.label for member in chosen], model_dtype(model).itemsize
         if plan is not None:
             check_plan(plan, graph, labels)
-            calibration = None
-        elif calibration is not None:
+        if calibration is not None:
             check_calibration(calibration, graph, labels)
-        elif shares is None and strategy not in ("ddp", "equal") and len(chosen) > 1:
+        elif plan is None and shares is None and strategy not in ("ddp", "equal") and len(chosen) > 1:
             calibration = calibrate(model, example_BCHW, connected, members=chosen, batch_size=batch_size, cache=cache)
         room = room_for(chosen, dataset, validation=validation, optimizer=optimizer)
-        room = _beside_processes(room, connected, chosen, calibration, graph, batch_size, itemsize)
+        used = range(len(chosen)) if plan is None else plan.devices
+        room = _beside_processes(room, connected, chosen, used, calibration, graph, batch_size, itemsize)
         if plan is not None:
-            check_memory(graph, plan, room, itemsize=itemsize)
+            check_memory(graph, plan, room, itemsize=itemsize, decided=True)
+            calibration = None  # the plan was not made from it now
         else:
             plan = plan_graph(
                 graph,
@@ -166,6 +167,7 @@ def _beside_processes(
     room: Room,
     client: Client,
     members: Sequence[Member],
+    used: Sequence[int],
     calibration: xr.Dataset | None,
     graph: Graph,
     batch_size: int,
@@ -173,14 +175,16 @@ def _beside_processes(
 ) -> Room:
     """The ``room`` of the members without what their processes hold, as a calibration has measured.
 
-    Without one they are asked, unless there is plenty in any case.
+    Without one those that may be ``used`` are asked, unless they have plenty in any case.
     """
     if calibration is not None:
         return room.beside(calibration.process_memory.values)
     least = room.beside(_LARGE_PROCESS)
-    if not is_scarce(graph, least, batch_size, itemsize=itemsize):
+    if not is_scarce(graph, least.only(used), batch_size, itemsize=itemsize):
         return least
-    return room.beside(held_memory(client, members))
+    held = np.zeros(len(members))
+    held[list(used)] = held_memory(client, [members[device] for device in used])
+    return room.beside(held)
 
 
 def _checked_length(dataset: Dataset[Any], batch_size: int, epochs: int, max_steps: int | None) -> int:

@@ -27,6 +27,8 @@ class PlanWith(Protocol):
 
 SAFETY = 1.15
 """A prediction of memory may be too low by about as much."""
+NO_SAFETY = 1.0
+"""For what the user decided: no other plan would be made instead, and refusing what would have run helps nobody."""
 _AMPLE = 4
 """No strategy makes a device hold as many times what the network takes alone."""
 _HALVINGS = 8
@@ -80,10 +82,16 @@ class Room:
 
 
 def needed_memory(
-    graph: Graph, plan: Plan, *, itemsize: int = 4, states: int = SGD_STATES, program: Program | None = None
+    graph: Graph,
+    plan: Plan,
+    *,
+    itemsize: int = 4,
+    states: int = SGD_STATES,
+    program: Program | None = None,
+    safety: float = SAFETY,
 ) -> Bytes:
     """What each rank has to have beyond its process and images in bytes, (rank), to be on the safe side."""
-    return SAFETY * predict_memory(graph, plan, itemsize=itemsize, states=states, program=program)
+    return safety * predict_memory(graph, plan, itemsize=itemsize, states=states, program=program)
 
 
 def is_scarce(graph: Graph, room: Room, batch_size: int, *, itemsize: int = 4) -> bool:
@@ -94,22 +102,34 @@ def is_scarce(graph: Graph, room: Room, batch_size: int, *, itemsize: int = 4) -
     return bool((least < _AMPLE * _alone(graph, room, batch_size, itemsize)).any())
 
 
-def fits(graph: Graph, plan: Plan, room: Room, *, itemsize: int = 4, program: Program | None = None) -> bool:
+def fits(
+    graph: Graph,
+    plan: Plan,
+    room: Room,
+    *,
+    itemsize: int = 4,
+    program: Program | None = None,
+    safety: float = SAFETY,
+) -> bool:
     """Whether every rank can hold its part of ``plan``; ``room`` is that of all devices that it was made for."""
-    need = needed_memory(graph, plan, itemsize=itemsize, states=room.states, program=program)
+    need = needed_memory(graph, plan, itemsize=itemsize, states=room.states, program=program, safety=safety)
     return bool((need <= room.limits(plan)).all())
 
 
 def able_alone(graph: Graph, room: Room, batch_size: int, *, itemsize: int = 4) -> tuple[int, ...]:
-    """The devices that can hold the whole network; all of them where none can."""
-    able = room.left - room.images - room.validation >= _alone(graph, room, batch_size, itemsize)
-    return tuple(np.flatnonzero(able).tolist()) or tuple(range(len(room.left)))
+    """The devices that can hold the whole network, or can only just hold it; all of them where none can."""
+    left = room.left - room.images - room.validation
+    for safety in (SAFETY, NO_SAFETY):
+        able = np.flatnonzero(left >= _alone(graph, room, batch_size, itemsize, safety))
+        if able.size:
+            return tuple(able.tolist())
+    return tuple(range(len(left)))
 
 
-def _alone(graph: Graph, room: Room, batch_size: int, itemsize: int) -> float:
+def _alone(graph: Graph, room: Room, batch_size: int, itemsize: int, safety: float = SAFETY) -> float:
     """What a device that holds the whole network has to have."""
     plan = plan_network(graph, "single", batch_size=batch_size, labels=("alone",))
-    return float(needed_memory(graph, plan, itemsize=itemsize, states=room.states)[0])
+    return float(needed_memory(graph, plan, itemsize=itemsize, states=room.states, safety=safety)[0])
 
 
 def most_within_memory(graph: Graph, plan_with: PlanWith, room: Room, *, itemsize: int = 4) -> Most | None:
@@ -160,14 +180,17 @@ def check_memory(
     wanted: Strategy | None = None,
     smaller: Callable[[int], Plan] | None = None,
     itemsize: int = 4,
+    decided: bool = False,
 ) -> None:
     """Raise ``TooLittleMemoryError`` if a rank cannot hold its part of ``plan``, and say what would do.
 
     ``room`` is that of all devices that the plan was made for. ``wanted`` is the strategy that was asked for, where it
-    is another than the plan's; ``smaller`` plans for another batch size.
+    is another than the plan's; ``smaller`` plans for another batch size. What the user has ``decided`` is only refused
+    if it does not fit by the prediction itself.
     """
     limits = room.limits(plan)
-    need = needed_memory(graph, plan, itemsize=itemsize, states=room.states)
+    safety = NO_SAFETY if decided else SAFETY
+    need = needed_memory(graph, plan, itemsize=itemsize, states=room.states, safety=safety)
     over = np.flatnonzero(need > limits)
     if not over.size:
         return
@@ -177,15 +200,21 @@ def check_memory(
     raise TooLittleMemoryError(
         f"device {plan.devices[rank]} ({plan.labels[rank]}) needs about {need[rank] / _MIB:.0f} MiB for its part at "
         f"batch size {plan.batch_size}, but has {max(limits[rank], 0.0) / _MIB:.0f} MiB beside {beside}: "
-        f"{_what_helps(graph, plan, room, wanted or plan.strategy, smaller, itemsize)}"
+        f"{_what_helps(graph, plan, room, wanted or plan.strategy, smaller, itemsize, safety)}"
     )
 
 
 def _what_helps(
-    graph: Graph, plan: Plan, room: Room, wanted: Strategy, smaller: Callable[[int], Plan] | None, itemsize: int
+    graph: Graph,
+    plan: Plan,
+    room: Room,
+    wanted: Strategy,
+    smaller: Callable[[int], Plan] | None,
+    itemsize: int,
+    safety: float,
 ) -> str:
     found = []
-    images = 0 if smaller is None else _largest_batch(graph, room, plan.batch_size, smaller, itemsize)
+    images = 0 if smaller is None else _largest_batch(graph, room, plan.batch_size, smaller, itemsize, safety)
     if images:
         found.append(f"a batch of {images} image{'s' if images > 1 else ''} would fit")
     # What these divide becomes less on each device with every further one; `single` takes one whatever there are, and
@@ -202,12 +231,14 @@ def _what_helps(
     return ", and ".join(found) or "give it more memory, or plan for a smaller batch"
 
 
-def _largest_batch(graph: Graph, room: Room, batch_size: int, smaller: Callable[[int], Plan], itemsize: int) -> int:
+def _largest_batch(
+    graph: Graph, room: Room, batch_size: int, smaller: Callable[[int], Plan], itemsize: int, safety: float
+) -> int:
     """The largest number of images below ``batch_size`` that fits, by bisection; 0 if none does."""
 
     def fit(images: int) -> bool:
         try:
-            return fits(graph, smaller(images), room, itemsize=itemsize)
+            return fits(graph, smaller(images), room, itemsize=itemsize, safety=safety)
         except InputError:  # too few for the strategy
             return False
 

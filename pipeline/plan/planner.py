@@ -77,7 +77,9 @@ def plan_graph(
             def smaller(size: int) -> Plan:
                 return uniform_plan(graph, strategy, size, labels, costs, shares, itemsize, room)
 
-            check_memory(graph, plan, room, wanted=wanted, smaller=smaller, itemsize=itemsize)
+            # Only where shares are chosen here they can keep a distance; all else is as the user decided.
+            decided = shares is not None or len(labels) == 1 or strategy not in ("kernel", "batch")
+            check_memory(graph, plan, room, wanted=wanted, smaller=smaller, itemsize=itemsize, decided=decided)
     channels_last = costs is not None and costs.channels_last and plan.strategy != "ddp"
     return replace(plan, graph=graph, network_digest=graph.plan_digest, channels_last=channels_last)
 

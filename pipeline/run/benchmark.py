@@ -42,8 +42,7 @@ from pipeline.results.contracts import (
 )
 from pipeline.results.timeline import busy_times, label_variables
 from pipeline.run.batches import batch_indices
-from pipeline.run.launch import PLAIN, SGD, OnProgress, example_batch, room_for, run_plan
-from pipeline.run.memory import bytes_of
+from pipeline.run.launch import PLAIN, SGD, OnProgress, example_batch, image_bytes, room_for, run_plan
 from pipeline.run.recipe import OptimizerFactory
 from pipeline.run.timeline import merged_losses, stacked
 from pipeline.run.worker import Account
@@ -169,14 +168,11 @@ class Bench:
         return self._cell(strategy, accounts, timed)
 
     def _memory(self, plan: Plan) -> NDArray[np.float64]:
-        """Predicted peak memory in bytes, (rank); of a GPU its process holds nothing there, nor are images."""
-        chosen = list(plan.devices)
+        """Predicted peak memory in bytes, (rank); NaN where images are whose size is unknown."""
         needed = predict_memory(self._graph, plan, states=self._room.states)
-        found: NDArray[np.float64] = self._process_memory[chosen] + needed
-        for rank, device in enumerate(chosen):
-            has_images = rank == 0 or plan.strategy == "ddp"
-            if has_images and self._members[device].device.kind == "cpu":
-                found[rank] += bytes_of(self._dataset)
+        # The room that plans have takes images of an unknown size for none, which would be a wrong prediction.
+        room = replace(self._room, images=image_bytes(self._members, self._dataset))
+        found: NDArray[np.float64] = self._process_memory[list(plan.devices)] + needed + room.images_of(plan)
         return found
 
     def _cell(self, strategy: Strategy, accounts: Sequence[Account], repetitions: int) -> xr.Dataset:

@@ -93,13 +93,24 @@ def room_for(
 ) -> Room:
     """The room of ``members`` for a training, with that of their processes.
 
-    Images that do not say what they take in memory count for nothing, and so do all on a GPU, whose host has them.
+    Images that do not say what they take in memory count for nothing.
     """
-    known = [0.0 if one is None else float(np.nan_to_num(bytes_of(one))) for one in (dataset, validation)]
-    has_images = np.array([float(member.device.kind == "cpu") for member in members])
-    images, to_validate = (size * has_images for size in known)
+    none = np.zeros(len(members))
+    images, to_validate = (
+        none if one is None else np.nan_to_num(image_bytes(members, one)) for one in (dataset, validation)
+    )
     memory = np.array([float(member.memory) for member in members])
     return Room.of(memory, images=images, validation=to_validate, states=states_of(optimizer))
+
+
+def image_bytes(members: Sequence[Member], dataset: Dataset[Any]) -> NDArray[np.float64]:
+    """What a data set takes in the memory of each, (member) in bytes, if it is there; NaN where it does not say.
+
+    It takes nothing on a GPU, whose host has the images.
+    """
+    on_host = np.array([member.device.kind == "cpu" for member in members])
+    found: NDArray[np.float64] = np.where(on_host, bytes_of(dataset), 0.0)
+    return found
 
 
 def held_memory(client: Client, members: Sequence[Member]) -> NDArray[np.float64]:

@@ -47,7 +47,9 @@ def current_memory(device: torch.device) -> int:
 def bytes_of(dataset: Dataset[Any]) -> float:
     """What a data set takes in memory; NaN where it does not say."""
     if isinstance(dataset, TensorDataset):
-        return float(sum(one.nbytes for one in dataset.tensors))
+        # Storages are what is held and sent: of a slice the whole, of an expanded tensor what it repeats.
+        storages = [one.untyped_storage() for one in dataset.tensors]
+        return float(sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()))
     return float(getattr(dataset, "nbytes", math.nan))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from distributed import Client
+from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -22,11 +24,13 @@ from pipeline.errors import TooLittleMemoryError
 from pipeline.graph.trace import trace
 from pipeline.networks import network
 from pipeline.plan.fitting import needed_memory
+from pipeline.plan.memory import predict_memory
 from pipeline.plan.plan import Plan, Strategy
 from pipeline.plan.strategies import plan_network
 from pipeline.results.contracts import validate_cell
 from pipeline.run.benchmark import Bench, measure_cells
 from pipeline.run.launch import held_memory
+from tests import synthetic
 from tests.engine import images
 
 BATCH = 22
@@ -40,7 +44,7 @@ def client() -> Iterator[Client]:
         yield one
 
 
-def _limited(members: Sequence[Member], limits: Sequence[float]) -> list[Member]:
+def _limited(members: Sequence[Member], limits: NDArray[np.float64]) -> list[Member]:
     return [replace(one, memory=int(limit)) for one, limit in zip(members, limits, strict=True)]
 
 
@@ -65,7 +69,7 @@ def test_what_does_not_fit_is_refused_before_it_trains_and_what_fits_trains(
 ) -> None:
     dataset, plan, members = images(dtype=torch.float32), _planned(strategy, ranks, shares), discover(client)[:ranks]
     graph = trace(network("150:800"), torch.zeros(2, 3, 32, 32))
-    need, held = needed_memory(graph, plan), held_memory(client, members)
+    need, held = predict_memory(graph, plan), held_memory(client, members)
     how: dict[str, Any] = {"plan": plan} if as_plan else {"strategy": strategy, "shares": shares}
     fit = functools.partial(pipeline.fit, network("150:800"), dataset, client, batch_size=BATCH, max_steps=1, **how)
     begin = time.monotonic()
@@ -78,6 +82,21 @@ def test_what_does_not_fit_is_refused_before_it_trains_and_what_fits_trains(
     result = fit(members=_limited(members, held + 1.5 * need + 64 * MIB))
     assert np.isfinite(result.history.loss.values).all()
     assert result.plan.strategy == strategy
+
+
+def test_a_plan_asks_only_the_devices_that_it_uses_and_none_beside_a_calibration(client: Client) -> None:
+    model, dataset, members = network("20:50"), images(dtype=torch.float32), discover(client)
+    graph = trace(model, torch.zeros(2, 3, 32, 32))
+    plan = plan_network(graph, "single", batch_size=BATCH, labels=["cpu", "cpu"])
+    assert plan.devices == (0,)
+    left = held_memory(client, members[:1])[0] + 2 * predict_memory(graph, plan)[0] + 64 * MIB
+    gone = replace(members[1], name="gone", address="tcp://127.0.0.1:1", memory=1)
+    fit = functools.partial(pipeline.fit, model, dataset, client, batch_size=BATCH, max_steps=1, plan=plan)
+    assert np.isfinite(fit(members=[replace(members[0], memory=int(left)), gone]).history.loss.values).all()
+    calibration = synthetic.calibration_of(graph, ["cpu", "cpu"])
+    calibration["process_memory"] = ("device", [1e15, 1e15])
+    with pytest.raises(TooLittleMemoryError):
+        fit(members=[members[0], gone], calibration=calibration)
 
 
 def test_a_device_set_that_is_too_small_is_refused() -> None:
@@ -93,7 +112,7 @@ def test_the_optimiser_and_the_images_count(client: Client) -> None:
     graph = trace(model, torch.zeros(2, 3, 32, 32))
     members = discover(client)[:1]
     plan = plan_network(graph, "single", batch_size=8, labels=["cpu"])
-    limits = held_memory(client, members) + needed_memory(graph, plan) + 32 * MIB
+    limits = held_memory(client, members) + predict_memory(graph, plan) + 32 * MIB
     fit = functools.partial(
         pipeline.fit, model, client=client, members=_limited(members, limits), batch_size=8, max_steps=1
     )
@@ -113,10 +132,9 @@ def test_a_strategy_that_does_not_fit_is_a_cell_without_times_among_the_others(c
     calibration = calibrate(
         model, torch.zeros(2, 3, 32, 32), client, members=members, batch_size=BATCH, fractions=(0.5, 1.0), repetitions=1
     )
-    alone, split = (
-        needed_memory(graph, plan_network(graph, name, batch_size=BATCH, labels=["cpu"] * ranks, shares=shares)).max()
-        for name, ranks, shares in (("single", 1, None), ("kernel", 2, (0.5, 0.5)))  # type: ignore[arg-type]
-    )
+    alone = predict_memory(graph, plan_network(graph, "single", batch_size=BATCH, labels=["cpu"])).max()
+    halves = plan_network(graph, "kernel", batch_size=BATCH, labels=["cpu"] * 2, shares=(0.5, 0.5))
+    split = needed_memory(graph, halves).max()
     size = sum(one.nbytes for one in dataset.tensors)
     bench = Bench(
         model=model, dataset=dataset, client=client, network="20:50", batch_size=BATCH, device_set="2 x cpu",
@@ -127,7 +145,8 @@ def test_a_strategy_that_does_not_fit_is_a_cell_without_times_among_the_others(c
     cells = measure_cells({name: (bench, name) for name in strategies}, rounds=2, repetitions=2, warmup=1)
     for cell in cells.values():
         validate_cell(cell)
-    assert cells["single"].status.item().startswith("out of memory: device 0 (cpu) needs about ")
+    # Which of the two equal devices was measured as the faster one is chance.
+    assert re.match(r"out of memory: device \d \(cpu\) needs about ", cells["single"].status.item())
     assert cells["single"].sizes["repetition"] == 0
     assert cells["kernel"].status.item() == cells["auto"].status.item() == "ok"
     assert np.isfinite(cells["kernel"].step_time).all()

@@ -16,7 +16,8 @@ from pipeline.errors import InputError, TooLittleMemoryError
 from pipeline.graph.trace import Graph, trace
 from pipeline.networks import network
 from pipeline.plan.costs import Costs
-from pipeline.plan.fitting import Room, check_memory, fits, most_within_memory, needed_memory
+from pipeline.plan.fitting import SAFETY, Room, check_memory, fits, most_within_memory, needed_memory
+from pipeline.plan.memory import predict_memory
 from pipeline.plan.plan import Plan, Strategy
 from pipeline.plan.planner import plan_graph
 from pipeline.plan.strategies import plan_network
@@ -24,6 +25,8 @@ from tests import synthetic
 
 LABELS = ("cpu", "cpu", "cpu@0.5")
 PROCESS = 3e8
+DECIDED = ("single", "ddp", "equal", "paper")
+"""Strategies that leave nothing to choose, or only the one device."""
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def _plan(graph: Graph, left: Sequence[float], strategy: Strategy, batch_size: i
     calibration = synthetic.calibration_of(graph, LABELS)
     calibration["memory_limit"] = ("device", PROCESS + np.array(left))
     plan = plan_graph(graph, calibration, batch_size=batch_size, strategy=strategy, labels=LABELS)
-    assert fits(graph, plan, Room.of(np.array(left)))
+    assert fits(graph, plan, Room.of(np.array(left)), safety=1.0 if strategy in DECIDED else SAFETY)
     return plan
 
 
@@ -63,6 +66,22 @@ def test_the_fastest_device_that_can_hold_the_network_is_taken_alone(graph: Grap
 
 def test_single_takes_the_fastest_device_that_can_hold_the_network(graph: Graph) -> None:
     assert _plan(graph, (1e6, 1e12, 1e12), "single").devices == (1,)
+    just = 1.01 * predict_memory(graph, _plan(graph, (1e12,) * 3, "single"))[0]
+    assert _plan(graph, (1e6, just, 1e12), "single").devices == (2,), "one that has more than just enough is safer"
+    assert _plan(graph, (1e6, just, 1e6), "single").devices == (1,)
+
+
+def test_a_given_plan_is_refused_only_if_it_cannot_fit_and_one_that_is_chosen_keeps_a_distance(graph: Graph) -> None:
+    plan = plan_network(graph, "kernel", batch_size=32, labels=["cpu"] * 2, shares=(0.5, 0.5))
+    need = predict_memory(graph, plan)
+    check_memory(graph, plan, Room.of(1.01 * need), decided=True)
+    for left, decided in ((0.99 * need, True), (1.01 * need, False)):
+        with pytest.raises(TooLittleMemoryError):
+            check_memory(graph, plan, Room.of(left), decided=decided)
+    alone = plan_network(graph, "single", batch_size=32, labels=["cpu"])
+    left = [float(1.01 * predict_memory(graph, alone)[0])] * 3
+    assert _plan(graph, left, "kernel").ranks == 3
+    assert (needed_memory(graph, _plan(graph, left, "auto")) <= left[0]).all()
 
 
 def test_a_narrow_layer_is_shared_out_where_each_device_can_hold_less_than_a_kernel_more() -> None:
@@ -91,7 +110,8 @@ def test_what_fits_nowhere_is_refused_with_what_would_help(graph: Graph, strateg
 
 @pytest.mark.parametrize("strategy", ["single", "ddp", "kernel"])
 def test_the_largest_batch_that_fits_is_proposed(graph: Graph, strategy: Strategy) -> None:
-    left = (1.001 * needed_memory(graph, _plan(graph, (1e12,) * 3, strategy, batch_size=21)).max(),) * 3
+    safety = 1.0 if strategy in DECIDED else SAFETY
+    left = (1.001 * safety * predict_memory(graph, _plan(graph, (1e12,) * 3, strategy, batch_size=21)).max(),) * 3
     with pytest.raises(TooLittleMemoryError, match="a batch of") as error:
         _plan(graph, left, strategy, batch_size=64)
     found = re.search(r"a batch of (\d+) images would fit", str(error.value))
@@ -163,7 +183,7 @@ ON_TWO: dict[str, Any] = {"labels": ["cpu", "cpu"]}
 )
 def test_what_does_not_fit_is_refused_without_a_calibration_too(graph: Graph, how: dict[str, Any]) -> None:
     plan = plan_graph(graph, None, batch_size=32, **how)
-    need = needed_memory(graph, plan)
+    need = predict_memory(graph, plan)  # what the user decided is refused only if it does not fit for certain
     enough = Room.of(1.01 * need)
     assert plan_graph(graph, None, batch_size=32, room=enough, **how) == plan
     for rank in range(plan.ranks):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,13 +16,18 @@ from torch.utils.data import TensorDataset
 from pipeline.cluster.devices import Device, Member
 from pipeline.graph.trace import Graph, trace
 from pipeline.networks import network
-from pipeline.plan.memory import predict_memory
+from pipeline.plan.memory import SGD_STATES, predict_memory
 from pipeline.plan.plan import Plan, Strategy
 from pipeline.plan.strategies import Shares, plan_network
-from pipeline.run.launch import room_for
+from pipeline.run.launch import image_bytes, room_for
+from pipeline.run.memory import bytes_of
 from pipeline.run.recipe import OptimizerFactory, states_of
 
 MIB = 2**20
+CPU_AND_GPU = [
+    Member(name=kind, address=kind, host="here", device=Device(kind), hardware="of a test", memory=2**30)  # type: ignore[arg-type]
+    for kind in ("cpu", "gpu")
+]
 
 
 def _plan(graph: Graph, strategy: Strategy, shares: Shares | None = None, batch_size: int = 64, ranks: int = 2) -> Plan:
@@ -122,13 +129,47 @@ def test_what_an_optimiser_keeps_is_found_by_a_step(optimizer: OptimizerFactory,
     assert states_of(optimizer) == states
 
 
+class _Bare:
+    """As much of an optimiser as training needs."""
+
+    def __init__(self, parameters: Iterable[Any]) -> None:
+        self._inner = torch.optim.SGD(parameters, lr=0.1)
+        self.param_groups = self._inner.param_groups
+
+    def step(self) -> None:
+        self._inner.step()
+
+
+class _Wrapped(_Bare):
+    """One whose own state is none of its weights'."""
+
+    state: ClassVar[dict[Any, Any]] = {}
+
+
+@pytest.mark.parametrize("optimizer", [_Bare, _Wrapped])
+def test_an_optimiser_that_does_not_tell_what_it_keeps_is_taken_for_the_usual_one(optimizer: Any) -> None:
+    assert states_of(optimizer) == SGD_STATES
+
+
+def test_a_data_set_takes_its_storages_once_each() -> None:
+    whole = torch.zeros(100, 3, 8, 8)
+    assert bytes_of(TensorDataset(whole[:10])) == whole.nbytes, "a slice holds the whole"
+    repeated = torch.zeros(1, 3, 8, 8).expand(100, 3, 8, 8)
+    assert bytes_of(TensorDataset(repeated)) == repeated[0].nbytes
+    assert bytes_of(TensorDataset(whole, whole[:, 0])) == whole.nbytes
+    assert bytes_of(TensorDataset(whole, whole.clone())) == 2 * whole.nbytes
+    assert math.isnan(bytes_of(_OnDisk(TensorDataset(whole))))
+
+
+def test_images_of_unknown_size_are_unknown_only_where_they_are() -> None:
+    images = TensorDataset(torch.zeros(10, 3, 8, 8))
+    assert image_bytes(CPU_AND_GPU, images).tolist() == [10 * 3 * 8 * 8 * 4, 0]
+    assert np.isnan(image_bytes(CPU_AND_GPU, _OnDisk(images))).tolist() == [True, False]
+
+
 def test_images_are_in_the_memory_of_a_cpu_device_and_not_of_a_gpu() -> None:
     images = TensorDataset(torch.zeros(10, 3, 8, 8), torch.zeros(10, dtype=torch.int64))
-    members = [
-        Member(name=kind, address=kind, host="here", device=Device(kind), hardware="of a test", memory=2**30)  # type: ignore[arg-type]
-        for kind in ("cpu", "gpu")
-    ]
-    room = room_for(members, images, optimizer=torch.optim.Adam, validation=_OnDisk(images))
+    room = room_for(CPU_AND_GPU, images, optimizer=torch.optim.Adam, validation=_OnDisk(images))
     assert room.images.tolist() == [10 * (3 * 8 * 8 * 4 + 8), 0]
     assert room.validation.tolist() == [0, 0]
     assert room.left.tolist() == [2**30, 2**30]
