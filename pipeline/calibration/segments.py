@@ -63,7 +63,9 @@ def geometry(graph: Graph, model: nn.Module, plan: Plan, chain: Chain) -> str:
         trained = [(one.shape, one.trained) for one in operation.parameters]
         taken = [numbers[value] for value in operation.inputs]
         kinds = plan[name].input.kind + plan[name].output.kind
-        does = f"{operation.call}:{operation.effect.name}:{operation.unit}"
+        # All that its text tells: of a module of the user's own, the call does not hold what else it depends on.
+        text = "" if operation.module is None else str(model.get_submodule(operation.module))
+        does = f"{operation.call}:{text}:{operation.effect.name}:{operation.unit}"
         parts.append(f"{does}:{taken}:{operation.shape}:{trained}:{kinds}")
     parts.append(str([numbers[value] for value in chain.outputs]))
     return " | ".join(parts)

@@ -78,3 +78,25 @@ def test_the_same_layers_in_numbers_of_another_type_are_other_work() -> None:
 
     assert works(torch.float32) == works(torch.float32)
     assert not set(works(torch.float32)) & set(works(torch.float64))
+
+
+class _Repeated(nn.Module):
+    """Cannot be traced, and does more or less of the same."""
+
+    def __init__(self, repeats: int) -> None:
+        super().__init__()
+        self.repeats, self.convolution = repeats, nn.Conv2d(8, 8, 3, padding=1)
+
+    def extra_repr(self) -> str:
+        return f"repeats={self.repeats}"
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        for _ in range(self.repeats if x_BCHW.sum() > 0 else 1):
+            x_BCHW = self.convolution(x_BCHW)
+        return x_BCHW
+
+
+def test_modules_whose_text_tells_them_apart_are_not_alike() -> None:
+    few, many = (nn.Sequential(nn.Conv2d(3, 8, 3), _Repeated(repeats), nn.Flatten()) for repeats in (3, 5))
+    apart = [one != other for one, other in zip(_works(few), _works(many), strict=True)]
+    assert sum(apart) == 1
