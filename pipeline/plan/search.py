@@ -269,9 +269,10 @@ class _Search:
         as who has a slow link or begins late, if the program as a whole takes less time then.
         """
         if devices not in self._splits:
-            found = self._shared_out(devices, np.ones(len(devices)))
             if self._may_lean and len(devices) <= _SMALL_SET:
                 found = _Splits(self._leaning("K", devices).kernels, self._leaning("B", devices).images)
+            else:
+                found = self._shared_out(devices, np.ones(len(devices)))
             self._splits[devices] = found
         return self._splits[devices]
 
