@@ -109,8 +109,7 @@ def calibrate(
         everywhere = [first.index(index) for index in alike]
         dataset = _dataset(task, chains, everywhere, chosen, measured, name)
         dataset = _with_curves(dataset.assign(work=("segment", np.array(works, dtype=object))), curves)
-        if len(chosen) > 1:
-            dataset = _with_probes(dataset, probing(task.model, graph, dataset), client, chosen, name)
+        dataset = _with_probes(dataset, probing(task.model, graph, dataset), client, chosen, name)
         dataset = describe(dataset.assign(calibration_time=time.perf_counter() - start))
         validate_calibration(dataset)
         return _usable(dataset, graph, name)
@@ -213,7 +212,7 @@ def _dataset(
         link = link_of(link_time[source, destination], LINK_BYTES)
         latency[source, destination], bandwidth[source, destination] = link.latency, link.bandwidth
     times = np.stack([measurement.times for measurement in measured])[:, everywhere]
-    made = max(int(np.isfinite(times).any(axis=(0, 1, 2, 3, 5)).sum()), repetitions, MOST_STEPS if ranks > 1 else 1)
+    made = max(int(np.isfinite(times).any(axis=(0, 1, 2, 3, 5)).sum()), repetitions, MOST_STEPS)
     times = _padded(times, made, axis=4)
     alone = _padded(np.stack([one.alone for one in measured])[:, everywhere], made, axis=2)
     by_images = _padded(np.stack([one.by_images for one in measured])[:, everywhere], made, axis=2)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -49,16 +50,23 @@ _PROBED: dict[Strategy, Shared] = {"kernel": "K", "batch": "B", "single": "M", "
 """The strategies whose steps are taken, and what is timed of them."""
 PROBES = tuple(name for one in _PROBED for name in ([one, one + _WITHOUT_SUMS] if one in ("batch", "ddp") else [one]))
 """None updates its weights. Some leave out the sums of gradients, as all but the last of several batches do."""
-_ROUNDS, _WARMUP, _MEASURED_S, _MOST = 2, 2, 0.5, 6
+_ROUNDS, _WARMUP, _MEASURED_S, _LEAST, _MOST = 2, 2, 0.5, 2, 6
 """In each round each strategy begins with so many steps that do not count: both set up memory for messages, of which
-two may be under way. One of a device alone is enough. Then it is repeated until so much time is measured, but so often
-at most."""
+two may be under way. One of a device alone is enough. Then it is repeated until so much time is measured, between the
+least and the most often."""
 _ONE_ROUND: frozenset[Strategy] = frozenset({"single", "ddp"})
 """A device alone takes the longest, and waits for nobody; and no plan depends on ``ddp``."""
-MOST_STEPS = _ROUNDS * _MOST
+_MORE_ROUNDS, _CLOSE = 2, 1.3
+"""So many rounds follow of the strategies that take at most so many times as long as the fastest: on which of these is
+faster the plan depends, and a host may have been busy just when one of them was tried."""
+MOST_STEPS = (_ROUNDS + _MORE_ROUNDS) * _MOST
 _LONG_STEP_S = 1.0
 """Where all devices together would take longer, few images do, and where a device would for its part under ``ddp``,
-that is left out; steps that take longer have one round."""
+that is left out; of steps that take longer the second round is."""
+
+
+_Taken = Mapping[str, list[tuple[float, float]]]
+"""By probe, the time of each step and in which this rank was busy, in s."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +89,16 @@ class Probing:
 def probing(model: nn.Module, graph: Graph, calibration: xr.Dataset) -> Probing:
     """The steps that tell most: of the plans that the calibration as it is leads to, of those that fit into memory.
 
-    With as many images as it measured, or with few where those would take long. No steps if nothing is trained.
+    With as many images as it measured, or with few where those would take long. No steps if nothing is trained; a
+    device by itself has but one way.
     """
     costs, itemsize = Costs.of(calibration), model_dtype(model).itemsize
     few, most = int(calibration.images[0]), int(calibration.images[-1])
     images = max(most if 1 / float((1 / costs.whole_steps(most)).sum()) < _LONG_STEP_S else few, costs.devices)
     labels = [str(label) for label in calibration.device_label.values]
     plans: dict[Strategy, Plan] = {}
-    for strategy in _PROBED if graph[graph.outputs[0]].differentiable else ():
+    possible: tuple[Strategy, ...] = ("single",) if costs.devices == 1 else tuple(_PROBED)
+    for strategy in possible if graph[graph.outputs[0]].differentiable else ():
         if strategy == "ddp" and not _is_short(costs, images):
             continue
         plan = plan_network(graph, strategy, batch_size=images, labels=labels, costs=costs)
@@ -137,7 +147,7 @@ def busy_in(plan: Plan, program: Program, timeline_IR2: NDArray[np.float64]) -> 
 def probe_rank(context: RankContext, task: Probing) -> Probed:
     """Take the steps; every rank runs this."""
     torch.manual_seed(0)
-    taken: dict[str, list[tuple[float, float]]] = {probe: [] for probe in PROBES}
+    taken: _Taken = {probe: [] for probe in PROBES}
     gc.freeze()  # what torch has loaded takes long to look through, after each strategy
     try:
         _take(context, task, taken)
@@ -149,31 +159,53 @@ def probe_rank(context: RankContext, task: Probing) -> Probed:
     return Probed(steps=found[..., 0], busy=found[..., 1])
 
 
-def _take(context: RankContext, task: Probing, taken: Mapping[str, list[tuple[float, float]]]) -> None:
+def _take(context: RankContext, task: Probing, taken: _Taken) -> None:
     """Add the times of all steps to what was ``taken`` of each probe."""
-    # In rounds, as a processor may be slower for some seconds; one strategy after the other has the memory.
+    # In rounds, as a processor may be slower for some seconds.
     for following in range(_ROUNDS):
-        for strategy, plan in task.plans.items():
-            own = [probe for probe in PROBES if strategy_of(probe) == strategy]
-            if following and strategy in _ONE_ROUND:
-                continue
-            if following and any(took > _LONG_STEP_S for probe in own for took, _ in taken[probe]):
-                continue
-            part = _part_in(context, task, plan)
+        for strategy in task.plans:
+            if not following or (strategy not in _ONE_ROUND and not _is_long(taken, strategy)):
+                _take_round(context, task, strategy, taken)
+    for _ in range(_MORE_ROUNDS):
+        for strategy in _undecided(task.plans, taken):
+            _take_round(context, task, strategy, taken)
+
+
+def _take_round(context: RankContext, task: Probing, strategy: Strategy, taken: _Taken) -> None:
+    """Add the times of a round of one strategy, which has the memory for itself."""
+    plan = task.plans[strategy]
+    part = _part_in(context, task, plan)
+    _step(context, part, last=True)
+    if part is None or part.repeatable():
+        for _ in range(_WARMUP - 1 if plan.ranks > 1 else 0):
             _step(context, part, last=True)
-            if part is None or part.repeatable():
-                for _ in range(_WARMUP - 1 if plan.ranks > 1 else 0):
-                    _step(context, part, last=True)
-                for probe in own:
-                    taken[probe].extend(_steps(context, part, last=sums(probe)))
-            del part
-            gc.collect()  # what was traced is a cycle
+        for probe in _probes_of(strategy):
+            taken[probe].extend(_steps(context, part, last=sums(probe)))
+    del part
+    gc.collect()  # what was traced is a cycle
+
+
+def _probes_of(strategy: Strategy) -> list[str]:
+    return [probe for probe in PROBES if strategy_of(probe) == strategy]
+
+
+def _is_long(taken: _Taken, strategy: Strategy) -> bool:
+    return any(took > _LONG_STEP_S for probe in _probes_of(strategy) for took, _ in taken[probe])
+
+
+def _undecided(strategies: Iterable[Strategy], taken: _Taken) -> list[Strategy]:
+    """Those of which any may be the fastest that trains as one device would; none if only one may."""
+    median = {
+        one: statistics.median_low(took for took, _ in taken[one]) for one in strategies if one != "ddp" and taken[one]
+    }
+    close: list[Strategy] = [one for one, took in median.items() if took <= _CLOSE * min(median.values())]
+    return close if len(close) > 1 else []
 
 
 def _steps(context: RankContext, part: _Part | None, *, last: bool) -> list[tuple[float, float]]:
     """One step after the other, each as by ``_step``."""
     found: list[tuple[float, float]] = []
-    while len(found) < _MOST and sum(took for took, _ in found) < _MEASURED_S:
+    while len(found) < _LEAST or (len(found) < _MOST and sum(took for took, _ in found) < _MEASURED_S):
         found.append(_step(context, part, last=last))
     return found
 
@@ -184,7 +216,8 @@ def _step(context: RankContext, part: _Part | None, *, last: bool) -> tuple[floa
     start = time.perf_counter()
     busy = math.nan if part is None else part.step(last=last)
     took = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
-    dist.all_reduce(took, dist.ReduceOp.MAX, context.group)
+    if context.group is not None:
+        dist.all_reduce(took, dist.ReduceOp.MAX, context.group)
     return took.item(), busy
 
 

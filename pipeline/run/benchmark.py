@@ -49,7 +49,7 @@ from pipeline.run.worker import Account
 
 MOST_STEPS = 40
 """Of one cell, unless more repetitions are asked for."""
-_LONG_STEP_S = 1.0
+_LONG_STEP_S = 2.0
 """Where all steps are longer, one round has to do: each spans the host's other work, and more would take long."""
 _PROFILED_S = 10.0
 """For about so long steps are repeated in which convolutions are timed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import statistics
 import sys
 import time
 from collections import OrderedDict
@@ -63,6 +64,21 @@ def test_the_fastest_device_may_be_another_than_the_first(client: Client) -> Non
     assert np.isfinite(found.probe_step_time).any("repetition").all()
     assert (found.stretch > 0).all()
     assert found.kernels.sel(segment="dense").values.tolist() == [100, 200]  # features: 8 channels of 5x5
+
+
+def test_a_device_by_itself_takes_real_steps_too_which_are_predicted_then(client: Client) -> None:
+    model = network("20:50")
+    found = calibrate(
+        model, torch.zeros(BATCH, 3, 32, 32), client, members=discover(client)[:1], fractions=(0.5,), repetitions=1
+    )
+    taken = found.probe_step_time.sel(probe="single").dropna("repetition").values
+    assert len(taken) >= 2
+    assert not np.isfinite(found.probe_step_time.drop_sel(probe="single")).any()
+    without_update = found.assign(update_time=0 * found.update_time, update_overhead=0 * found.update_overhead)
+    plan = pipeline.make_plan(model, found, batch_size=BATCH)
+    predicted = float(pipeline.simulate(plan, without_update).step_time[0])
+    # The instructions are stretched by at most 2 to what the device computed, and what a step takes beside is added.
+    assert predicted == pytest.approx(statistics.median_low(taken), rel=0.05)
 
 
 class _OneTooMany(nn.Module):

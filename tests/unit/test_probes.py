@@ -127,3 +127,16 @@ def test_waiting_grows_with_the_computing_as_measured_and_not_at_all_where_nobod
 def test_what_takes_long_over_a_slow_link_is_repeated_less() -> None:
     assert [links._possible(5, seconds) for seconds in (1e-4, 0.1, 0.7, 60.0)] == [5, 5, 2, 2]
     assert links._possible(1, 60.0) == 1
+
+
+def test_what_the_plan_depends_on_is_tried_more_often() -> None:
+    def undecided(**medians: float) -> list[str]:
+        taken = {probe: [] for probe in probes.PROBES} | {
+            one: [(value, 0.0), (value, 0.0), (9.9, 0.0)] for one, value in medians.items()
+        }
+        return probes._undecided(["kernel", "batch", "single", "paper", "ddp"], taken)
+
+    assert undecided(kernel=1.0, batch=1.29, single=1.31, paper=1.1, ddp=0.1) == ["kernel", "batch", "paper"]
+    assert undecided(kernel=1.0, batch=1.4, single=2.0, paper=3.0, ddp=1.0) == []  # one is the fastest whatever may be
+    assert undecided(kernel=1.0, single=1.2) == ["kernel", "single"]  # the others did not fit into memory
+    assert undecided(ddp=1.0) == []
