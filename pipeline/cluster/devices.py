@@ -24,15 +24,15 @@ from distributed import Client, Worker
 from distributed.system import MEMORY_LIMIT
 
 from pipeline.errors import InputError, RunError
+from pipeline.memory_sizes import MEMORY_SIZE, MIB, parse_memory_size
 from pipeline.processor import processor_text, usable_cores
 
 DEVICE_VARIABLE = "PIPELINE_DEVICE"
 """The environment variable by which a worker of `local_cluster` knows its device, as JSON."""
 
-_UNITS = {"MiB": 2**20, "GiB": 2**30}
 _DEVICE_PATTERN = re.compile(
     r"(?P<kind>cpu|gpu)(?P<index>\d+)?(?:\*(?P<threads>\d+)t)?(?:@(?P<speed>[0-9.e-]+))?"
-    r"(?:\[(?P<memory>\d+(?:\.\d+)?)(?P<unit>MiB|GiB)\])?"
+    rf"(?:\[(?P<memory>{MEMORY_SIZE})\])?"
 )
 _TERM_PATTERN = re.compile(r"(?:(?P<count>\d+)\s*x\s*)?(?P<device>\S+)")
 _POLL_S = 0.1
@@ -63,8 +63,8 @@ class Device:
         if not _is_number(self.speed) or not 0 < self.speed <= 1:
             raise InputError(f"device speed must lie in (0, 1], not {self.speed!r}: a device can only be slowed down.")
         if self.memory is not None:
-            _require_whole("memory", self.memory, least=_UNITS["MiB"])
-            if self.memory % _UNITS["MiB"]:
+            _require_whole("memory", self.memory, least=MIB)
+            if self.memory % MIB:
                 raise InputError(f"device memory {self.memory} must be a whole number of MiB, 1048576 bytes each.")
         if self.kind == "cpu" and self.index:
             raise InputError(f"device index {self.index} is only for GPUs; leave it out for a CPU.")
@@ -85,7 +85,7 @@ class Device:
         index = str(self.index) if self.index else ""
         threads = f"*{self.threads}t" if self.threads > 1 else ""
         speed = f"@{float(self.speed)!r}" if self.emulated else ""
-        memory = f"[{self.memory // _UNITS['MiB']}MiB]" if self.memory is not None else ""
+        memory = f"[{self.memory // MIB}MiB]" if self.memory is not None else ""
         return f"{self.kind}{index}{threads}{speed}{memory}"
 
 
@@ -229,7 +229,7 @@ def _parse_term(term: str, text: str) -> Iterator[Device]:
         speed = float(device["speed"] or 1)
     except ValueError:
         raise InputError(f"{device['speed']!r} in the device set {text!r} is not a speed, such as 0.45.") from None
-    memory = round(float(device["memory"]) * _UNITS[device["unit"]] / 2**20) * 2**20 if device["memory"] else None
+    memory = parse_memory_size(device["memory"]) if device["memory"] else None
     first = Device(
         kind, threads=int(device["threads"] or 1), speed=speed, index=int(device["index"] or 0), memory=memory
     )

@@ -73,6 +73,8 @@ def write_zip(dataset: xr.Dataset, path: PathLike) -> Path:
 
 def open_zip(path: PathLike, check: Check | None = None) -> xr.Dataset:
     """The data set of a zarr zip file, in memory, checked by a `validate_*` function when one is given."""
+    if Path(path).is_dir():
+        raise InputError(f"{path} is a folder, where one zarr zip file is wanted: give one of those it was made of.")
     try:
         with zipfile.ZipFile(path):
             pass  # ZipStore opens late, and then fails on closing what it could not open.

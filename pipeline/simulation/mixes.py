@@ -6,12 +6,10 @@ import math
 import re
 
 from pipeline.errors import InputError
+from pipeline.memory_sizes import parse_memory_size
 
 MOST_DEVICES = 1024
 _TERM = re.compile(r"(?:(?P<count>\d+)\s*x\s*)?(?P<name>\S+)")
-
-
-_MEMORY = re.compile(r"\S*\[(?P<size>\d+(?:\.\d+)?)(?P<unit>MiB|GiB)\]")
 
 
 def memory_of(name: str) -> float:
@@ -19,10 +17,13 @@ def memory_of(name: str) -> float:
 
     Raises `InputError` for brackets with anything else in them.
     """
-    match = _MEMORY.fullmatch(name)
-    if match is None and "[" in name:
+    _, bracket, size = name.partition("[")
+    if not bracket:
+        return math.inf
+    memory = parse_memory_size(size[:-1]) if size.endswith("]") else None
+    if memory is None:
         raise InputError(f"device {name} is described with a memory that is no size: write such as gpu[24GiB]")
-    return float(match["size"]) * {"MiB": 2**20, "GiB": 2**30}[match["unit"]] if match else math.inf
+    return memory
 
 
 def parse_mix(text: str) -> tuple[str, ...]:

@@ -224,3 +224,8 @@ def test_cells_of_different_repetitions_go_into_one_store_of_errors() -> None:
     })  # fmt: skip
     assert made.step_time.count("repetition").values.ravel().tolist() == [3, 5]
     assert made.sizes["repetition"] == 5
+
+
+def test_a_folder_where_one_file_is_wanted_is_told(tmp_path):
+    with pytest.raises(InputError, match=r"calibration\.zarr is a folder, where one zarr zip file is wanted"):
+        stores.open_zip(stores.write_store(xr.Dataset({"one": 1.0}), tmp_path / "calibration.zarr"))
