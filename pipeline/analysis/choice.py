@@ -92,21 +92,30 @@ def auto_against_fastest(
     return found
 
 
-def repeatability(timing: xr.Dataset) -> Samples:
-    """How far the median step of each round is from that of the cell's other rounds, relative; of all cells, flat.
+def repeatability(timing: xr.Dataset) -> xr.Dataset:
+    """How far the rounds of each cell differ, over the cells of the grid; NaN where there are fewer than two.
 
-    Of cells with several rounds alone. A round has fewer steps than a cell, so this says how unsteady the host was, and
-    is no bound for the error of a prediction, which is held against all steps of the cell.
+    `forecast_error` is what a forecast of a round's median step by that of the cell's other rounds is off by, whichever
+    its sign, the mean over the rounds. No prediction knows a cell better than its own measurement, so this is what
+    the best one would be off by on this host. `between_rounds` is the highest less the lowest median of a round over
+    the median of the cell.
     """
-    steps = timing["step_time"].where(timing["status"] == OK).transpose(*INDEX, "repetition").values
+    steps = timing["step_time"].where(timing["status"] == OK).transpose(*INDEX, "repetition")
     rounds = _rounds(timing).transpose(*INDEX, "repetition").values
-    found: list[float] = []
+    found = np.full((2, *steps.shape[:5]), np.nan)
     for place in np.ndindex(steps.shape[:5]):
-        times = _by_round(steps[place], rounds[place])
-        for one in times if len(times) > 1 else ():
-            others = np.concatenate([some for number, some in times.items() if number != one])
-            found.append(abs(float(np.median(times[one]) / np.median(others)) - 1))
-    return np.array(found)
+        times = _by_round(steps.values[place], rounds[place])
+        if len(times) > 1:
+            medians = [float(np.median(one)) for one in times.values()]
+            others = [np.concatenate([some for at, some in times.items() if at != one]) for one in times]
+            off = [abs(float(np.median(rest)) / median - 1) for rest, median in zip(others, medians, strict=True)]
+            cell = float(np.median(np.concatenate(list(times.values()))))
+            found[(slice(None), *place)] = np.mean(off), (max(medians) - min(medians)) / cell
+    names = {"forecast_error": "error of a forecast by the other rounds", "between_rounds": "spread of the rounds"}
+    result = xr.Dataset({name: (INDEX, one) for name, one in zip(names, found, strict=True)}, steps.coords)
+    for name, long_name in names.items():
+        result[name].attrs = {"units": "1", "long_name": long_name}
+    return result.drop_vars("repetition", errors="ignore")
 
 
 def step_interval(timing: xr.Dataset, *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> xr.Dataset:

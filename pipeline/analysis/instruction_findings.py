@@ -8,10 +8,10 @@ import xarray as xr
 from pipeline.analysis import selection
 from pipeline.analysis.instruction_figures import shown_cell
 from pipeline.analysis.instruction_times import KINDS, SPREAD, has_instructions, kind_errors, kind_times, parts
-from pipeline.analysis.statistics import prediction_error
+from pipeline.analysis.statistics import copied, prediction_error
 from pipeline.analysis.wording import listed, named
 
-_WORDS = {
+WORDS = {
     "forward": "forward computation",
     "backward": "backward computation",
     "exchange": "exchanges",
@@ -28,7 +28,7 @@ def where_it_errs(errors: xr.DataArray, most: int = len(KINDS)) -> str:
     part = parts(errors.sel(kind=list(KINDS)))
     found = {kind: part.sel(kind=kind).item() for kind in KINDS if part.notnull().all()}
     order = sorted(found, key=lambda kind: -found[kind])[:most]
-    told = [f"{found[kind]:.0%} in {_WORDS[kind]}" for kind in order]
+    told = [f"{found[kind]:.0%} in {WORDS[kind]}" for kind in order]
     return ", ".join(told).replace(" in ", " lies in ", 1)
 
 
@@ -37,21 +37,23 @@ def instructions_finding(timing: xr.Dataset) -> str:
     told = has_instructions(timing)
     if not told.any():
         return "Of no cell were the instructions both measured and predicted.\n"
-    times = kind_times(timing)
-    errors = kind_errors(timing, times)
+    once = ~copied(timing)
+    every = kind_times(timing)
+    each = kind_errors(timing, every)
+    times, errors = every.where(once), each.where(once)
     answer = (
-        f"Of what the predicted instructions of {told.sum().item()} cells are off, {where_it_errs(errors)} (errors "
-        "count whichever their sign)."
+        f"Of what the predicted instructions of {(told & once).sum().item()} cells are off, {where_it_errs(errors)} "
+        "(errors count whichever their sign)."
     )
     sentences = [answer]
     ratio = times["predicted_time"] / times["measured_time"].where(times["measured_time"] > 0) - 1
     own = ", ".join(
-        f"{_WORDS[kind]} {ratio.sel(kind=kind).median().item():+.1%}"
+        f"{WORDS[kind]} {ratio.sel(kind=kind).median().item():+.1%}"
         for kind in KINDS
         if kind != "idle" and ratio.sel(kind=kind).notnull().any()
     )
     sentences.append(f"Predicted over measured time, less one, in the median: {own}.")
-    sentences.append(f"By strategy most lies in: {', '.join(_by_strategy(errors))}.")
+    sentences.append(f"By strategy most lies in: {', '.join(_by_strategy(each))}.")
     spread = abs(errors.sel(kind=SPREAD)).median().item()
     sentences.append(
         f"Only one step of a cell has its instructions kept; it is off the median of all by {spread:.1%} in the "
@@ -74,7 +76,7 @@ def _by_strategy(errors: xr.DataArray) -> list[str]:
             most = str(part["kind"].values[int(np.nanargmax(part.values))])
             median = some.sel(kind=most).median().item()
             here = f"{part.sel(kind=most).item():.0%}, median {median:+.1%} of the step"
-            found.append(f"``{name}`` {_WORDS[most]} ({here})")
+            found.append(f"``{name}`` {WORDS[most]} ({here})")
     return found
 
 

@@ -102,21 +102,34 @@ def kinds_of(are: npt.NDArray[np.object_], phases: npt.NDArray[np.object_]) -> n
 
 def times_by_kind(start_IR: Times, end_IR: Times, kinds_I: npt.NDArray[np.object_]) -> Times:
     """Time of a step in s by KINDS, from the start and end of its instructions, (instruction, rank)."""
+    doing_RM, length_M = _moments(start_IR, end_IR, kinds_I)
+    idle = KINDS.index("idle")
+    busy_M = (doing_RM != idle).sum(axis=0)
+    parts_KM = np.array([(doing_RM == kind).sum(axis=0) for kind in range(len(KINDS))]) / np.maximum(busy_M, 1)
+    parts_KM[idle] = busy_M == 0
+    found: Times = parts_KM @ length_M
+    return found
+
+
+def times_by_rank(start_IR: Times, end_IR: Times, kinds_I: npt.NDArray[np.object_]) -> Times:
+    """What each rank does within a step in s, (rank, kind) by KINDS: it is `idle` also while others are busy."""
+    doing_RM, length_M = _moments(start_IR, end_IR, kinds_I)
+    found: Times = np.stack([(doing_RM == kind) @ length_M for kind in range(len(KINDS))], axis=1)
+    return found
+
+
+def _moments(start_IR: Times, end_IR: Times, kinds_I: npt.NDArray[np.object_]) -> tuple[npt.NDArray[np.int_], Times]:
+    """The place in KINDS of what each rank does in each moment of a step, (rank, moment), and their lengths in s."""
     from_PIR, until_PIR = busy(start_IR, end_IR, kinds_I == "exchange")
     busy_PIR = from_PIR < until_PIR
     edges = np.unique(np.concatenate([[0.0], from_PIR[busy_PIR], until_PIR[busy_PIR], end_IR[np.isfinite(end_IR)]]))
-    idle = KINDS.index("idle")
-    doing_RM = np.full((start_IR.shape[1], edges.size - 1), idle)
+    doing_RM = np.full((start_IR.shape[1], edges.size - 1), KINDS.index("idle"))
     first_PIR, last_PIR = np.searchsorted(edges, from_PIR), np.searchsorted(edges, until_PIR)
     for instruction in np.argsort(kinds_I != "exchange", kind="stable"):  # computing over exchanging
         for piece, rank in np.argwhere(busy_PIR[:, instruction]):
             moments = slice(first_PIR[piece, instruction, rank], last_PIR[piece, instruction, rank])
             doing_RM[rank, moments] = KINDS.index(kinds_I[instruction])
-    busy_M = (doing_RM != idle).sum(axis=0)
-    parts_KM = np.array([(doing_RM == kind).sum(axis=0) for kind in range(len(KINDS))]) / np.maximum(busy_M, 1)
-    parts_KM[idle] = busy_M == 0
-    found: Times = parts_KM @ np.diff(edges)
-    return found
+    return doing_RM, np.diff(edges)
 
 
 def busy(start_IR: Times, end_IR: Times, is_exchange_I: npt.NDArray[np.bool_]) -> tuple[Times, Times]:

@@ -1,7 +1,7 @@
 """Prediction against measurement as tables: per cell, per kind of instruction, per instruction and by strategy.
 
-The first three are written for programs, as CSV; what a reader of the report sees is the one by strategy, and, folded,
-the one per cell.
+The first three are written for programs, as CSV; what a reader of the report sees is the one by strategy, the cells
+that are far off and, folded, all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import pandas as pd
 import xarray as xr
 
 from pipeline.analysis import selection
-from pipeline.analysis.choice import step_interval
+from pipeline.analysis.choice import repeatability, step_interval
+from pipeline.analysis.far_off import FAR, FarOff, far_off
 from pipeline.analysis.instruction_times import (
     KINDS,
     SPREAD,
@@ -28,15 +29,23 @@ from pipeline.analysis.instruction_times import (
     kinds_of,
     parts,
 )
-from pipeline.analysis.statistics import flags, prediction_error, summary
+from pipeline.analysis.statistics import copied, flags, prediction_error, summary
 from pipeline.results.contracts import INDEX, NOISY, OK
 
 Row = Mapping[Any, Any]
 
 ALL = "all"
 """What stands in place of a strategy for the cells of all of them."""
-CELL_COLUMNS = (*INDEX, "predicted_s", "measured_s", "low_s", "high_s", "error", "repetitions", "noisy")
-"""`low_s` and `high_s` bound the 95 % interval of the measured median, `error` is predicted / measured - 1."""
+MOST = 10
+"""So many of the cells that are far off the report lists."""
+CELL_COLUMNS = (
+    *INDEX, "predicted_s", "measured_s", "low_s", "high_s", "error", "forecast_error", "between_rounds", "repetitions",
+    "noisy", "copied",
+)  # fmt: skip
+"""`low_s` and `high_s` bound the 95 % interval of the measured median, `error` is predicted / measured - 1.
+
+`forecast_error` and `between_rounds` are those of `choice.repeatability`; a `copied` cell was timed as another's.
+"""
 KIND_COLUMNS = (*INDEX, "kind", "predicted_s", "measured_s", "error", "error_of_step")
 """`error` is of the kind's own time, `error_of_step` its difference over the measured step. `spread` has only that."""
 _ENDS = {
@@ -51,14 +60,18 @@ INSTRUCTION_COLUMNS = (*INDEX, "instruction", "name", "kind", "device", "device_
 def cells_table(timing: xr.Dataset) -> pd.DataFrame:
     """One row with CELL_COLUMNS for every cell that was both predicted and measured."""
     numbers, interval = summary(timing["step_time"].where(timing["status"] == OK)), step_interval(timing)
+    again = repeatability(timing)
     told = {
         "predicted_s": timing["predicted_step_time"],
         "measured_s": numbers["median"],
         "low_s": interval["low"],
         "high_s": interval["high"],
         "error": prediction_error(timing),
+        "forecast_error": again["forecast_error"],
+        "between_rounds": again["between_rounds"],
         "repetitions": numbers["count"],
         "noisy": numbers["noisy"],
+        "copied": copied(timing),
     }
     table = xr.Dataset(told).to_dataframe(dim_order=list(INDEX)).dropna(subset=["error"]).reset_index()
     return table[list(CELL_COLUMNS)]
@@ -99,19 +112,22 @@ def _instructions_of(timing: xr.Dataset, place: tuple[int, ...]) -> pd.DataFrame
 def strategies_table(timing: xr.Dataset) -> pd.DataFrame:
     """A row per strategy, the last for all: how many `cells`, and how far their predicted steps and kinds are off.
 
-    `median` and `p95` are of the absolute error of the step, `signed` is its median with its sign. Of each kind there
-    is the median signed error over the measured step, `KIND_error`, and what part of all that is off lies in it,
-    `KIND_part`; NaN where no instruction was predicted.
+    `median` and `p95` are of the absolute error of the step, `signed` is its median with its sign; `forecast_median`
+    and `forecast_p95` are of the error of a forecast by the cell's other rounds, of the `forecasts` cells that have
+    some. Of each kind there is the median signed error over the measured step, `KIND_error`, and what part of all that
+    is off lies in it, `KIND_part`; NaN where no instruction was predicted. In the last row a cell that was timed for
+    two strategies counts once.
     """
-    error, errors = prediction_error(timing), kind_errors(timing)
+    error, errors, again = prediction_error(timing), kind_errors(timing), repeatability(timing)["forecast_error"]
+    once = ~copied(timing)
     rows = []
     for name in [*selection.strategies(timing), ALL]:
-        chosen = error["strategy"].values if name == ALL else [name]
-        found = error.sel(strategy=chosen).values
-        found = found[np.isfinite(found)]
+        counted = once if name == ALL else timing["strategy"] == name
+        found, forecast = (some.where(counted).values for some in (error, again.where(error.notnull())))
+        found, forecast = found[np.isfinite(found)], forecast[np.isfinite(forecast)]
         if not found.size:
             continue
-        some = errors.sel(strategy=chosen)
+        some = errors.where(counted)
         each, part = some.median(list(INDEX)), parts(some)
         row: dict[str, Any] = {
             "strategy": name,
@@ -119,6 +135,9 @@ def strategies_table(timing: xr.Dataset) -> pd.DataFrame:
             "median": np.median(abs(found)),
             "p95": np.quantile(abs(found), 0.95),
             "signed": np.median(found),
+            "forecasts": forecast.size,
+            "forecast_median": np.median(forecast) if forecast.size else np.nan,
+            "forecast_p95": np.quantile(forecast, 0.95) if forecast.size else np.nan,
         }
         for kind in (*KINDS, SPREAD):
             row |= {f"{kind}_error": each.sel(kind=kind).item(), f"{kind}_part": part.sel(kind=kind).item()}
@@ -126,28 +145,51 @@ def strategies_table(timing: xr.Dataset) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def write_predictions(timing: xr.Dataset, folder: str | os.PathLike[str]) -> list[Path]:
-    """Write the tables to `folder`, as CSV and as a part of the report.
+def far_off_table(timing: xr.Dataset) -> pd.DataFrame:
+    """One row with the fields of FarOff for every cell whose prediction is far off, the largest error first."""
+    return pd.DataFrame(far_off(timing), columns=list(FarOff._fields))
 
-    They are predictions.csv, predicted_kinds.csv, predicted_instructions.csv and predicted_instructions_table.rst.
+
+def write_predictions(timing: xr.Dataset, folder: str | os.PathLike[str]) -> list[Path]:
+    """Write the tables to `folder`, as CSV and as parts of the report.
+
+    They are predictions.csv, predictions_far_off.csv, predicted_kinds.csv, predicted_instructions.csv,
+    prediction_table.rst and predicted_instructions_table.rst.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    cells, strategies = cells_table(timing), strategies_table(timing)
+    cells, strategies, furthest = cells_table(timing), strategies_table(timing), far_off_table(timing)
     tables = {
         "predictions": cells,
+        "predictions_far_off": furthest,
         "predicted_kinds": kinds_table(timing),
         "predicted_instructions": instructions_table(timing),
     }
     written = [folder / f"{name}.csv" for name in tables]
     for path, table in zip(written, tables.values(), strict=True):
         table.to_csv(path, index=False, float_format="%.6g")
-    part = folder / "predicted_instructions_table.rst"
-    part.write_text(_part_of_report(cells, strategies), encoding="utf-8")
-    return [*written, part]
+    of_report = {
+        "prediction_table": _far_off_part(furthest),
+        "predicted_instructions_table": _strategies_part(cells, strategies),
+    }
+    parts_of_report = [folder / f"{name}.rst" for name in of_report]
+    for path, text in zip(parts_of_report, of_report.values(), strict=True):
+        path.write_text(text, encoding="utf-8")
+    return [*written, *parts_of_report]
 
 
-def _part_of_report(cells: pd.DataFrame, strategies: pd.DataFrame) -> str:
+def _far_off_part(furthest: pd.DataFrame) -> str:
+    if furthest.empty:
+        return f"No prediction is off by more than {FAR:.0%}.\n"
+    return (
+        f".. raw:: html\n\n   <style>{_LOOK}</style>{_element(furthest.head(MOST), _FAR_OFF_SHOWN)}\n\n"
+        f".. container:: caption\n\n   {_FAR_OFF_NOTE}\n\n"
+        ".. container:: data\n\n   All of them, beside this report: `a row per cell "
+        "<figures/predictions_far_off.csv>`__.\n"
+    )
+
+
+def _strategies_part(cells: pd.DataFrame, strategies: pd.DataFrame) -> str:
     if cells.empty:
         return "No cell was both measured and predicted.\n"
     folded = f"<details><summary>All {len(cells)} cells</summary>{_element(cells, _CELL_SHOWN)}</details>"
@@ -180,12 +222,18 @@ def _text(name: str) -> Callable[[Row], str]:
     return lambda row: html.escape(str(row[name]))
 
 
+def _forecast(row: Row, name: str) -> str:
+    return f"{row[name]:.1%}" if row["forecasts"] else "<i>one round</i>"
+
+
 _STRATEGY_SHOWN: Mapping[str, Callable[[Row], str]] = {
     "strategy": _text("strategy"),
     "cells": lambda row: str(row["cells"]),
     "step off by, median": lambda row: f"{row['median']:.1%}",
     "95th percentile": lambda row: f"{row['p95']:.1%}",
     "with its sign": lambda row: f"{row['signed']:+.1%}",
+    "best forecast off by, median": lambda row: _forecast(row, "forecast_median"),
+    "95th percentile ": lambda row: _forecast(row, "forecast_p95"),
     **{kind: _kind_shown(kind) for kind in (*KINDS, SPREAD)},
 }
 _CELL_SHOWN: Mapping[str, Callable[[Row], str]] = {
@@ -196,7 +244,26 @@ _CELL_SHOWN: Mapping[str, Callable[[Row], str]] = {
     ),
     "error": lambda row: f"{row['error']:+.1%}",
 }
+_FAR_OFF_SHOWN: Mapping[str, Callable[[Row], str]] = {
+    **{name.replace("_", " "): _text(name) for name in INDEX},
+    "predicted / s": lambda row: f"{row['predicted_s']:.3g}",
+    "measured / s": lambda row: f"{row['measured_s']:.3g}",
+    "error": lambda row: f"{row['error']:+.1%}",
+    "between its rounds": lambda row: (
+        "<i>one round</i>" if np.isnan(row["between_rounds"]) else f"{row['between_rounds']:.1%}"
+    ),
+    "why": _text("why"),
+}
+_FAR_OFF_NOTE = (
+    f"Cells whose prediction is off by more than {FAR:.0%}, the largest error first, {MOST} at most; a cell that was "
+    "timed once for two strategies stands here once, and @ is an emulated device. Between its rounds: the highest less "
+    "the lowest median step of a round, over the median of the cell. Why: where the rounds differ by less than the "
+    "error, what errs most in its direction on the slowest device, which waits least, in the one step whose "
+    "instructions were kept."
+)
 _NOTE = (
+    "Best forecast: each round of a cell told by the median of the cell's other rounds, which no prediction can know; "
+    "of cells of several rounds. In the row of all a cell that was timed once for two strategies counts once. "
     "Of each kind the median of predicted less measured time over the measured step: below zero it took longer than "
     "predicted. In grey, what part of all that is off lies there, whichever its sign. Idle: no device is busy. Spread: "
     "by how much the one step whose instructions were kept differs from the median of its cell, which is no error of "

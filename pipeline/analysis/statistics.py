@@ -101,6 +101,22 @@ def prediction_error(timing: xr.Dataset) -> xr.DataArray:
     return error.rename("prediction_error")
 
 
+def copied(timing: xr.Dataset) -> xr.DataArray:
+    """Whether a cell of `auto` holds the very steps of another strategy: their plans were one, and it was timed once.
+
+    Such a cell stays in the row of `auto`; a number over all strategies leaves it out, or its steps would count twice.
+    """
+    steps = timing["step_time"].where(timing["status"] == OK).transpose(*INDEX, "repetition")
+    others = steps.drop_sel(strategy="auto", errors="ignore").values
+    found = xr.zeros_like(timing["status"].transpose(*INDEX), bool)
+    if "auto" in steps["strategy"].values:
+        own = steps.sel(strategy="auto").values[..., None, :]
+        same = ((own == others) | (np.isnan(own) & np.isnan(others))).all(axis=-1) & np.isfinite(own).any(axis=-1)
+        found.loc[{"strategy": "auto"}] = same.any(axis=-1)
+    found.attrs = {"units": "1", "long_name": "whether the steps are those of another strategy"}
+    return found.rename("copied")
+
+
 def memory_error(timing: xr.Dataset) -> xr.DataArray:
     """Predicted over measured peak memory, less one, of every rank of every cell that has both."""
     error = (timing["predicted_memory"] / timing["peak_memory"] - 1).where(timing["status"] == OK)

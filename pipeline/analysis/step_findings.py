@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,49 +12,69 @@ import xarray as xr
 from pipeline.analysis import selection
 from pipeline.analysis.calibration_figure import largest, with_most_images
 from pipeline.analysis.choice import TOLERATED, auto_against_fastest, repeatability
+from pipeline.analysis.far_off import FAR, ROUNDS, UNTOLD, FarOff, far_off, kind_words
 from pipeline.analysis.instruction_findings import where_it_errs
 from pipeline.analysis.instruction_times import kind_errors
-from pipeline.analysis.statistics import memory_error, prediction_error
+from pipeline.analysis.statistics import copied, memory_error, prediction_error
 from pipeline.analysis.wording import listed, named
 from pipeline.results.contracts import OK
 
 
 def prediction_finding(timing: xr.Dataset) -> str:
     """How far predictions are off, over all cells, then by strategy."""
-    error = abs(prediction_error(timing))
-    every = _finite(error)
+    error, once = abs(prediction_error(timing)), ~copied(timing)
+    every = _finite(error.where(once))
+    twice = _finite(error).size - every.size
     if not every.size:
         return "No cell was both measured and predicted.\n"
     answer = (
         f"The step time predicted before a cell was measured is off by {np.median(every):.1%} in the median and "
         f"{np.quantile(every, 0.95):.1%} at the 95th percentile of {every.size} cells"
     )
-    where = where_it_errs(kind_errors(timing), most=2)
+    timed = "was timed once with that" if twice == 1 else "were timed once with those"
+    answer += f" ({twice} more of ``auto`` {timed} of another strategy, the plan being the same)" if twice else ""
+    where = where_it_errs(kind_errors(timing).where(once), most=2)
     answer += f"; of what their instructions are off, {where}." if where else "."
     each = {name: _finite(error.sel(strategy=name)) for name in selection.strategies(timing)}
     told = ", ".join(
         f"``{name}`` {np.median(one):.1%} and {np.quantile(one, 0.95):.1%}" for name, one in each.items() if one.size
     )
     sentences = [answer, f"By strategy, in the median and at the 95th percentile: {told}."]
-    again = repeatability(timing)
+    again = _finite(repeatability(timing)["forecast_error"].where(error.notnull() & once))
     if again.size:
         sentences.append(
-            f"Measurements differ, too: in cells of several rounds ({again.size} rounds in all) the median step of one "
-            f"is off that of the cell's others by {np.median(again):.1%} in the median and "
-            f"{np.quantile(again, 0.95):.1%} at the 95th percentile; a round has fewer steps than a cell."
+            "Measurements differ, too: the best forecast on this host, of each round of a cell by the median of the "
+            f"cell's other rounds, would be off by {np.median(again):.1%} in the median and "
+            f"{np.quantile(again, 0.95):.1%} at the 95th percentile of the {again.size} cells of several rounds; a "
+            "round has fewer steps than a cell."
         )
+    sentences.append(_far_off(far_off(timing), every.size))
     if "stolen" in timing and timing["stolen"].notnull().any():
-        stolen = _finite(timing["stolen"].where(timing["status"] == OK))
+        stolen = _finite(timing["stolen"].where((timing["status"] == OK) & once))
         sentences.append(
             f"The host gave {stolen.mean():.1%} of the cores' time to other machines on average, and up to "
             f"{stolen.max():.1%} in a cell."
         )
-    if "predicted_memory" in timing and (memory := _finite(abs(memory_error(timing)))).size:
+    if "predicted_memory" in timing and (memory := _finite(abs(memory_error(timing)).where(once))).size:
         sentences.append(
             f"The peak memory of a rank is off by {np.median(memory):.1%} in the median and by {memory.max():.1%} at "
             f"most, of {memory.size} ranks."
         )
     return listed(sentences, "")
+
+
+def _far_off(found: Sequence[FarOff], cells: int) -> str:
+    """How many cells are far off, and how often for which cause."""
+    if not found:
+        return f"None of the {cells} predictions is off by more than {FAR:.0%}."
+    causes = Counter(one.cause for one in found)
+    told = [f"the rounds of the very cell differ by as much in {causes[ROUNDS]}"] if causes[ROUNDS] else []
+    kinds = {kind: count for kind, count in causes.most_common() if kind not in (ROUNDS, UNTOLD)}
+    if kinds:
+        most = ", ".join(f"{kind_words(kind)} in {count}" for kind, count in kinds.items())
+        told.append(f"what errs most on the slowest device is {most}")
+    told += [f"the store does not tell why in {causes[UNTOLD]}"] if causes[UNTOLD] else []
+    return f"{len(found)} of the {cells} predictions are off by more than {FAR:.0%}: {'; '.join(told)}."
 
 
 def choice_finding(timing: xr.Dataset) -> str:

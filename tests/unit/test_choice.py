@@ -9,6 +9,9 @@ import pytest
 import xarray as xr
 
 from pipeline.analysis.choice import auto_against_fastest, repeatability
+from pipeline.analysis.instruction_findings import instructions_finding
+from pipeline.analysis.prediction_tables import strategies_table
+from pipeline.analysis.statistics import copied
 from pipeline.analysis.step_findings import choice_finding, prediction_finding
 from pipeline.results.contracts import CellIndex
 from pipeline.results.stores import combine
@@ -66,9 +69,17 @@ def test_there_is_nothing_to_compare_where_auto_or_all_others_are_missing():
 
 def test_repeatability_is_how_far_each_round_is_from_the_others():
     timing = grid({"kernel": [[2.0, 2], [3, 3]], "paper": [[1.0, 1, 1]]})
-    np.testing.assert_allclose(sorted(repeatability(timing)), [1 / 3, 1 / 2])
-    assert "Measurements differ, too" in prediction_finding(timing)
-    assert repeatability(grid({"kernel": [[1.0, 2]]})).size == 0
+    found = repeatability(timing).sel(strategy="kernel").squeeze()
+    assert found["forecast_error"].item() == pytest.approx((3 / 2 - 1 + 1 - 2 / 3) / 2)  # each told by the other
+    assert found["between_rounds"].item() == pytest.approx((3 - 2) / 2.5)
+    assert repeatability(timing).sel(strategy="paper").isnull().all()
+    assert "off by 41.7% in the median and 41.7% at the 95th percentile of the 1 cells" in prediction_finding(timing)
+
+
+def test_a_round_is_told_by_the_median_of_all_steps_of_the_others():
+    timing = grid({"kernel": [[1.0, 1, 1], [2.0], [4.0]]})
+    wanted = [3 / 1 - 1, 1 - 1 / 2, 1 - 1 / 4]
+    assert repeatability(timing)["forecast_error"].item() == pytest.approx(np.mean(wanted))
 
 
 def test_steps_of_a_store_without_rounds_are_all_of_one():
@@ -77,8 +88,32 @@ def test_steps_of_a_store_without_rounds_are_all_of_one():
     assert found.chosen == ""
     assert found.rounds == 1
     assert "1 had one round" in choice_finding(timing)
-    assert repeatability(timing).size == 0
+    assert repeatability(timing)["forecast_error"].isnull().all()
     assert "Measurements differ" not in prediction_finding(timing)
+
+
+def test_a_cell_of_auto_that_was_timed_for_another_strategy_counts_once_among_all():
+    steps = {"kernel": [[2.0, 2], [2, 2.5]], "paper": [[3.0, 3], [3, 3]], "auto": [[2.0, 2], [2, 2.5]]}
+    twice, apart = grid(steps), grid(steps | {"auto": [[2.0, 2], [2, 2.6]]})
+    for timing in (twice, apart):
+        timing["predicted_step_time"].loc[{"strategy": ["kernel", "auto"]}] = 2.2
+        timing["predicted_step_time"].loc[{"strategy": "paper"}] = 3.6
+        timing["peak_memory"][:], timing["predicted_memory"][:] = 1e9, 1.1e9
+    assert list(copied(twice)["strategy"].values[copied(twice).values.ravel()]) == ["auto"]
+    assert not copied(apart).any()
+    said = prediction_finding(twice)
+    assert "is off by 15.0% in the median and 19.5% at the 95th percentile of 2 cells (1 more of ``auto`` was" in said
+    assert "``auto`` 10.0% and 10.0%" in said
+    assert "of 4 ranks" in said
+    assert "is off by 10.0% in the median and 19.0% at the 95th percentile of 3 cells;" in prediction_finding(apart)
+    assert "of 6 ranks" in prediction_finding(apart)
+    table = strategies_table(twice).set_index("strategy")
+    assert list(table["cells"]) == [1, 1, 1, 2]
+    assert table.loc["all", "median"] == pytest.approx(0.15)
+    assert table.loc["auto", "forecast_median"] == table.loc["kernel", "forecast_median"] > 0
+    assert table.loc["all", "forecast_median"] == pytest.approx(table.loc["kernel", "forecast_median"] / 2)
+    assert "predicted instructions of 2 cells" in instructions_finding(twice)
+    assert "predicted instructions of 3 cells" in instructions_finding(apart)
 
 
 def test_the_predicted_memory_is_told_beside_the_measured() -> None:

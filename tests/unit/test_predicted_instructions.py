@@ -203,8 +203,10 @@ def test_the_page_has_the_table_below_its_figure(timing, tmp_path: Path):
     written = write_predictions(timing, tmp_path)
     assert {path.name for path in written} == {
         "predictions.csv",
+        "predictions_far_off.csv",
         "predicted_kinds.csv",
         "predicted_instructions.csv",
+        "prediction_table.rst",
         "predicted_instructions_table.rst",
     }
     page = write_page(tmp_path).read_text()

@@ -28,8 +28,10 @@ rule figures:
             f"{OUT}/figures/{{name}}",
             name=[
                 "predictions.csv",
+                "predictions_far_off.csv",
                 "predicted_kinds.csv",
                 "predicted_instructions.csv",
+                "prediction_table.rst",
                 "predicted_instructions_table.rst",
             ],
         ),
