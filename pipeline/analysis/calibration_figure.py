@@ -15,6 +15,7 @@ from pipeline.analysis.style import (
     emulation_note,
     legend,
     nothing,
+    plain_logarithmic,
     source_line,
     step_of_sequence,
     style,
@@ -89,10 +90,12 @@ def _share_curve(axis: Axes, times: xr.DataArray, devices: int) -> None:
 
 
 def _links(axis: Axes, times: xr.DataArray) -> None:
-    axis.set(title="links", xlabel="message / bytes", ylabel="time of a message / ms", xscale="log", yscale="log")
+    axis.set(title="links, one by one", xlabel="message / kB", ylabel="time / ms", xscale="log", yscale="log")
     pairs = [(s, d) for s in range(times.sizes["source"]) for d in range(times.sizes["destination"]) if s != d]
     for source, destination in pairs:
         numbers = summary(1e3 * times.isel(source=source, destination=destination))
-        axis.fill_between(numbers["message_bytes"], numbers["lower"], numbers["upper"], color="#f0a43c", alpha=0.18,
-                          linewidth=0)  # fmt: skip
-        axis.plot(numbers["message_bytes"], numbers["median"], color="#b36b00", linewidth=1.1, marker=".")
+        size_kb = numbers["message_bytes"] / 1e3
+        axis.fill_between(size_kb, numbers["lower"], numbers["upper"], color="#f0a43c", alpha=0.18, linewidth=0)
+        axis.plot(size_kb, numbers["median"], color="#b36b00", linewidth=1.1, marker=".")
+    for one in (axis.xaxis, axis.yaxis):
+        plain_logarithmic(one)

@@ -51,7 +51,7 @@ def auto_beside_others(timing: xr.Dataset, *, store: str = "timing.zarr") -> Fig
             for name, took in row.medians.items():
                 if name != "auto":
                     axis.plot(min(took / row.medians[row.fastest], _LARGEST), place, **_marks(name))
-            axis.plot([row.low, row.high], [place, place], color=INK, linewidth=1.4)
+            axis.plot([row.low, row.high], [place, place], color=INK, linewidth=1.4, zorder=1.5)
             axis.plot(row.ratio, place, **_marks("auto"))
         axis.set_yticks(range(len(rows)), [_named(row) for row in rows], fontsize=7.5)
         axis.set(ylim=(len(rows) - 0.4, -0.6), xlabel="median step / that of the fastest other strategy")

@@ -74,14 +74,14 @@ def _beside(gain: xr.Dataset) -> str:
         ratios, gained = one["ratio"].values[known], one["gain"].values[known]
         if not known.any():
             continue
-        beside = f"{number} ``{gain.attrs['cpu']}``"
+        beside = f"{number} ``{gain.attrs['cpu']}`` {'gains' if number == 1 else 'gain'}"
         pays = np.flatnonzero(gained >= PAYS)
         if not pays.size:
-            told.append(f"{beside} gain nothing from {ratios[0]:.3g} times its speed on")
+            told.append(f"{beside} nothing from {ratios[0]:.3g} times its speed on")
             continue
         last = int(pays[-1])
         no_longer = f" and nothing from {ratios[last + 1]:.3g} times on" if last + 1 < len(ratios) else ""
-        told.append(f"{beside} gain {gained[last] - 1:.1%} at {ratios[last]:.3g} times its speed{no_longer}")
+        told.append(f"{beside} {gained[last] - 1:.1%} at {ratios[last]:.3g} times its speed{no_longer}")
     return (
         f"Simulated, {gain.attrs['network']}, batch {gain['batch_size'].item()}, {gain.attrs['link']}, beside one "
         f"GPU that is so many times as fast as one ``{gain.attrs['cpu']}``: {'; '.join(told)}."

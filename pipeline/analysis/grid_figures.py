@@ -31,6 +31,7 @@ from pipeline.analysis.style import (
     subtitle,
     time_scale,
     unmeasured,
+    whisker,
 )
 from pipeline.results.contracts import OK
 
@@ -169,7 +170,7 @@ def _step_panel(axis: Axes, cells: xr.Dataset, rows: list[tuple[str, str]], gaps
         look, numbers = strategy_look(strategy), summary(cell["step_time"])
         median, low, high = (scale * numbers[name].item() for name in ("median", "lower", "upper"))
         axis.barh(y, median, height=0.92, color=look.color, hatch=look.hatch, edgecolor="white", linewidth=0)
-        axis.errorbar(median, y, xerr=[[median - low], [high - median]], color=INK, elinewidth=1, capsize=1.8, zorder=3)
+        whisker(axis, median, y, low, high, 1.8)
         samples = scale * cell["step_time"].values
         axis.plot(samples, np.full(samples.shape, y), ".", color=INK, markersize=2, alpha=0.55, zorder=4)
         text = f"{median:#.3g}".rstrip(".") + flags(numbers["noisy"].item(), numbers["count"].item())
@@ -203,6 +204,7 @@ def convolution_over_size(timing: xr.Dataset, *, store: str = _STORE) -> Figure:
         for axis, (label, device_set) in zip(axes[0], panels.items(), strict=True):
             _share_panel(axis, shares.sel(device_set=device_set, link=link, network=names))
             axis.set_title(f"on one {label}" + (" (emulated)" if is_emulated([label]) else ""))
+        axes[0, 0].set_ylim(0, max(1, axes[0, 0].get_ylim()[1]))
         axes[0, 0].set_ylabel("share of the step")
         only_left(axes)
         sizes = timing["batch_size"].values
@@ -237,5 +239,4 @@ def _share_panel(axis: Axes, shares: xr.DataArray) -> None:
     axis.set_xticks(x, [str(name) for name in shares["network"].values])
     axis.set_xlabel("network (kernels of both convolutions)")
     axis.set_xlim(-0.4, len(x) - 0.6)
-    axis.set_ylim(0, 1)
     axis.yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -126,8 +126,8 @@ def _quality(timing: xr.Dataset) -> str:
     few = int((times["count"].where(timing["status"] == OK) < FEWEST).sum())
     ended = "all ended well" if measured == planned else f"{planned - measured} did not end well"
     return (
-        f"Of {planned} measured cells {ended}; in {noisy} of them IQR / median exceeds {NOISY:g}, {few} have fewer "
-        f"than {FEWEST} repetitions."
+        f"Of {planned} measured cells {ended}; in {noisy} of them IQR / median exceeds {NOISY:g}, {few or 'none'} "
+        f"{'has' if few <= 1 else 'have'} fewer than {FEWEST} repetitions."
     )
 
 

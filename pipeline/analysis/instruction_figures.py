@@ -29,6 +29,7 @@ from pipeline.analysis.style import (
     INK,
     MUTED,
     canvas,
+    emulated_marks_note,
     emulation_note,
     legend,
     nothing,
@@ -54,7 +55,7 @@ def predicted_instructions(timing: xr.Dataset, *, store: str = _STORE) -> Figure
     errors = kind_errors(timing, times)
     shown = [name for name in selection.strategies(timing) if told.sel(strategy=name).any()]
     labels = sorted({str(label) for label in timing["device_label"].values.ravel() if label})
-    note = subtitle("each mark is a cell of the grid", "the bar is the median", emulation_note(labels))
+    note = subtitle("each mark is a cell of the grid", "the bar is the median", emulated_marks_note(labels))
     scale, unit = time_scale(times["measured_time"].values)
     furthest = 1.08 * float(abs(errors.sel(kind=list(KINDS))).max())
     with style():
@@ -65,7 +66,7 @@ def predicted_instructions(timing: xr.Dataset, *, store: str = _STORE) -> Figure
             _errors_panel(below, errors.sel(kind=kind), shown)
             below.set_ylim(-furthest, furthest)
         axes[0, 0].set_ylabel(f"predicted / {unit}")
-        axes[1, 0].set_ylabel("difference / measured step")
+        axes[1, 0].set_ylabel("(predicted - measured)\n/ measured step")
         for axis in axes[1, 1:]:
             axis.tick_params(labelleft=False)
         legend(figure, [Line2D([], [], label=name, **_marks(name)) for name in shown])

@@ -13,9 +13,10 @@ from pipeline.analysis.statistics import prediction_error
 from pipeline.analysis.style import (
     MUTED,
     canvas,
-    emulation_note,
+    emulated_marks_note,
     legend,
     nothing,
+    plain_logarithmic,
     source_line,
     strategy_look,
     style,
@@ -32,7 +33,7 @@ def predicted_against_measured(timing: xr.Dataset, *, store: str = "timing.zarr"
         return nothing(title, "No cell was both measured and predicted.", source)
     shown = [name for name in selection.strategies(timing) if error.sel(strategy=name).notnull().any()]
     labels = sorted({str(label) for label in timing["device_label"].values.ravel() if label})
-    note = subtitle("each mark is a cell of the grid", "the bar is the median", emulation_note(labels))
+    note = subtitle("each mark is a cell of the grid", "the bar is the median", emulated_marks_note(labels))
     median = timing["step_time"].median("repetition")
     scale, unit = time_scale(median.where(error.notnull()).values)
     with style():
@@ -53,6 +54,7 @@ def predicted_against_measured(timing: xr.Dataset, *, store: str = "timing.zarr"
         over_time.set(
             title="over the step", xlabel=f"measured step / {unit}", ylabel="predicted / measured - 1", xscale="log"
         )
+        plain_logarithmic(over_time.xaxis)
         by_strategy.set(title="by strategy", xlabel="strategy", ylabel="predicted / measured - 1")
         by_strategy.set_xticks(range(len(shown)), shown)
         legend(figure, [

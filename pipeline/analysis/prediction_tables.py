@@ -218,6 +218,10 @@ def _kind_shown(kind: str) -> Callable[[Row], str]:
     return show
 
 
+def _digits(seconds: float) -> str:
+    return f"{seconds:#.3g}".rstrip(".")
+
+
 def _text(name: str) -> Callable[[Row], str]:
     return lambda row: html.escape(str(row[name]))
 
@@ -230,24 +234,25 @@ _STRATEGY_SHOWN: Mapping[str, Callable[[Row], str]] = {
     "strategy": _text("strategy"),
     "cells": lambda row: str(row["cells"]),
     "step off by, median": lambda row: f"{row['median']:.1%}",
-    "95th percentile": lambda row: f"{row['p95']:.1%}",
+    "at the 95th percentile": lambda row: f"{row['p95']:.1%}",
     "with its sign": lambda row: f"{row['signed']:+.1%}",
-    "best forecast off by, median": lambda row: _forecast(row, "forecast_median"),
-    "95th percentile ": lambda row: _forecast(row, "forecast_p95"),
+    "best forecast, median": lambda row: _forecast(row, "forecast_median"),
+    "best forecast, 95th percentile": lambda row: _forecast(row, "forecast_p95"),
     **{kind: _kind_shown(kind) for kind in (*KINDS, SPREAD)},
 }
 _CELL_SHOWN: Mapping[str, Callable[[Row], str]] = {
     **{name.replace("_", " "): _text(name) for name in INDEX},
-    "predicted / s": lambda row: f"{row['predicted_s']:.3g}",
+    "predicted / s": lambda row: _digits(row["predicted_s"]),
     "measured / s, 95 % interval": lambda row: (
-        f"{row['measured_s']:.3g} ({row['low_s']:.3g} to {row['high_s']:.3g}){flags(row['noisy'], row['repetitions'])}"
+        f"{_digits(row['measured_s'])} ({_digits(row['low_s'])} to {_digits(row['high_s'])})"
+        f"{flags(row['noisy'], row['repetitions'])}"
     ),
     "error": lambda row: f"{row['error']:+.1%}",
 }
 _FAR_OFF_SHOWN: Mapping[str, Callable[[Row], str]] = {
     **{name.replace("_", " "): _text(name) for name in INDEX},
-    "predicted / s": lambda row: f"{row['predicted_s']:.3g}",
-    "measured / s": lambda row: f"{row['measured_s']:.3g}",
+    "predicted / s": lambda row: _digits(row["predicted_s"]),
+    "measured / s": lambda row: _digits(row["measured_s"]),
     "error": lambda row: f"{row['error']:+.1%}",
     "between its rounds": lambda row: (
         "<i>one round</i>" if np.isnan(row["between_rounds"]) else f"{row['between_rounds']:.1%}"
@@ -276,6 +281,7 @@ _LOOK = (
     "table.predictions{border-collapse:collapse;font-size:.75rem;line-height:1.3;margin:.5rem 0}"
     "table.predictions th{text-align:left;border-bottom:2px solid #1f2328;padding:.25rem .5rem;vertical-align:bottom}"
     "table.predictions td{border-bottom:1px solid #d5d9de;padding:.25rem .5rem;vertical-align:top;white-space:nowrap}"
+    "table.predictions td:last-child{white-space:normal}"
     "table.predictions i{color:#5d656f;font-style:normal;font-size:.7rem}"
     ".prose details summary{cursor:pointer;font-size:.85rem;font-weight:600;margin:.5rem 0}"
 )

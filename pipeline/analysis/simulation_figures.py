@@ -163,7 +163,7 @@ def _positions(links: list[str]) -> np.ndarray:
 
 def _link_name(link: str, *, delayed: bool) -> str:
     rate, _, delay = link.partition("+")
-    name = "as it\nis" if link == LOOPBACK else rate.removesuffix("bit/s")
+    name = "real" if link == LOOPBACK else rate.removesuffix("bit/s")
     return f"{name}\n{delay}" if delayed and delay else name
 
 

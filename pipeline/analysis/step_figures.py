@@ -24,6 +24,7 @@ from pipeline.analysis.style import (
     subtitle,
     time_scale,
     unmeasured,
+    whisker,
 )
 from pipeline.results.contracts import OK
 
@@ -37,9 +38,10 @@ def time_per_device(timing: xr.Dataset, *, store: str = _STORE) -> Figure:
     Whiskers are the quartiles of the step.
     """
     title, source = "What the devices do during a step", source_line(timing, store)
-    sets, names, link = selection.showcase_sets(timing), selection.networks(timing), selection.main_link(timing)
+    sets, link = selection.showcase_sets(timing), selection.main_link(timing)
     if not sets:
         return nothing(title, "The grid has no set of several devices.", source)
+    names = selection.networks(timing, sets)
     note = subtitle("medians, quartiles of the step as whisker", f"link {link}", emulation_note(sets))
     shown = {s: _split_strategies(timing, s, link) for s in sets}
     lanes = {s: len(shown[s]) * (len(selection.device_labels(timing, s)) + 0.9) for s in sets}
@@ -91,8 +93,7 @@ def _activity_panel(axis: Axes, cells: xr.Dataset, shown: list[str]) -> None:
             ticks[y] = f"{strategy}   {label}" if rank == 0 else label
             y += 1
         if step is not None:
-            middle, spread = y - len(labels) / 2 - 0.5, [[step[1] - step[0]], [step[2] - step[1]]]
-            axis.errorbar(step[1], middle, xerr=spread, color=INK, elinewidth=1.1, capsize=2.2, zorder=3)
+            whisker(axis, step[1], y - len(labels) / 2 - 0.5, step[0], step[2], 2.2)
             axis.plot([step[1]] * 2, [y - len(labels) - 0.5, y - 0.5], color=INK, linewidth=0.9)
         y += 0.9
     axis.set_yticks(list(ticks), list(ticks.values()), size=7.5)
@@ -121,7 +122,7 @@ def step_timeline(timing: xr.Dataset, *, store: str = _STORE) -> Figure:
         return nothing(title, f"No timeline was recorded for {place['network']} on {device_set}.", source)
     labels = selection.device_labels(timing, device_set)
     where = f"{place['network']}, batch {place['batch_size']}, {device_set}, link {place['link']}"
-    note = subtitle(where, "last repetition", emulation_note(labels))
+    note = subtitle(where, "last step of the middle round", emulation_note(labels))
     scale, unit = time_scale(ends.sel(strategy=shown).values)
     span = scale * float(ends.sel(strategy=shown).max())
     with style():

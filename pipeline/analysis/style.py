@@ -18,8 +18,11 @@ import numpy.typing as npt
 import xarray as xr
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter
 
 from pipeline.results.contracts import NOISY
 
@@ -161,6 +164,23 @@ def legend(figure: Figure, handles: Iterable[Artist]) -> None:
             drawn.remove()
 
 
+def whisker(axis: Axes, x: float, y: float, low: float, high: float, capsize: float) -> None:
+    """The quartiles of a bar along it, edged in white so that they show on a dark one too."""
+    drawn = axis.errorbar(
+        x, y, xerr=[[x - low], [high - x]], color=INK, elinewidth=1, capsize=capsize, capthick=1, zorder=3
+    )
+    for line in (*drawn.lines[1], *drawn.lines[2]):
+        line.set_path_effects([withStroke(linewidth=2.2, foreground="white")])
+
+
+def plain_logarithmic(axis: Axis) -> None:
+    """Label the powers of ten of an axis as numbers, and what lies between only within two decades."""
+    axis.set_major_formatter("{x:g}")
+    low, high = sorted(axis.get_view_interval())
+    few = high < 100 * low
+    axis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:g}" if few and f"{x:e}"[0] in "235" else ""))
+
+
 def patch(look: Look, label: str) -> Patch:
     """A legend entry for bars of a look."""
     return Patch(facecolor=look.color, hatch=look.hatch, edgecolor="white", linewidth=0, label=label)
@@ -193,6 +213,11 @@ def is_emulated(labels: Iterable[object]) -> bool:
 def emulation_note(labels: Iterable[object]) -> str:
     """What to add to a title or subtitle when devices are emulated; '' when none is."""
     return "@: emulated, at that fraction of full speed" if is_emulated(labels) else ""
+
+
+def emulated_marks_note(labels: Iterable[object]) -> str:
+    """The same where the marks of a figure do not name their devices."""
+    return "some devices emulated" if is_emulated(labels) else ""
 
 
 def described(grid: xr.Dataset) -> dict[str, float]:

@@ -25,6 +25,7 @@ from pipeline.analysis.style import (
     style,
     subtitle,
     time_scale,
+    whisker,
 )
 from pipeline.results.contracts import OK
 
@@ -102,7 +103,7 @@ def _times(axis: Axes, cells: xr.Dataset, device_set: str) -> None:
         if before > median:
             axis.barh(y, before - median, left=median, height=0.72, color=_SAVED.color, linewidth=0)
         axis.barh(y, median, height=0.72, color=look.color, hatch=look.hatch, edgecolor="white", linewidth=0)
-        axis.errorbar(median, y, xerr=[[median - low], [high - median]], color=INK, elinewidth=1, capsize=2, zorder=3)
+        whisker(axis, median, y, low, high, 2)
         text = f"{median:#.3g}".rstrip(".") + (f"  ({change(cells, y):+.0%})" if y else "")
         text += flags(cell["noisy"].item(), cell["count"].item())
         axis.annotate(text, (max(high, median), y), (4, 0), textcoords="offset points", va="center", size=7.5)

@@ -172,6 +172,42 @@ def test_findings_say_the_numbers_of_the_stores():
     assert "compute 50%, exchange 30%, idle 20%" in FIGURES["activity"].say(grid)
 
 
+def test_the_share_of_convolutions_is_not_cut_off_where_it_passes_all_of_a_step(stores):
+    grid = stores["timing"].copy(deep=True)
+    grid["convolution_time"] = grid["step_time"].where(grid["strategy"] == "single") * 1.2
+    assert FIGURES["convolution_share"].draw(grid).axes[0].get_ylim()[1] > 1.2
+    assert FIGURES["convolution_share"].draw(stores["timing"]).axes[0].get_ylim() == (0, 1)
+
+
+def test_quartiles_show_on_a_dark_bar(stores):
+    (axis, *_) = FIGURES["waterfall"].draw(stores["timing"]).axes
+    effects = [line.get_path_effects() for line in axis.collections]
+    assert effects
+    assert all(len(one) == 1 for one in effects)
+
+
+def test_the_activity_of_devices_has_no_column_of_a_network_that_was_not_split_there():
+    wanted = synthetic.indices(("50:500",), (32,), ("2 x cpu", "cpu + cpu@0.5"))
+    wanted += synthetic.indices(("500:1500",), (32,), ("3 x cpu",), ("single", "kernel"))
+    titles = [axis.get_title(loc="left") for axis in FIGURES["activity"].draw(synthetic.timing(wanted)).axes]
+    assert titles == ["50:500, batch 32"] * 2
+
+
+@pytest.mark.parametrize(
+    ("limits", "wanted"),
+    [((0.2, 9), ["0.2", "0.3", "0.5", "1", "2", "3", "5"]), ((0.9, 2e3), ["1", "10", "100", "1000"])],
+)
+def test_logarithmic_axes_are_labelled_with_plain_numbers(limits: tuple[float, float], wanted: list[str]):
+    axis = Figure().subplots()
+    axis.set(xscale="log", xlim=limits)
+    style.plain_logarithmic(axis.xaxis)
+    axis.figure.draw_without_rendering()
+    low, high = limits
+    ticks = [*axis.xaxis.get_major_ticks(), *axis.xaxis.get_minor_ticks()]
+    shown = sorted((tick.get_loc(), tick.label1.get_text()) for tick in ticks if low <= tick.get_loc() <= high)
+    assert [text for _, text in shown if text] == wanted
+
+
 def test_the_legend_fits_however_many_strategies_there_are():
     wanted = synthetic.indices(("50:500", "500:1500"), (32,), ("cpu@0.45", "2 x cpu@0.45"))
     figure = FIGURES["speedup"].draw(synthetic.timing(wanted))

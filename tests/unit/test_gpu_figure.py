@@ -64,7 +64,7 @@ def test_the_gain_of_cpus_is_told_over_the_ratio_of_speeds(simulation: xr.Datase
     np.testing.assert_allclose(gain["ratio"].sel(batch_size=32), [4, 20])
     np.testing.assert_allclose(gain["gain"].sel(batch_size=32, cpus=1), [1.25, 0.9])
     said = FIGURES["gpus"].say(simulation, timing)
-    assert "1 ``cpu@0.45`` gain 25.0% at 4 times its speed and nothing from 20 times on" in said
+    assert "1 ``cpu@0.45`` gains 25.0% at 4 times its speed and nothing from 20 times on" in said
     assert "4 ``cpu@0.45`` gain 10.0% at 20 times its speed." in said
 
 
@@ -73,7 +73,7 @@ def test_a_cpu_that_never_pays_is_said_never_to_pay(simulation: xr.Dataset, timi
     for strategy in ("paper", "kernel", "batch"):
         place = {"device_set": beside, "strategy": strategy}
         simulation["predicted_step_time"].loc[place] = 1e6
-    assert "1 ``cpu@0.45`` gain nothing from 4 times its speed on" in FIGURES["gpus"].say(simulation, timing)
+    assert "1 ``cpu@0.45`` gains nothing from 4 times its speed on" in FIGURES["gpus"].say(simulation, timing)
 
 
 def test_the_paper_stands_beside_its_number_of_gpus_only(simulation: xr.Dataset, timing: xr.Dataset):
