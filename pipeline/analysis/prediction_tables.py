@@ -236,8 +236,8 @@ _STRATEGY_SHOWN: Mapping[str, Callable[[Row], str]] = {
     "step off by, median": lambda row: f"{row['median']:.1%}",
     "at the 95th percentile": lambda row: f"{row['p95']:.1%}",
     "with its sign": lambda row: f"{row['signed']:+.1%}",
-    "best forecast, median": lambda row: _forecast(row, "forecast_median"),
-    "best forecast, 95th percentile": lambda row: _forecast(row, "forecast_p95"),
+    "best forecast of a round, median": lambda row: _forecast(row, "forecast_median"),
+    "and at the 95th percentile": lambda row: _forecast(row, "forecast_p95"),
     **{kind: _kind_shown(kind) for kind in (*KINDS, SPREAD)},
 }
 _CELL_SHOWN: Mapping[str, Callable[[Row], str]] = {
@@ -267,8 +267,9 @@ _FAR_OFF_NOTE = (
     "instructions were kept."
 )
 _NOTE = (
-    "Best forecast: each round of a cell told by the median of the cell's other rounds, which no prediction can know; "
-    "of cells of several rounds. In the row of all a cell that was timed once for two strategies counts once. "
+    "Best forecast: each round of a cell told by the median of the cell's other rounds, in cells of several; a round "
+    "has fewer steps than the cell that a prediction is held against, which may thus be off by less. In the row of all "
+    "a cell that was timed once for two strategies counts once. "
     "Of each kind the median of predicted less measured time over the measured step: below zero it took longer than "
     "predicted. In grey, what part of all that is off lies there, whichever its sign. Idle: no device is busy. Spread: "
     "by how much the one step whose instructions were kept differs from the median of its cell, which is no error of "

@@ -46,7 +46,7 @@ def prediction_finding(timing: xr.Dataset) -> str:
             "Measurements differ, too: the best forecast on this host, of each round of a cell by the median of the "
             f"cell's other rounds, would be off by {np.median(again):.1%} in the median and "
             f"{np.quantile(again, 0.95):.1%} at the 95th percentile of the {again.size} cells of several rounds; a "
-            "round has fewer steps than a cell."
+            "round has fewer steps than the cell that a prediction is held against, which may thus be off by less."
         )
     sentences.append(_far_off(far_off(timing), every.size))
     if "stolen" in timing and timing["stolen"].notnull().any():
