@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -356,7 +357,12 @@ def simulation(
 
 
 def study() -> dict[str, xr.Dataset]:
-    """The stores of a small study that touches every question, by name."""
+    """The stores of a small study that touches every question, by name; each call gives copies of its own."""
+    return {name: dataset.copy(deep=True) for name, dataset in _study().items()}
+
+
+@functools.cache
+def _study() -> dict[str, xr.Dataset]:
     sets = ("cpu@0.45", "2 x cpu@0.45", "3 x cpu@0.45", "4 x cpu@0.45", "cpu", "2 x cpu", "cpu + cpu@0.5")
     return {
         "timing": timing(indices(("50:500", "500:1500"), (32,), sets)),

@@ -157,7 +157,6 @@ def legend(figure: Figure, handles: Iterable[Artist]) -> None:
             handles=handles, loc="upper left", bbox_to_anchor=place, ncols=len(handles), borderpad=0.3, fontsize=size,
             columnspacing=spacing,
         )  # fmt: skip
-        figure.draw_without_rendering()
         if drawn.get_window_extent().width <= 0.99 * figure.bbox.width:
             return
         if (spacing, size) != _LEGEND_SIZES[-1]:
@@ -264,5 +263,6 @@ def save(figure: Figure, stem: Path) -> tuple[Path, Path]:
     # A salt of its own keeps the ids of several figures apart when they stand in one page.
     with style(), mpl.rc_context({"svg.hashsalt": stem.name}):
         figure.savefig(paths[0], metadata={"Date": None})
+        figure.set_layout_engine("none")  # it has found where everything goes, and would search again
         figure.savefig(paths[1], dpi=160, metadata={"Software": None})
     return paths
