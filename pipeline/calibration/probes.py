@@ -148,11 +148,7 @@ def probe_rank(context: RankContext, task: Probing) -> Probed:
     """Take the steps; every rank runs this."""
     torch.manual_seed(0)
     taken: _Taken = {probe: [] for probe in PROBES}
-    gc.freeze()  # what torch has loaded takes long to look through, after each strategy
-    try:
-        _take(context, task, taken)
-    finally:
-        gc.unfreeze()
+    _take(context, task, taken)
     found = np.full((len(PROBES), MOST_STEPS, 2), np.nan)
     for index, times in enumerate(taken.values()):
         found[index, : len(times)] = np.array(times).reshape(-1, 2)

@@ -114,6 +114,8 @@ def run_rank(assignment: Assignment, function: Callable[..., Any], *arguments: A
     """The task of one rank: meet the others, call `function(context, *arguments)`, leave nothing behind."""
     torch.set_num_threads(assignment.device.threads)
     torch.set_flush_denormal(True)
+    gc.collect()
+    gc.freeze()  # what torch has loaded takes long to look through, and only what comes now can be left behind
     try:
         with Watch(assignment.meeting) as watch, _process_group(assignment) as group:
             context = RankContext(
@@ -132,6 +134,7 @@ def run_rank(assignment: Assignment, function: Callable[..., Any], *arguments: A
     finally:
         torch.set_flush_denormal(False)
         gc.collect()  # traced models are cycles, and would keep their weights until Python happens to look
+        gc.unfreeze()
 
 
 class Watch:

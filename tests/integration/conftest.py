@@ -1,4 +1,4 @@
-"""A cluster that this package did not start: scheduler and workers as a user's own processes, on loopback."""
+"""Clusters for many tests: one of four devices, and one that this package did not start, of a user's own processes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from distributed import Client
+
+import pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 # Short leases, so that no test waits half a minute for the lock of a dead driver; but longer than its ranks live.
@@ -21,6 +24,16 @@ ENVIRONMENT = {
     "DASK_DISTRIBUTED__SCHEDULER__LOCKS__LEASE_TIMEOUT": "8s",
     "DASK_DISTRIBUTED__SCHEDULER__LOCKS__LEASE_VALIDATION_INTERVAL": "500ms",
 }
+
+
+@pytest.fixture(scope="session")
+def client() -> Iterator[Client]:
+    """Four devices, for all files that ask for nothing special and leave the workers alive.
+
+    Processes that import torch take far longer to start than most tests to run.
+    """
+    with pipeline.local_cluster([pipeline.Device("cpu")] * 4, dashboard=False) as connected:
+        yield connected
 
 
 @pytest.fixture

@@ -6,14 +6,18 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import xarray as xr
 
+import pipeline
 from pipeline.accuracy import CONTROL
 from pipeline.analysis import learning
+from pipeline.cli import main
+from pipeline.cluster.devices import parse_device_set
 from pipeline.config import STRATEGIES
 from pipeline.datasets import prepare
 from pipeline.networks import network
@@ -24,6 +28,7 @@ from pipeline.stored_images import StoredImages
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 50
+DEVICES = "cpu + cpu@0.5"
 EARLY = 20
 """Later a network of four kernels may jump: one of them crossing zero by rounding is a quarter of its first layer."""
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -31,23 +36,33 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 def command(folder: Path, strategies: tuple[str, ...], *options: str) -> list[str]:
     """50 steps of a tiny network on the digits of scikit-learn, seed 0; results in folder/accuracy.zarr."""
-    given = ["accuracy", "--network", "4:8", "--data", "digits", "--devices", "cpu + cpu@0.5", "--batch-size", "12"]
+    given = ["accuracy", "--network", "4:8", "--devices", DEVICES, "--batch-size", "12"]
     given += ["--train-images", "300", "--epochs", "2", "--test-images", "100", "--seed", "0"]
     given += [part for name in strategies for part in ("--strategy", name)]
-    return [sys.executable, "-m", "pipeline", *given, "--output", str(folder / "accuracy.zarr"), *options]
+    return [*given, "--output", str(folder / "accuracy.zarr"), *options]
 
 
 def run(folder: Path, strategies: tuple[str, ...], *options: str) -> xr.Dataset:
-    done = subprocess.run(
-        command(folder, strategies, *options), capture_output=True, text=True, check=False, env=environment(folder)
-    )
-    assert done.returncode == 0, done.stderr
+    assert main(command(folder, strategies, *options)) == 0
     return open_store(folder / "accuracy.zarr", validate_accuracy)
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory) -> xr.Dataset:
-    return run(tmp_path_factory.mktemp("all"), STRATEGIES, "--seed", "1")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ...]]:
+    """Options: prepared images, a calibration and a running cluster of the devices."""
+    folder = tmp_path_factory.mktemp("given")
+    images, costs = folder / "digits.zarr.zip", folder / "calibration.zarr.zip"
+    prepare("digits", images, root=folder, progress=False)
+    with pipeline.local_cluster(parse_device_set(DEVICES), dashboard=False) as client:
+        common = ("--data", str(images), "--scheduler", client.scheduler.address)
+        calibrate = ["calibrate", "--network", "4:8", "--devices", DEVICES, "--batch-size", "12", "--force"]
+        assert main([*calibrate, *common, "--output", str(costs)]) == 0
+        yield (*common, "--calibration", str(costs))
+
+
+@pytest.fixture(scope="module")
+def compared(given: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> xr.Dataset:
+    return run(tmp_path_factory.mktemp("all"), STRATEGIES, "--seed", "1", *given)
 
 
 def test_losses_of_all_strategies_differ_by_no_more_than_rounding_explains(compared: xr.Dataset) -> None:
@@ -68,21 +83,20 @@ def test_each_seed_has_its_own_initial_weights_and_order_of_images(compared: xr.
 
 
 def test_the_bound_is_tight_enough_to_tell_a_learning_rate_that_is_one_percent_off(
-    compared: xr.Dataset, tmp_path: Path
+    compared: xr.Dataset, given: tuple[str, ...], tmp_path: Path
 ) -> None:
-    other = run(tmp_path, ("single",), "--learning-rate", "0.0101")
+    other = run(tmp_path, ("single",), "--learning-rate", "0.0101", *given)
     single, changed = (one.loss.sel(seed=0, strategy="single")[:EARLY] for one in (compared, other))
     assert (abs(changed - single) / single).max() > learning.rounding_bound(compared, EARLY)
 
 
-def test_a_killed_comparison_loses_no_finished_training(tmp_path: Path) -> None:
+def test_a_killed_comparison_loses_no_finished_training(given: tuple[str, ...], tmp_path: Path) -> None:
     kept, strategies = tmp_path / "kept", ("single", "kernel")
-    prepared, costs = str(tmp_path / "digits.zarr.zip"), str(tmp_path / "calibration.zarr.zip")
-    calibrate = ["calibrate", "--network", "4:8", "--devices", "cpu + cpu@0.5", "--batch-size", "12"]
-    for first in (["data", "digits", "--output", prepared], [*calibrate, "--data", prepared, "--output", costs]):
-        subprocess.run([sys.executable, "-m", "pipeline", *first], check=True, env=environment(tmp_path))
-    options = ("--keep", str(kept), "--calibration", costs, "--data", prepared)
-    with subprocess.Popen(command(tmp_path, strategies, *options), env=environment(tmp_path)) as process:
+    options = ("--keep", str(kept), *given)
+    # The first one has a cluster of its own, which goes with it.
+    alone = [one for one in options if one != "--scheduler" and not one.startswith("tcp://")]
+    first = [sys.executable, "-m", "pipeline", *command(tmp_path, strategies, *alone)]
+    with subprocess.Popen(first, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
         deadline = time.monotonic() + 120
         while not files(kept):
             assert time.monotonic() < deadline, "no training was finished"
@@ -94,11 +108,6 @@ def test_a_killed_comparison_loses_no_finished_training(tmp_path: Path) -> None:
     assert {name: after[name] for name in before} == before, "a finished training was made again"
     assert set(after) == {f"seed-0/{name}" for name in (*strategies, CONTROL)}
     assert compared.loss.notnull().all()
-
-
-def environment(folder: Path) -> dict[str, str]:
-    """The package on the path, and of calibrations those of this file's tests alone."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder.parent / "cache")}
 
 
 def files(folder: Path) -> dict[str, int]:

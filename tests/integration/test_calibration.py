@@ -26,12 +26,8 @@ import pipeline
 from pipeline.calibration.measure import CalibrationWarning, calibrate
 from pipeline.cluster.devices import discover
 from pipeline.errors import LostDeviceError
-from pipeline.graph.trace import trace
 from pipeline.networks import network
-from pipeline.plan.fitting import needed_memory
 from pipeline.plan.plan import STRATEGIES, Strategy
-from pipeline.plan.planner import plan_graph
-from pipeline.plan.strategies import plan_network
 from pipeline.results.contracts import validate_calibration, validate_cell
 from pipeline.run.benchmark import Bench, measure_cells
 from pipeline.run.recipe import OptimizerFactory
@@ -241,7 +237,7 @@ def test_the_same_work_on_the_same_devices_is_measured_once(client: Client, tmp_
         model = nn.Sequential(nn.Conv2d(3, width, 3), nn.Flatten(), nn.Linear(900 * width, 10))
         example = torch.zeros(2, 3, 32, 32)
         how: dict[str, Any] = {"fractions": (0.5,), "repetitions": 1, "cache": tmp_path, "force": force}
-        return calibrate(model, example, client, network=f"{width}", **how)
+        return calibrate(model, example, client, members=discover(client)[:1], network=f"{width}", **how)
 
     first = measured(4)
     again = measured(4)
@@ -288,7 +284,7 @@ def test_networks_share_the_curves_of_segments_that_do_the_same_work(client: Cli
         assert renamed.attrs["known_segments"] == renamed.sizes["segment"], "names are no work"
     assert np.isfinite(renamed.forward_time.sel(share=1.0).isel(images=-1).max("repetition")).all()
     assert np.isfinite(renamed.probe_step_time).any()
-    assert measured(3, force=True).attrs["known_segments"] == 0
+    assert measured(1, force=True).attrs["known_segments"] == 0
     assert measured(1).attrs["cached"]
 
 
@@ -297,8 +293,8 @@ class _Narrow(nn.Module):
 
     def __init__(self, *, normalised: nn.Module) -> None:
         super().__init__()
-        self.wide, self.normalised = nn.Conv2d(3, 96, 1), normalised
-        self.depthwise = nn.Sequential(*(nn.Conv2d(96, 96, 5, padding=2, groups=96) for _ in range(3)))
+        self.wide, self.normalised = nn.Conv2d(3, 24, 1), normalised
+        self.depthwise = nn.Sequential(*(nn.Conv2d(24, 24, 5, padding=2, groups=24) for _ in range(3)))
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         features: torch.Tensor = self.depthwise(self.normalised(self.wide(x_BCHW))).mean((2, 3))
@@ -307,10 +303,10 @@ class _Narrow(nn.Module):
 
 def test_the_order_in_memory_is_measured_and_kept_from_what_torch_cannot_do(client: Client) -> None:
     x_BCHW = torch.zeros(BATCH, 3, 24, 24)
-    model = _Narrow(normalised=nn.BatchNorm2d(96))
+    model = _Narrow(normalised=nn.BatchNorm2d(24))
     found = calibrate(model, x_BCHW, client, fractions=(0.5,), repetitions=1)
     assert found.attrs["channels_last"] in (0, 1)
-    grouped = calibrate(_Narrow(normalised=nn.GroupNorm(4, 96)), x_BCHW, client, fractions=(1.0,), repetitions=1)
+    grouped = calibrate(_Narrow(normalised=nn.GroupNorm(4, 24)), x_BCHW, client, fractions=(1.0,), repetitions=1)
     assert grouped.attrs["channels_last"] == 0
     for last in (0, 1):
         dataset = TensorDataset(torch.randn(BATCH, 3, 24, 24), torch.randint(0, 10, (BATCH,)))
@@ -320,31 +316,6 @@ def test_the_order_in_memory_is_measured_and_kept_from_what_torch_cannot_do(clie
         assert result.plan.channels_last == bool(last)
         assert all(one.is_contiguous() for one in result.model.state_dict().values())
     assert not pipeline.fit(model, dataset, client, batch_size=BATCH, strategy="ddp").plan.channels_last
-
-
-def test_a_device_with_too_little_memory_gets_a_tenth_of_its_share_and_keeps_to_it(client: Client) -> None:
-    model, batch_size = network("150:800"), 32
-    dataset = TensorDataset(torch.randn(batch_size, 3, 32, 32), torch.randint(0, 10, (batch_size,)))
-    graph = trace(model, torch.zeros(2, 3, 32, 32))
-    members = discover(client)
-    measured = calibrate(
-        model, torch.zeros(2, 3, 32, 32), client, batch_size=batch_size, fractions=(0.125, 1.0), repetitions=1
-    )
-    labels = [member.device.label for member in members]
-    fair = plan_graph(graph, measured, batch_size=batch_size, strategy="kernel", labels=labels)
-    part = fair.convolution_shares(graph)[1] / 10
-    tenth = plan_network(graph, "kernel", batch_size=batch_size, labels=labels, shares=(1 - part, part))
-    limit = measured.process_memory.values[1] + needed_memory(graph, tenth)[1]
-    device = replace(members[1].device, memory=int(limit) // 2**20 * 2**20)
-    limited = (members[0], replace(members[1], device=device, memory=device.memory))
-    told = measured.copy(deep=True)
-    told.memory_limit[1], told.device_label[1] = device.memory, device.label
-    result = pipeline.fit(
-        model, dataset, client, members=limited, batch_size=batch_size, strategy="kernel", max_steps=3, calibration=told
-    )
-    assert result.plan.labels[1].endswith("MiB]")
-    assert 0 < result.plan.convolution_shares(graph)[1] < 1.3 * part
-    assert result.timing.peak_memory.values[1] <= device.memory
 
 
 def test_short_steps_are_timed_for_a_while(client: Client, calibration: xr.Dataset) -> None:

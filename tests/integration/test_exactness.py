@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -33,13 +32,6 @@ SHARES: dict[str, Shares] = {
     "four, two of them idle": {"conv1": (0, 3, 0, 3), "conv2": (0, 1, 0, 9)},
     "more devices than kernels": {"conv1": (1, 2, 2, 1), "conv2": (0, 0, 0, 10)},
 }
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    """Four devices on whatever cores there are."""
-    with pipeline.local_cluster([pipeline.Device("cpu")] * 4, dashboard=False) as connected:
-        yield connected
 
 
 def _ranks(shares: Shares) -> int:

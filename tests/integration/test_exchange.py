@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from distributed import Client
 
-import pipeline
 from pipeline.cluster.devices import discover
 from pipeline.cluster.gang import RankContext, run_gang
 from pipeline.plan.instructions import Exchange, Placed, TensorSpec
@@ -34,12 +32,6 @@ SPECS = {
     "kernels of a convolution": TensorSpec(shape=(7, 4, 3, 3), channel_axis=0, images_axis=None),
     "input channels of a convolution": TensorSpec(shape=(5, 7, 2, 2), channel_axis=1, images_axis=None),
 }
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    with pipeline.local_cluster([pipeline.Device("cpu")] * RANKS, dashboard=False) as connected:
-        yield connected
 
 
 def _part(spec: TensorSpec, layout: Layout, rank: int, seed: int) -> torch.Tensor | None:
@@ -80,7 +72,9 @@ def test_every_exchange_passes_the_adjoint_test(client: Client, name: str, share
         for source in layouts
         for target in layouts
     ]  # fmt: skip
-    products = run_gang(client, discover(client), _adjoint_tests, [(exchanges, shared_memory)] * RANKS, label="adjoint")
+    products = run_gang(
+        client, discover(client)[:RANKS], _adjoint_tests, [(exchanges, shared_memory)] * RANKS, label="adjoint"
+    )
     for exchange, *parts in zip(exchanges, *products, strict=True):
         one, other = (sum(part[side] for part in parts) for side in (0, 1))
         assert one == pytest.approx(other, rel=1e-10, abs=1e-10), exchange.name

@@ -26,6 +26,7 @@ from pipeline.networks import network
 from pipeline.plan.fitting import needed_memory
 from pipeline.plan.memory import predict_memory
 from pipeline.plan.plan import Plan, Strategy
+from pipeline.plan.planner import plan_graph
 from pipeline.plan.strategies import plan_network
 from pipeline.results.contracts import validate_cell
 from pipeline.run.benchmark import Bench, measure_cells
@@ -49,7 +50,7 @@ def _limited(members: Sequence[Member], limits: NDArray[np.float64]) -> list[Mem
 
 
 def _planned(strategy: Strategy, ranks: int, shares: Sequence[float] | None) -> Plan:
-    graph = trace(network("150:800"), torch.zeros(2, 3, 32, 32))
+    graph = trace(network("80:400"), torch.zeros(2, 3, 32, 32))
     return plan_network(graph, strategy, batch_size=BATCH, labels=["cpu"] * ranks, shares=shares)
 
 
@@ -68,10 +69,10 @@ def test_what_does_not_fit_is_refused_before_it_trains_and_what_fits_trains(
     client: Client, strategy: Strategy, ranks: int, shares: Sequence[float] | None, as_plan: bool
 ) -> None:
     dataset, plan, members = images(dtype=torch.float32), _planned(strategy, ranks, shares), discover(client)[:ranks]
-    graph = trace(network("150:800"), torch.zeros(2, 3, 32, 32))
+    graph = trace(network("80:400"), torch.zeros(2, 3, 32, 32))
     need, held = predict_memory(graph, plan), held_memory(client, members)
     how: dict[str, Any] = {"plan": plan} if as_plan else {"strategy": strategy, "shares": shares}
-    fit = functools.partial(pipeline.fit, network("150:800"), dataset, client, batch_size=BATCH, max_steps=1, **how)
+    fit = functools.partial(pipeline.fit, network("80:400"), dataset, client, batch_size=BATCH, max_steps=1, **how)
     begin = time.monotonic()
     last = ranks - 1
     tight = held + 1.5 * need + 64 * MIB
@@ -82,6 +83,31 @@ def test_what_does_not_fit_is_refused_before_it_trains_and_what_fits_trains(
     result = fit(members=_limited(members, held + 1.5 * need + 64 * MIB))
     assert np.isfinite(result.history.loss.values).all()
     assert result.plan.strategy == strategy
+
+
+def test_a_device_with_too_little_memory_gets_a_tenth_of_its_share_and_keeps_to_it(client: Client) -> None:
+    model, batch_size = network("150:800"), 32
+    dataset = TensorDataset(torch.randn(batch_size, 3, 32, 32), torch.randint(0, 10, (batch_size,)))
+    graph = trace(model, torch.zeros(2, 3, 32, 32))
+    members = discover(client)
+    measured = calibrate(
+        model, torch.zeros(2, 3, 32, 32), client, batch_size=batch_size, fractions=(0.125, 1.0), repetitions=1
+    )
+    labels = [member.device.label for member in members]
+    fair = plan_graph(graph, measured, batch_size=batch_size, strategy="kernel", labels=labels)
+    part = fair.convolution_shares(graph)[1] / 10
+    tenth = plan_network(graph, "kernel", batch_size=batch_size, labels=labels, shares=(1 - part, part))
+    limit = measured.process_memory.values[1] + needed_memory(graph, tenth)[1]
+    device = replace(members[1].device, memory=int(limit) // 2**20 * 2**20)
+    limited = (members[0], replace(members[1], device=device, memory=device.memory))
+    told = measured.copy(deep=True)
+    told.memory_limit[1], told.device_label[1] = device.memory, device.label
+    result = pipeline.fit(
+        model, dataset, client, members=limited, batch_size=batch_size, strategy="kernel", max_steps=3, calibration=told
+    )
+    assert result.plan.labels[1].endswith("MiB]")
+    assert 0 < result.plan.convolution_shares(graph)[1] < 1.3 * part
+    assert result.timing.peak_memory.values[1] <= device.memory
 
 
 def test_a_plan_asks_only_the_devices_that_it_uses_and_none_beside_a_calibration(client: Client) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -14,8 +15,11 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from distributed import Client
 
 import pipeline
+from pipeline.cli import main
+from pipeline.cluster.devices import discover
 from pipeline.datasets import prepare
 from pipeline.graph.trace import trace
 from pipeline.networks import network
@@ -82,21 +86,21 @@ def test_the_table_and_the_file_tell_the_same_plan(folder: Path, planned: subpro
 
 
 def test_the_command_trains_by_the_plan_and_refuses_another_batch_size(
-    folder: Path, planned: subprocess.CompletedProcess[str]
+    folder: Path, planned: subprocess.CompletedProcess[str], client: Client, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert planned.returncode == 0, planned.stderr
-    common = ["--plan", "plan.json", "--devices", "2 x cpu", "--max-steps", "3"]
-    done = run(folder, "train", *common)
-    assert done.returncode == 0, done.stderr
-    assert pipeline.read_plan(folder / "plan.json").table() in done.stdout
-    assert "3 steps of " in done.stdout
-    refused = run(folder, "train", *common, "--batch-size", "32")
-    assert refused.returncode == 2
-    assert "the plan is for batch size 16, not 32" in refused.stderr
+    command = ["train", "--network", "4:8", "--data", str(folder / "images.zarr.zip"), "--max-steps", "3"]
+    command += ["--plan", str(folder / "plan.json"), "--scheduler", client.scheduler.address, "--devices", "2 x cpu"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert pipeline.read_plan(folder / "plan.json").table() in said
+    assert "3 steps of " in said
+    assert main([*command, "--batch-size", "32"]) == 2
+    assert "the plan is for batch size 16, not 32" in capsys.readouterr().err
 
 
 def test_each_device_holds_the_kernels_that_the_plan_gives_it(
-    folder: Path, planned: subprocess.CompletedProcess[str], tmp_path: Path
+    folder: Path, planned: subprocess.CompletedProcess[str], client: Client, tmp_path: Path
 ) -> None:
     assert planned.returncode == 0, planned.stderr
     plan = pipeline.read_plan(folder / "plan.json")
@@ -111,10 +115,10 @@ def test_each_device_holds_the_kernels_that_the_plan_gives_it(
 
     images = StoredImages(folder / "images.zarr.zip", "train")
     model = network("4:8", classes=len(images.classes), image_shape=images.image_shape)
-    with pipeline.local_cluster([pipeline.Device("cpu")] * 2, dashboard=False) as client:
-        result = pipeline.fit(model, images, client=client, plan=plan, batch_size=16, max_steps=2, optimizer=recording)
-        with pytest.raises(pipeline.InputError, match="the plan is for batch size 16, not 8"):
-            pipeline.fit(model, images, client=client, plan=plan, batch_size=8)
+    fit = functools.partial(pipeline.fit, model, images, client, members=discover(client)[:2], plan=plan)
+    result = fit(batch_size=16, max_steps=2, optimizer=recording)
+    with pytest.raises(pipeline.InputError, match="the plan is for batch size 16, not 8"):
+        fit(batch_size=8)
     assert result.plan == plan
     held = sorted(int(path.read_text()) for path in tmp_path.iterdir() if path.name != str(os.getpid()))
     assert held == sorted(plan["conv2"].output.shares)

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pytest
 import torch
 from distributed import Client
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import pipeline
 from pipeline.cluster.devices import discover
 from pipeline.cluster.gang import RankContext, run_gang
 from pipeline.graph.trace import Graph, trace
@@ -159,12 +156,6 @@ def _train(context: RankContext, cases: list[Case]) -> list[Trained | None]:
         state = execution.gather()
         found.append(None if state is None else Trained(losses, state, predicted))  # type: ignore[arg-type]
     return found
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    with pipeline.local_cluster([pipeline.Device("cpu")] * 4, dashboard=False) as connected:
-        yield connected
 
 
 # A network is drawn from a seed, and no smaller seed makes a smaller network: there is nothing to shrink.

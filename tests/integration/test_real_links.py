@@ -18,8 +18,14 @@ from pathlib import Path
 import pytest
 import xarray as xr
 
+from pipeline.datasets import prepare
+from pipeline.graph.trace import trace
 from pipeline.links import parse_link
-from pipeline.results.stores import open_zip
+from pipeline.networks import network
+from pipeline.results.stores import open_zip, write_zip
+from pipeline.run.launch import example_batch
+from pipeline.stored_images import StoredImages
+from tests import synthetic
 
 MEGABITS = 15
 BUCKET = 2**16
@@ -85,19 +91,15 @@ def _started(*command: str, folder: Path) -> Iterator[None]:
                 process.kill()
 
 
-def _pipeline(name: str, *options: str, within: tuple[str, ...] = ()) -> None:
-    command = [*within, sys.executable, "-m", "pipeline", name, "--network", NETWORK, "--data", "digits"]
-    command += ["--batch-size", BATCH, *options]
-    done = subprocess.run(command, env=_ENVIRONMENT, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr
-
-
 def _benchmark(*options: str, folder: Path, within: tuple[str, ...] = ()) -> dict[str, xr.Dataset]:
     """The cells of a benchmark, by strategy."""
     output = folder / "cells"
     clock = ("--rounds", "1", "--repetitions", REPETITIONS, "--seconds", "0")
     chosen = [part for strategy in STRATEGIES for part in ("--strategy", strategy)]
-    _pipeline("benchmark", *clock, *chosen, *options, "--output", str(output), within=within)
+    command = [*within, sys.executable, "-m", "pipeline", "benchmark", "--network", NETWORK, "--batch-size", BATCH]
+    command += [*clock, *chosen, *options, "--output", str(output)]
+    done = subprocess.run(command, env=_ENVIRONMENT, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
     return {strategy: open_zip(output / f"{strategy}.zarr.zip") for strategy in STRATEGIES}
 
 
@@ -105,9 +107,13 @@ def _benchmark(*options: str, folder: Path, within: tuple[str, ...] = ()) -> dic
 def test_a_step_over_an_emulated_link_takes_as_long_as_over_a_real_one(tmp_path: Path) -> None:
     for name in ("real", "emulated"):
         (tmp_path / name).mkdir()
-    # One for both, or they would run different plans.
-    costs = ("--calibration", str(tmp_path / "calibration.zarr.zip"))
-    _pipeline("calibrate", "--devices", "2 x cpu", "--output", costs[1])
+    data = tmp_path / "digits.zarr.zip"
+    prepare("digits", data, root=tmp_path, progress=False)
+    images = StoredImages(data, "train")
+    model = network(NETWORK, classes=len(images.classes), image_shape=images.image_shape)
+    # One calibration for both, or they would run different plans; nothing but the plans depends on it.
+    invented = synthetic.calibration_of(trace(model, example_batch(images)), ("cpu", "cpu"))
+    common = ("--data", str(data), "--calibration", str(write_zip(invented, tmp_path / "calibration.zarr.zip")))
     with _cable(MEGABITS) as (near, far), ExitStack() as stack:
         inside = {name: ("ip", "netns", "exec", name) for name in (near, far)}
         file = tmp_path / "cluster.json"
@@ -134,8 +140,8 @@ def test_a_step_over_an_emulated_link_takes_as_long_as_over_a_real_one(tmp_path:
         # Both workers first, or the benchmark would take the one that is there for all there are.
         waiting = f"from distributed import Client; Client(scheduler_file={str(file)!r}).wait_for_workers(2, 60)"
         _run(*inside[near], sys.executable, "-c", waiting)
-        real = _benchmark(*costs, "--scheduler", str(file), folder=tmp_path / "real", within=inside[near])
-    emulated = _benchmark(*costs, "--devices", "2 x cpu", "--link", LINK, folder=tmp_path / "emulated")
+        real = _benchmark(*common, "--scheduler", str(file), folder=tmp_path / "real", within=inside[near])
+    emulated = _benchmark(*common, "--devices", "2 x cpu", "--link", LINK, folder=tmp_path / "emulated")
     link = parse_link(LINK)
     assert link is not None
     for strategy in STRATEGIES:

@@ -12,8 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from distributed import Client
 from PIL import Image
 from safetensors.torch import load_file
+
+from pipeline.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -81,14 +84,15 @@ def test_a_factory_in_the_current_folder_trains_and_its_checkpoint_is_that_of_pl
     assert "100 % of the convolution FLOPs are split; no operation had to stay on the master." in done.stdout
     assert "Weights written to split.safetensors." in done.stdout
 
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
     single = ["--devices", "cpu", "--strategy", "single", "--checkpoint", "single.pt"]
-    done = run(folder, "train", *common, "--learning-rate", "0.05", "--weight-decay", "0.001", *single)
-    assert done.returncode == 0, done.stderr
+    single += ["--network", "mynets:tiny", "--data", "images", "--learning-rate", "0.05", "--weight-decay", "0.001"]
+    assert main(["train", *common, *single]) == 0
     assert sorted(path.name for path in folder.iterdir() if path.is_file()) == [
         "mynets.py", "single.pt", "split.safetensors",
     ]  # fmt: skip
 
-    monkeypatch.syspath_prepend(folder)
     from mynets import tiny  # type: ignore[import-not-found]
 
     model = tiny(num_classes=3)
@@ -112,11 +116,14 @@ def test_workers_that_cannot_import_the_module_are_told_before_anything_runs(
     assert (done.returncode, "cannot be used on worker elsewhere" in done.stderr) == (2, True)
 
 
-def test_what_a_training_calibrates_is_kept_for_the_next_one(folder: Path) -> None:
+def test_what_a_training_calibrates_is_kept_for_the_next_one(
+    folder: Path, client: Client, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PIPELINE_CACHE", str(folder.parent / "calibrations"))
+    command = ["train", "--network", "4:8", "--data", str(folder / "images"), "--image-size", "32"]
+    command += ["--devices", "2 x cpu", "--scheduler", client.scheduler.address, "--strategy", "kernel"]
+    command += ["--batch-size", "16", "--max-steps", "1"]
     for taken in (False, True):
-        done = run(
-            folder, "train", "--devices", "2 x cpu", "--strategy", "kernel", "--batch-size", "16", "--max-steps", "1"
-        )
-        assert done.returncode == 0, done.stderr
-        assert ("taken from the cache" in done.stdout) == taken
+        assert main(command) == 0
+        assert ("taken from the cache" in capsys.readouterr().out) == taken
         assert len(list((folder.parent / "calibrations").iterdir())) == 1

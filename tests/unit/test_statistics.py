@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import xarray as xr
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.analysis import statistics
@@ -142,6 +142,7 @@ def test_the_bound_is_unknown_where_a_device_was_not_calibrated():
     assert np.isnan(ratios["efficiency"].item())
 
 
+@settings(max_examples=25)
 @given(st.lists(st.floats(0.1, 50), min_size=1, max_size=4))
 def test_the_bound_lies_between_one_and_the_number_of_devices(throughput):
     device_set = " + ".join(f"cpu@{1 - rank / 10}" for rank in range(len(throughput)))
