@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.calibration.segments import chains_of, geometry
+from pipeline.calibration.worker import split_plan
 from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph, trace
 from pipeline.networks import network
@@ -113,10 +115,17 @@ def test_what_a_module_of_ones_own_shows_does_not_count_but_the_layers_within_do
     assert one.digest == same.digest != other.digest
 
 
-def test_it_is_the_same_in_another_process() -> None:
+def test_it_is_the_same_in_another_process_and_so_is_what_calibrations_are_kept_by() -> None:
     program = (
         "import torch; from pipeline.graph.trace import trace; from pipeline.networks import network;"
-        "print(trace(network('6:10'), torch.zeros(1, 3, 32, 32)).digest)"
+        "from pipeline.calibration.segments import chains_of, geometry;"
+        "from pipeline.calibration.worker import split_plan;"
+        "model = network('6:10'); graph = trace(model, torch.zeros(1, 3, 32, 32)); plan = split_plan(graph, 0.5);"
+        "print(graph.digest, *(geometry(graph, model, plan, chain) for chain in chains_of(graph)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True)
-    assert done.stdout.strip() == trace(network("6:10"), torch.zeros(2, 3, 32, 32)).digest
+    model = network("6:10")
+    graph = trace(model, torch.zeros(2, 3, 32, 32))
+    plan = split_plan(graph, 0.5)
+    works = [geometry(graph, model, plan, chain) for chain in chains_of(graph)]
+    assert done.stdout.split() == " ".join([graph.digest, *works]).split()
