@@ -66,7 +66,8 @@ def balanced(
         raise InputError(
             f"{total} kernels do not fit: the devices can hold {' + '.join(map(str, most))} = {most.sum()} of them"
         )
-    low, high = 0.0, float(curves.seconds(most).max())
+    # A little later than that, as the time of so many and how many end by that time are rounded in different ways.
+    low, high = 0.0, (1 + 1e-12) * float(curves.seconds(most).max())
     for _ in range(100):
         middle = (low + high) / 2
         if not low < middle < high:
