@@ -58,8 +58,8 @@ _LEANINGS = (1.5, 1.2, 1.08)
 """By these factors shares of a small set lean to one device or away from it, for as long as that helps."""
 _PART_OF_TRIES = 4
 """Of the plans that the search of the layers predicts, beside it one in so many for each kind of shares that lean."""
-_WORTH = 0.02
-"""What shares that lean have to save: less is not worth a plan of its own."""
+_WORTH = 0.05
+"""What shares that lean have to save, as about so much predictions err: no calibration has run them."""
 _BADLY_LINKED = 4.0
 """A device whose links take so many times what those of half of the devices do may be left out of any set."""
 
