@@ -38,6 +38,7 @@ from pipeline.results.contracts import (
 
 PathLike = str | os.PathLike[str]
 Check = Callable[[xr.Dataset, str], None]
+_LARGE_BYTES, _PIECE_BYTES = 2**23, 2**20
 
 
 def write_cell(dataset: xr.Dataset, path: PathLike) -> Path:
@@ -58,7 +59,7 @@ def write_zip(dataset: xr.Dataset, path: PathLike) -> Path:
     entries: dict[str, Buffer] = {}
     # A zip cannot replace an entry and xarray writes its metadata more than once: collect first, then write each once.
     described = _encodable(describe(dataset))
-    described.to_zarr(MemoryStore(entries), mode="w", consolidated=False, encoding=_one_chunk(described))
+    described.to_zarr(MemoryStore(entries), mode="w", consolidated=False, encoding=_chunks(described))
     aside = _clear_place_aside(path)
     with aside.open("wb") as file:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
@@ -95,7 +96,7 @@ def write_store(dataset: xr.Dataset, path: PathLike) -> Path:
     with warnings.catch_warnings():
         # xarray's readers look for consolidated metadata first and warn when there is none; zarr warns when there is.
         warnings.filterwarnings("ignore", message="Consolidated metadata", category=ZarrUserWarning)
-        described.to_zarr(aside, mode="w", consolidated=True, encoding=_one_chunk(described))
+        described.to_zarr(aside, mode="w", consolidated=True, encoding=_chunks(described))
     for directory, _, files in os.walk(aside, topdown=False):
         for name in files:
             _sync(Path(directory, name))
@@ -269,9 +270,20 @@ def _checked(dataset: xr.Dataset, path: PathLike, check: Check | None) -> xr.Dat
     return dataset
 
 
-def _one_chunk(dataset: xr.Dataset) -> dict[str, dict[str, Any]]:
-    """The grids are small: one file per variable reads fastest and keeps a store's number of files low."""
-    return {str(n): {"chunks": tuple(max(1, s) for s in v.shape)} for n, v in dataset.variables.items() if v.ndim}
+def _chunks(dataset: xr.Dataset) -> dict[str, dict[str, Any]]:
+    """The grids are small: one file per variable reads fastest and keeps a store's number of files low.
+
+    What is large, as images are, is cut along its first dimension: a single piece would be in memory three times over
+    while it is read.
+    """
+    found = {}
+    for name, variable in dataset.variables.items():
+        if variable.ndim:
+            first, *rest = (max(1, size) for size in variable.shape)
+            if variable.nbytes > _LARGE_BYTES:
+                first = max(1, first * _PIECE_BYTES // variable.nbytes)
+            found[str(name)] = {"chunks": (first, *rest)}
+    return found
 
 
 def _clear_place_aside(path: Path) -> Path:

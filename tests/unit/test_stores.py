@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
+import zarr
+from zarr.storage import ZipStore
 
 from pipeline.errors import InputError
 from pipeline.results import stores
@@ -229,3 +231,14 @@ def test_cells_of_different_repetitions_go_into_one_store_of_errors() -> None:
 def test_a_folder_where_one_file_is_wanted_is_told(tmp_path):
     with pytest.raises(InputError, match=r"calibration\.zarr is a folder, where one zarr zip file is wanted"):
         stores.open_zip(stores.write_store(xr.Dataset({"one": 1.0}), tmp_path / "calibration.zarr"))
+
+
+def test_what_is_large_is_kept_in_pieces_and_what_is_small_in_one(tmp_path):
+    images = xr.Dataset(
+        {"image": (("sample", "row"), np.zeros((5000, 2048), np.uint8)), "label": ("sample", np.arange(5000))}
+    )
+    with ZipStore(stores.write_zip(images, tmp_path / "images.zarr.zip"), mode="r") as store:
+        group = zarr.open_group(store, mode="r")
+        assert group["image"].chunks == (2**20 // 2048, 2048)  # 1 MiB: read in one piece they would be there thrice
+        assert group["label"].chunks == (5000,)
+    xr.testing.assert_equal(stores.open_zip(tmp_path / "images.zarr.zip"), images)
