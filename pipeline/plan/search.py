@@ -58,8 +58,6 @@ _LEANINGS = (1.5, 1.2, 1.08)
 """By these factors shares of a small set lean to one device or away from it, for as long as that helps."""
 _PART_OF_TRIES = 4
 """Of the plans that the search of the layers predicts, beside it one in so many for each kind of shares that lean."""
-_WORTH = 0.05
-"""What shares that lean have to save, as about so much predictions err: no calibration has run them."""
 _BADLY_LINKED = 4.0
 """A device whose links take so many times what those of half of the devices do may be left out of any set."""
 
@@ -77,11 +75,11 @@ def fastest_plan(
 ) -> Plan:
     """The plan with the least predicted step time for the devices called ``labels``, which may leave some out.
 
-    ``links`` (one case) replace the measured ones. Never predicted slower than any of ``UNIFORM``. A plan that mixes
-    kinds of splits, of which a calibration has run none, has to be faster than these by the fraction ``doubt``. It fits
-    the ``room`` of the devices, which ``costs`` tell unless given.
+    ``links`` (one case) replace the measured ones. Never predicted slower than any of ``UNIFORM``. What no calibration
+    has run has to be faster by the fraction ``doubt``: a plan that mixes kinds of splits than these, and shares that
+    lean than even ones. The plan fits the ``room`` of the devices, which ``costs`` tell unless given.
     """
-    return _Search(graph, costs, batch_size, tuple(labels), itemsize, links, room).best(doubt)
+    return _Search(graph, costs, batch_size, tuple(labels), itemsize, links, room, doubt=doubt).best()
 
 
 def fastest_times(
@@ -122,10 +120,12 @@ class _Search:
         links: Links | None,
         room: Room | None = None,
         *,
+        doubt: float = 0.0,
         leaning: bool = True,
     ) -> None:
         self._graph, self._costs, self._batch_size, self._labels = graph, costs, batch_size, labels
         self._itemsize, self._links, self._room = itemsize, links, room or Room.of(costs.memory_left)
+        self._doubt = doubt
         self._layers = [one.name for one in layers_of(graph)]
         self._kinds = [_kinds_of(one, first=not place) for place, one in enumerate(layers_of(graph))]
         self._narrowing = [_narrows(graph, one) for one in layers_of(graph)]
@@ -142,7 +142,7 @@ class _Search:
         self.unmixed_times = self.times.copy()
         """The same of plans that do not mix kinds of splits."""
 
-    def best(self, doubt: float = 0.0) -> Plan:
+    def best(self) -> Plan:
         self.explore()
         if self._best is None:
             everyone = tuple(range(self._costs.devices))
@@ -155,7 +155,7 @@ class _Search:
                 itemsize=self._itemsize,
             )
         assert self._best is not None
-        if self._best_unmixed is not None and self._best[0] > (1 - doubt) * self._best_unmixed[0]:
+        if self._best_unmixed is not None and self._best[0] > (1 - self._doubt) * self._best_unmixed[0]:
             return self._best_unmixed[1]
         return self._best[1]
 
@@ -299,7 +299,7 @@ class _Search:
                     found = tried(other)
                     if found[0] < best[0]:
                         best, factor, improved = found, other, True
-        return best[1] if best[0] < (1 - _WORTH) * even[0] else even[1]
+        return best[1] if best[0] < (1 - self._doubt) * even[0] else even[1]
 
     def _tries(self, devices: tuple[int, ...]) -> int:
         """How many plans for a set of devices may be predicted in the search of its layers."""

@@ -143,22 +143,21 @@ def test_auto_equals_exhaustive_search_on_small_networks(
 def test_shares_lean_away_from_whom_the_others_wait_for(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
     call = np.array([[0.0], [0.01]]) * np.ones(2)  # the second device takes long to begin with anything
     costs = replace(costs_of(graph, [1e11] * 2, bandwidth=1e10), call=call)
-    even, leaning = (_unmixed(graph, costs, monkeypatch, leanings) for leanings in ((), search._LEANINGS))
+    even, leaning = (_by_kernels(graph, costs, doubt) for doubt in (1.0, 0.0))
     assert even.convolution_shares(graph) == pytest.approx((0.5, 0.5), abs=0.01)
     assert 0 < leaning.convolution_shares(graph)[1] < 0.48
     before, after = (float(predict_step(graph, one, costs, batch_size=64)[0]) for one in (even, leaning))
-    assert after < (1 - search._WORTH) * before
+    gain = 1 - after / before
+    assert gain > 0
+    assert [_by_kernels(graph, costs, part * gain) for part in (0.9, 1.1)] == [leaning, even], "as predictions err"
     monkeypatch.setattr(search, "_PART_OF_TRIES", search._MOST_TRIES)
-    assert _unmixed(graph, costs, monkeypatch, search._LEANINGS) == even, "nor without plans to try"
-    monkeypatch.setattr(search, "_PART_OF_TRIES", 4)
-    monkeypatch.setattr(search, "_WORTH", 1.1 * (1 - after / before))
-    assert _unmixed(graph, costs, monkeypatch, search._LEANINGS) == even, "too little to be worth it"
+    assert _by_kernels(graph, costs, 0.0) == even, "nor without plans to try"
 
 
-def _unmixed(graph: Graph, costs: Costs, monkeypatch: pytest.MonkeyPatch, leanings: tuple[float, ...]) -> Plan:
-    """The plan of one kind of split alone, with these leanings."""
-    monkeypatch.setattr(search, "_LEANINGS", leanings)
-    return fastest_plan(graph, costs, batch_size=64, labels=["a", "b"], doubt=1.0)
+def _by_kernels(graph: Graph, costs: Costs, doubt: float) -> Plan:
+    """The plan of two devices that have a part of each layer's kernels."""
+    one = search._Search(graph, costs, 64, ("a", "b"), 4, None, doubt=doubt)
+    return one._mixed(dict.fromkeys(one._layers, "K"), (0, 1), one._leaning("K", (0, 1)))
 
 
 def test_a_mixed_plan_has_to_be_faster_than_predictions_err(graph: Graph) -> None:
