@@ -38,8 +38,8 @@ from pipeline.results.contracts import describe, validate_calibration
 from pipeline.results.provenance import provenance
 
 FRACTIONS = (1 / 32, 0.125, 0.25, 0.5, 1.0)
-_FLOPS_PER_STEP = 5e10
-"""A calibration uses as many images as make a step of about this much work (some 0.3 to 1 s on a CPU core)."""
+_FLOPS_PER_STEP = 3e10
+"""A calibration uses as many images as make a step of about this much work (some 0.2 to 0.6 s on a CPU core)."""
 _LEAST_IMAGES = 4
 _OF_A_SEGMENT = (
     "forward_time", "backward_time", "input_gradient_time", "forward_time_alone", "backward_time_alone",

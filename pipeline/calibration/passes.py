@@ -26,6 +26,8 @@ from pipeline.run.memory_format import empty, flat
 
 PARTS = ("forward", "backward", "until_input")
 """Forward; backward; and of that until the input has its gradient, where the weights' is computed after it."""
+_DRAWN = 64
+"""So many kernels of a layer differ: to draw millions of random numbers takes longer than some of what is measured."""
 _CALLS = 16
 _LEAST_PART = 0.1
 """What is left of a computation's time without that of the call, however little it does."""
@@ -38,7 +40,9 @@ def initialise(tensors: Iterable[torch.Tensor]) -> None:
         if not one.is_floating_point():
             one.zero_()  # an index, or a counter
         elif one.dim() > 1:
-            one.normal_(0, (one.shape[0] / max(one.numel(), 1)) ** 0.5)
+            drawn = torch.empty_like(one[:_DRAWN]).normal_(0, (one.shape[0] / max(one.numel(), 1)) ** 0.5)
+            for some in one.split(_DRAWN):
+                some.copy_(drawn[: len(some)])
         else:
             one.fill_(1.0)  # running variances must not be negative
 

@@ -50,19 +50,22 @@ _PROBED: dict[Strategy, Shared] = {"kernel": "K", "batch": "B", "single": "M", "
 """The strategies whose steps are taken, and what is timed of them."""
 PROBES = tuple(name for one in _PROBED for name in ([one, one + _WITHOUT_SUMS] if one in ("batch", "ddp") else [one]))
 """None updates its weights. Some leave out the sums of gradients, as all but the last of several batches do."""
-_ROUNDS, _WARMUP, _MEASURED_S, _LEAST, _MOST = 2, 2, 0.5, 2, 6
-"""In each round each strategy begins with so many steps that do not count: both set up memory for messages, of which
-two may be under way. One of a device alone is enough. Then it is repeated until so much time is measured, between the
-least and the most often."""
+_ROUNDS, _MEASURED_S, _MOST, _LEAST = 4, 0.25, 6, 2
+"""In each round each strategy repeats its step until so much time is measured, at the most so often. So many steps at
+least are taken where one round is all."""
+_SHORT_S = 0.25
+"""The first step of a round does not count, nor the second of ranks that exchange if the first took less: both set up
+memory for messages, of which two may be under way."""
+MOST_STEPS = _ROUNDS * _MOST
 _ONE_ROUND: frozenset[Strategy] = frozenset({"single", "ddp"})
 """A device alone takes the longest, and waits for nobody; and no plan depends on ``ddp``."""
-_MORE_ROUNDS, _CLOSE = 2, 1.3
-"""So many rounds follow of the strategies that take at most so many times as long as the fastest: on which of these is
-faster the plan depends, and a host may have been busy just when one of them was tried."""
-MOST_STEPS = (_ROUNDS + _MORE_ROUNDS) * _MOST
+_CLOSE, _ENOUGH_S = 1.3, 0.8
+"""From the third round on, it is only the strategies that take at most so many times as long as the fastest, until so
+much time of each is measured: on which of these is faster the plan depends, and a host may have been busy just when one
+of them was tried."""
 _LONG_STEP_S = 1.0
 """Where all devices together would take longer, few images do, and where a device would for its part under ``ddp``,
-that is left out; of steps that take longer the second round is."""
+that is left out. Of steps that take longer one round is all, and the first counts if one device takes it."""
 
 
 _Taken = Mapping[str, list[tuple[float, float]]]
@@ -159,24 +162,33 @@ def _take(context: RankContext, task: Probing, taken: _Taken) -> None:
     """Add the times of all steps to what was ``taken`` of each probe."""
     # In rounds, as a processor may be slower for some seconds.
     for following in range(_ROUNDS):
-        for strategy in task.plans:
-            if not following or (strategy not in _ONE_ROUND and not _is_long(taken, strategy)):
-                _take_round(context, task, strategy, taken)
-    for _ in range(_MORE_ROUNDS):
-        for strategy in _undecided(task.plans, taken):
+        for strategy in _in_round(following, task.plans, taken):
             _take_round(context, task, strategy, taken)
+
+
+def _in_round(following: int, strategies: Iterable[Strategy], taken: _Taken) -> list[Strategy]:
+    """Whose steps are taken after so many rounds; the same on all ranks, as the times are."""
+    if not following:
+        return list(strategies)
+    if following == 1:
+        return [one for one in strategies if one not in _ONE_ROUND and not _is_long(taken, one)]
+    return [one for one in _undecided(strategies, taken) if sum(took for took, _ in taken[one]) < _ENOUGH_S]
 
 
 def _take_round(context: RankContext, task: Probing, strategy: Strategy, taken: _Taken) -> None:
     """Add the times of a round of one strategy, which has the memory for itself."""
     plan = task.plans[strategy]
     part = _part_in(context, task, plan)
-    _step(context, part, last=True)
+    first = _step(context, part, last=True)
     if part is None or part.repeatable():
-        for _ in range(_WARMUP - 1 if plan.ranks > 1 else 0):
+        long = first[0] > _LONG_STEP_S
+        if plan.ranks > 1 and first[0] < _SHORT_S:
             _step(context, part, last=True)
         for probe in _probes_of(strategy):
-            taken[probe].extend(_steps(context, part, last=sums(probe)))
+            if plan.ranks == 1 and long:
+                taken[probe].append(first)
+            least = _LEAST if long or strategy in _ONE_ROUND else 1
+            taken[probe].extend(_steps(context, part, last=sums(probe), least=least - len(taken[probe])))
     del part
     gc.collect()  # what was traced is a cycle
 
@@ -198,10 +210,10 @@ def _undecided(strategies: Iterable[Strategy], taken: _Taken) -> list[Strategy]:
     return close if len(close) > 1 else []
 
 
-def _steps(context: RankContext, part: _Part | None, *, last: bool) -> list[tuple[float, float]]:
+def _steps(context: RankContext, part: _Part | None, *, last: bool, least: int) -> list[tuple[float, float]]:
     """One step after the other, each as by ``_step``."""
     found: list[tuple[float, float]] = []
-    while len(found) < _LEAST or (len(found) < _MOST and sum(took for took, _ in found) < _MEASURED_S):
+    while len(found) < least or (len(found) < _MOST and sum(took for took, _ in found) < _MEASURED_S):
         found.append(_step(context, part, last=last))
     return found
 

@@ -263,10 +263,12 @@ class _Segments:
         return times
 
     def measure_turns(self, transport: Transport) -> Turns:
-        """With as few images as are measured: computations as long as those of which each rank does a part."""
-        task = self._task
-        work = self._pass(self._whole, dict(enumerate(task.chains)), task.images[0])
-        repetitions = self._repetitions if self._is_long_for_all else max(self._repetitions, _LEAST_REPETITIONS)
+        """Computations as long as those a rank does a part of: of few images, if long of a part of the kernels, too."""
+        task, execution = self._task, self._whole
+        repetitions = max(self._repetitions, _LEAST_REPETITIONS)
+        if self._is_long_for_all:
+            execution, repetitions = self._execution(split_plan(task.graph, 1 / self._context.size)), self._repetitions
+        work = self._pass(execution, dict(enumerate(task.chains)), task.images[0])
         return measure_turns(self._context, transport, work, repetitions)
 
     def _times(
@@ -293,10 +295,18 @@ class _Segments:
 def _faster_order(context: RankContext, model: nn.Module, task: Task) -> tuple[bool, float, float]:
     """Whether the whole network takes clearly less time with the channels last in memory, over all ranks.
 
-    And about how long this and the slowest rank take for all segments with the most images then, in s.
+    And about how long this and the slowest rank take for all segments with the most images then, in s. Where the most
+    would take long, few images tell.
     """
     orders = (False, True) if may_have_channels_last(model) else (False,)
-    seconds = np.array([_order_seconds(context, model, task, channels_last=last) for last in orders])
+    few, most = task.images[0], task.images[-1]
+    first = _order_pass(context, model, task, few, channels_last=False)()  # which also takes up the memory
+    expected = torch.tensor(first.sum() * most / few)
+    if context.group is not None:
+        dist.all_reduce(expected, dist.ReduceOp.MAX, context.group)
+    images = few if expected > _LONG_S else most
+    seconds = np.array([_order_seconds(context, model, task, images, channels_last=last) for last in orders])
+    seconds *= most / images
     total, slowest = torch.from_numpy(seconds[:, 0].copy()), torch.from_numpy(seconds[:, 1].copy())
     if context.group is not None:
         dist.all_reduce(total, group=context.group)
@@ -305,25 +315,29 @@ def _faster_order(context: RankContext, model: nn.Module, task: Task) -> tuple[b
     return last, float(seconds[int(last), 1]), float(slowest[int(last)])
 
 
-def _order_seconds(context: RankContext, model: nn.Module, task: Task, *, channels_last: bool) -> tuple[float, float]:
-    """How long the whole network, and all segments once, take with this order in memory, in s."""
+def _order_pass(
+    context: RankContext, model: nn.Module, task: Task, images: int, *, channels_last: bool
+) -> Callable[[], NDArray[np.float64]]:
+    """What runs all segments once with this order in memory, and tells the time of each in s."""
     execution = _execution_of(context, model, task.graph, None, channels_last=channels_last)
-    few, most = (
-        Pass(execution, task.graph, dict(enumerate(task.chains)), task.cuts, images)
-        for images in (task.images[0], task.images[-1])
-    )
+    work = Pass(execution, task.graph, dict(enumerate(task.chains)), task.cuts, images)
+    return lambda: work.run()[:, :_DIRECTIONS].sum(axis=1)
+
+
+def _order_seconds(
+    context: RankContext, model: nn.Module, task: Task, images: int, *, channels_last: bool
+) -> tuple[float, float]:
+    """How long the whole network, and all segments once, take with this order in memory, in s."""
+    run = _order_pass(context, model, task, images, channels_last=channels_last)
     try:
-        # The first order of all also fills the memory that the other takes up again.
-        (few if channels_last else most).run()
-        times = most.run()[:, :_DIRECTIONS]
+        times = run()
         for _ in range(min(int(_LONG_S / max(times.sum(), 1e-6)), _MOST_REPETITIONS)):
-            times = np.minimum(times, most.run()[:, :_DIRECTIONS])
+            times = np.minimum(times, run())
     except RuntimeError:
         if not channels_last:
             raise
         return math.inf, math.inf  # a model's own code may need its images as torch has them
-    both = times.sum(axis=1)
-    return float(both @ np.array(task.weights)), float(both.sum())
+    return float(times @ np.array(task.weights)), float(times.sum())
 
 
 def _execution_of(

@@ -140,3 +140,20 @@ def test_what_the_plan_depends_on_is_tried_more_often() -> None:
     assert undecided(kernel=1.0, batch=1.4, single=2.0, paper=3.0, ddp=1.0) == []  # one is the fastest whatever may be
     assert undecided(kernel=1.0, single=1.2) == ["kernel", "single"]  # the others did not fit into memory
     assert undecided(ddp=1.0) == []
+
+
+def test_rounds_follow_of_what_takes_little_and_more_of_what_the_plan_depends_on() -> None:
+    strategies = ["kernel", "batch", "single", "paper", "ddp"]
+
+    def in_round(following: int, **taken: list[float]) -> list[str]:
+        steps = {probe: [(took, 0.0) for took in taken.get(probe, [])] for probe in probes.PROBES}
+        return probes._in_round(following, strategies, steps)
+
+    assert in_round(0) == strategies
+    once = {"kernel": [0.3], "batch": [0.3], "single": [0.6, 0.6], "paper": [1.1, 1.2], "ddp": [0.3, 0.3]}
+    assert in_round(1, **once) == ["kernel", "batch"]
+    twice = once | {"kernel": [0.3, 0.3], "batch": [0.35] * 2, "paper": [0.5, 0.5]}
+    assert in_round(2, **twice) == ["kernel", "batch"]
+    assert in_round(2, **twice | {"batch": [0.38, 0.41]}) == ["kernel", "batch"]  # the lower of two counts
+    assert in_round(2, **twice | {"batch": [0.3, 0.6]}) == ["kernel"]  # enough of one
+    assert in_round(3, **twice | {"kernel": [0.3] * 3, "batch": [0.35] * 3}) == []
