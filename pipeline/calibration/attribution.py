@@ -50,7 +50,9 @@ def fitted(calibration: xr.Dataset, task: Probing) -> xr.Dataset:
     for layout, probe in _STRETCHED.items():
         if probe in took:
             stretch.loc[{"layout": layout}] = _stretch(steps, before, probe, busy.sel(probe=probe).values, kinds)
-    if "ddp" not in took:  # as its images are shared out, too
+    if len(kinds) == 1:  # which has but one way to train
+        stretch[:] = stretch.sel(layout="M")
+    elif "ddp" not in took:  # as its images are shared out, too
         stretch.loc[{"layout": "ddp"}] = stretch.sel(layout="B").values
     costs = Costs.of(calibration.assign(stretch=stretch))
     beginning = max(took["single"] - steps.seconds("single", costs), 0.0) if "single" in took else 0.0

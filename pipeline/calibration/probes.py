@@ -57,8 +57,8 @@ _SHORT_S = 0.25
 """The first step of a round does not count, nor the second of ranks that exchange if the first took less: both set up
 memory for messages, of which two may be under way."""
 MOST_STEPS = _ROUNDS * _MOST
-_ONE_ROUND: frozenset[Strategy] = frozenset({"single", "ddp"})
-"""A device alone takes the longest, and waits for nobody; and no plan depends on ``ddp``."""
+_NO_SECOND_ROUND: frozenset[Strategy] = frozenset({"single", "ddp"})
+"""A device alone waits for nobody, and mostly takes the longest; and no plan depends on ``ddp``."""
 _CLOSE, _ENOUGH_S = 1.3, 0.8
 """From the third round on, it is only the strategies that take at most so many times as long as the fastest, until so
 much time of each is measured: on which of these is faster the plan depends, and a host may have been busy just when one
@@ -171,7 +171,7 @@ def _in_round(following: int, strategies: Iterable[Strategy], taken: _Taken) -> 
     if not following:
         return list(strategies)
     if following == 1:
-        return [one for one in strategies if one not in _ONE_ROUND and not _is_long(taken, one)]
+        return [one for one in strategies if one not in _NO_SECOND_ROUND and not _is_long(taken, one)]
     return [one for one in _undecided(strategies, taken) if sum(took for took, _ in taken[one]) < _ENOUGH_S]
 
 
@@ -186,8 +186,8 @@ def _take_round(context: RankContext, task: Probing, strategy: Strategy, taken: 
             _step(context, part, last=True)
         for probe in _probes_of(strategy):
             if plan.ranks == 1 and long:
-                taken[probe].append(first)
-            least = _LEAST if long or strategy in _ONE_ROUND else 1
+                taken[probe].append(first)  # of two, the lower counts
+            least = _LEAST if long or strategy in _NO_SECOND_ROUND else 1
             taken[probe].extend(_steps(context, part, last=sums(probe), least=least - len(taken[probe])))
     del part
     gc.collect()  # what was traced is a cycle

@@ -186,7 +186,7 @@ class _Segments:
         self._done, self._spent = 0, 0.0
         known = task.known.get(int(whole.plan.channels_last), frozenset())
         self._chains = {index: one for index, one in enumerate(task.chains) if index not in known}
-        self._is_long, self._is_long_for_all = own > _LONG_S, slowest > _LONG_S
+        self._is_long, self._is_long_for_any = own > _LONG_S, slowest > _LONG_S
         enough = math.ceil(_MEASURED_S / max(slowest, 1e-6))
         self._repetitions = max(task.repetitions, min(enough, _MOST_REPETITIONS))
         shape = (len(task.chains), len(task.fractions))
@@ -263,10 +263,10 @@ class _Segments:
         return times
 
     def measure_turns(self, transport: Transport) -> Turns:
-        """Computations as long as those a rank does a part of: of few images, if long of a part of the kernels, too."""
+        """With few images, and where these take long with a part of the kernels: computations as long as a rank's."""
         task, execution = self._task, self._whole
         repetitions = max(self._repetitions, _LEAST_REPETITIONS)
-        if self._is_long_for_all:
+        if self._is_long_for_any:
             execution, repetitions = self._execution(split_plan(task.graph, 1 / self._context.size)), self._repetitions
         work = self._pass(execution, dict(enumerate(task.chains)), task.images[0])
         return measure_turns(self._context, transport, work, repetitions)
@@ -298,46 +298,42 @@ def _faster_order(context: RankContext, model: nn.Module, task: Task) -> tuple[b
     And about how long this and the slowest rank take for all segments with the most images then, in s. Where the most
     would take long, few images tell.
     """
-    orders = (False, True) if may_have_channels_last(model) else (False,)
     few, most = task.images[0], task.images[-1]
-    first = _order_pass(context, model, task, few, channels_last=False)()  # which also takes up the memory
-    expected = torch.tensor(first.sum() * most / few)
+    by_few = _order_times(context, model, task, few, channels_last=False)
+    expected = torch.tensor(by_few.sum() * most / few)
     if context.group is not None:
         dist.all_reduce(expected, dist.ReduceOp.MAX, context.group)
     images = few if expected > _LONG_S else most
-    seconds = np.array([_order_seconds(context, model, task, images, channels_last=last) for last in orders])
-    seconds *= most / images
-    total, slowest = torch.from_numpy(seconds[:, 0].copy()), torch.from_numpy(seconds[:, 1].copy())
+    times = [by_few if images == few else _order_times(context, model, task, images, channels_last=False)]
+    if may_have_channels_last(model):
+        times.append(_order_times(context, model, task, images, channels_last=True))
+    weighted = torch.tensor([one @ np.array(task.weights) for one in times])
+    both = torch.tensor([one.sum() * most / images for one in times])
+    own = both.clone()
     if context.group is not None:
-        dist.all_reduce(total, group=context.group)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX, context.group)
-    last = len(orders) > 1 and bool(total[1] < _CLEARLY * total[0])
-    return last, float(seconds[int(last), 1]), float(slowest[int(last)])
+        dist.all_reduce(weighted, group=context.group)
+        dist.all_reduce(both, dist.ReduceOp.MAX, context.group)
+    last = len(times) > 1 and bool(weighted[1] < _CLEARLY * weighted[0])
+    return last, float(own[int(last)]), float(both[int(last)])
 
 
-def _order_pass(
+def _order_times(
     context: RankContext, model: nn.Module, task: Task, images: int, *, channels_last: bool
-) -> Callable[[], NDArray[np.float64]]:
-    """What runs all segments once with this order in memory, and tells the time of each in s."""
+) -> NDArray[np.float64]:
+    """How long each segment takes with this order in memory, in s; infinite if the model cannot be run so."""
     execution = _execution_of(context, model, task.graph, None, channels_last=channels_last)
     work = Pass(execution, task.graph, dict(enumerate(task.chains)), task.cuts, images)
-    return lambda: work.run()[:, :_DIRECTIONS].sum(axis=1)
-
-
-def _order_seconds(
-    context: RankContext, model: nn.Module, task: Task, images: int, *, channels_last: bool
-) -> tuple[float, float]:
-    """How long the whole network, and all segments once, take with this order in memory, in s."""
-    run = _order_pass(context, model, task, images, channels_last=channels_last)
     try:
-        times = run()
-        for _ in range(min(int(_LONG_S / max(times.sum(), 1e-6)), _MOST_REPETITIONS)):
-            times = np.minimum(times, run())
+        work.run()  # which also sets up operations and memory
+        times = work.run()
+        for _ in range(min(int(_LONG_S / max(times[:, :_DIRECTIONS].sum(), 1e-6)), _MOST_REPETITIONS)):
+            times = np.minimum(times, work.run())
     except RuntimeError:
         if not channels_last:
             raise
-        return math.inf, math.inf  # a model's own code may need its images as torch has them
-    return float(times @ np.array(task.weights)), float(times.sum())
+        return np.full(len(task.chains), np.inf)  # a model's own code may need its images as torch has them
+    both: NDArray[np.float64] = times[:, :_DIRECTIONS].sum(axis=1)
+    return both
 
 
 def _execution_of(

@@ -157,3 +157,17 @@ def test_rounds_follow_of_what_takes_little_and_more_of_what_the_plan_depends_on
     assert in_round(2, **twice | {"batch": [0.38, 0.41]}) == ["kernel", "batch"]  # the lower of two counts
     assert in_round(2, **twice | {"batch": [0.3, 0.6]}) == ["kernel"]  # enough of one
     assert in_round(3, **twice | {"kernel": [0.3] * 3, "batch": [0.35] * 3}) == []
+
+
+def test_what_one_device_takes_longer_holds_for_any_layout(model: nn.Module) -> None:
+    graph = trace(model, torch.zeros(2, 3, 32, 32))
+    calibration = synthetic.calibration_of(graph, ["cpu"]).drop_vars(("probe_step_time", "probe_busy_time"))
+    task = probes.probing(model, graph, calibration)
+    assert list(task.plans) == ["single"]
+    took = [1.3 * attribution._Steps(task).busy("single", Costs.of(calibration))[0], *[np.nan] * len(probes.PROBES[1:])]
+    steps = xr.DataArray(took, {"probe": ["single", *(one for one in probes.PROBES if one != "single")]}, "probe")
+    measured = calibration.assign(
+        probe_step_time=steps.expand_dims(repetition=1), probe_busy_time=steps.expand_dims(device=1, repetition=1)
+    )
+    found = attribution.fitted(measured, task)
+    assert found.stretch.values == pytest.approx(np.full((1, len(LAYOUTS)), 1.3), rel=0.01)
