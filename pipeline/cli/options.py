@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from pipeline.rounds import LONG_STEP_S, MOST_STEPS
+
 NetworkOption = Annotated[
     str,
     typer.Option(
@@ -32,12 +34,19 @@ SchedulerOption = Annotated[
 RoundsOption = Annotated[
     int,
     typer.Option(
-        "--rounds", min=1, help="What is compared is timed in turn, so often; once where all steps take over 1 s."
+        "--rounds",
+        min=1,
+        help=f"What is compared is timed in turn, so often; once where all steps take over {LONG_STEP_S:g} s.",
     ),
 ]
 SecondsOption = Annotated[
     float,
-    typer.Option("--seconds", min=0, max=600, help="Short steps are repeated, up to 40 times, for about so many s."),
+    typer.Option(
+        "--seconds",
+        min=0,
+        max=600,
+        help=f"Short steps are repeated, up to {MOST_STEPS} times, for about so many s.",
+    ),
 ]
 DataOption = Annotated[
     str,

@@ -41,16 +41,13 @@ from pipeline.results.contracts import (
     validate_cell,
 )
 from pipeline.results.timeline import busy_times, label_variables
+from pipeline.rounds import MOST_STEPS, rounds_of
 from pipeline.run.batches import batch_indices
 from pipeline.run.launch import PLAIN, SGD, OnProgress, example_batch, image_bytes, room_for, run_plan
 from pipeline.run.recipe import OptimizerFactory
 from pipeline.run.timeline import merged_losses, stacked
 from pipeline.run.worker import Account
 
-MOST_STEPS = 40
-"""Of one cell, unless more repetitions are asked for."""
-_LONG_STEP_S = 2.0
-"""Where all steps are longer, one round has to do: each spans the host's other work, and more would take long."""
 _PROFILED_S = 10.0
 """For about so long steps are repeated in which convolutions are timed."""
 
@@ -247,7 +244,7 @@ def measure_cells(
         raise InputError(f"rounds {rounds} must be at least 1")
     _check_clock(repetitions, seconds, warmup)
     shortest = min((bench.predicted(strategy) for bench, strategy in cells.values()), default=0.0)
-    rounds = 1 if shortest > _LONG_STEP_S else min(rounds, repetitions)
+    rounds = rounds_of(shortest, rounds, repetitions)
     as_other = {key: _first_alike(key, cells) for key in cells}
     order = [(key, one) for key, one in cells.items() if as_other[key] == key]
     found: dict[Key, list[xr.Dataset]] = {key: [] for key, _ in order}

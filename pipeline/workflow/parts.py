@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pipeline.cluster.devices import Device, parse_device_set
 from pipeline.config import Cell, Config, calibrations, groups, slug
+from pipeline.rounds import MOST_STEPS, rounds_of
 
 _CORE_FLOPS = 170e9
 _CORES_OF_A_GPU = 40
@@ -26,8 +27,6 @@ _SECONDS_OF_A_STEP = 0.006
 _SECONDS_OF_RULES = {"simulation": 40.0, "figures": 12.0, "data": 7.0, "notebook": 6.0, "report": 4.0}
 _SECONDS_OF_OTHERS = 2.0
 _ALL_IMAGES = 50_000
-_MOST_STEPS = 40
-_LONG_STEP_S = 1.0
 _CONTROL = "control"
 _WIDTHS = re.compile(r"(\d+):(\d+)")
 
@@ -65,8 +64,8 @@ def parts_of(study: Config, rule: str, wildcards: Mapping[str, str], output: Seq
         case "benchmark":
             group = groups(study)[wildcards["group"]]
             parts = [
-                _part("cells", file / f"{cell.strategy}.zarr.zip", _cell_s(study, cell, group.timed_steps))
-                for cell in group.cells
+                _part("cells", file / f"{cell.strategy}.zarr.zip", expected_s)
+                for cell, expected_s in zip(group.cells, _cells_s(study, group.cells, group.timed_steps), strict=True)
             ]
         case "accuracy":
             folder, names = Path(study.outputs, "accuracy"), (*study.accuracy.strategies, _CONTROL)
@@ -115,14 +114,18 @@ def _miscalibration_s(study: Config) -> float:
         Cell(network=chosen.network, batch_size=chosen.batch_size, device_set=chosen.device_set, link="", strategy=one)
         for one in chosen.strategies
     ]
-    return len(chosen.errors) * sum(_cell_s(study, cell, study.timing.repetitions) for cell in cells)
+    return len(chosen.errors) * sum(_cells_s(study, cells, study.timing.repetitions))
 
 
-def _cell_s(study: Config, cell: Cell, repetitions: int) -> float:
-    step = _step_s(cell)
-    timed = max(repetitions * step, min(study.timing.seconds, _MOST_STEPS * step))
-    rounds = study.timing.rounds if step < _LONG_STEP_S else 1
-    return rounds * (_SECONDS_OF_A_CELL + study.timing.warmup * step) + timed
+def _cells_s(study: Config, cells: Sequence[Cell], repetitions: int) -> list[float]:
+    """Seconds of each of the cells of one place, which are timed in the same rounds."""
+    steps = [_step_s(cell) for cell in cells]
+    rounds = rounds_of(min(steps), study.timing.rounds, repetitions)
+    return [
+        rounds * (_SECONDS_OF_A_CELL + study.timing.warmup * step)
+        + max(repetitions * step, min(study.timing.seconds, MOST_STEPS * step))
+        for step in steps
+    ]
 
 
 def _calibration_s(study: Config, network: str, device_set: str) -> float:

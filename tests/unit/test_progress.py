@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.accuracy import CONTROL
 from pipeline.config import Config, calibrations, groups, load_config, slug
+from pipeline.rounds import LONG_STEP_S, rounds_of
 from pipeline.workflow import progress
 from pipeline.workflow.parts import Part, parts_of
 
@@ -107,6 +108,26 @@ class TestParts:
         assert usual < expected_s("cpu", "500:1500")
         assert usual < expected_s("cpu", repetitions=50)
         assert usual > expected_s("cpu*8t")
+
+    @pytest.mark.parametrize(
+        ("strategies", "several"),
+        [(["kernel"], True), (["single"], False), (["single", "kernel"], True)],
+        ids=["steps of 1.2 s", "steps of 2.3 s", "both at one place, whose shortest decides"],
+    )
+    def test_a_place_has_the_rounds_that_it_will_be_timed_in(self, strategies, several):
+        def expected_s(asked: int) -> list[float]:
+            one = {"networks": ["300:1000"], "batch_sizes": [64], "device_sets": ["2 x cpu@0.75"]}
+            study = load_config({"timing": {"rounds": asked}, "experiments": {"x": one | {"strategies": strategies}}})
+            (name,) = groups(study)
+            return [part.expected_s for part in parts_of(study, "benchmark", {"group": name}, [name])]
+
+        for once, asked in zip(expected_s(1), expected_s(3), strict=True):
+            assert asked > once + 4 if several else asked == once
+
+    def test_no_more_rounds_are_expected_than_there_are_steps_to_time(self):
+        assert rounds_of(LONG_STEP_S, 3, 5) == 3
+        assert rounds_of(LONG_STEP_S, 3, 2) == 2
+        assert rounds_of(1.01 * LONG_STEP_S, 3, 5) == 1
 
     def test_the_default_study_takes_some_minutes_on_two_cores(self):
         study = Config()
