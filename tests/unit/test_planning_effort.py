@@ -26,5 +26,6 @@ def test_a_plan_for_sixteen_times_as_many_devices_takes_no_more_calls_than_for_a
             plan_graph(graph, calibration, batch_size=devices, strategy="auto", labels=labels)
         return int(pstats.Stats(profile).total_calls)  # type: ignore[attr-defined]
 
+    calls(16)  # pays what only a first plan does, such as imports
     few = calls(16)
-    assert calls(256) < 1.25 * few
+    assert calls(256) < 1.15 * few
