@@ -11,6 +11,7 @@ from pipeline.analysis.choice import repeatability
 from pipeline.analysis.instruction_findings import WORDS
 from pipeline.analysis.instruction_times import KINDS, TIMELINES, has_instructions, kinds_of, times_by_rank
 from pipeline.analysis.statistics import copied, prediction_error
+from pipeline.analysis.wording import rank_in_words
 from pipeline.results.contracts import INDEX, CellIndex
 
 FAR = 0.15
@@ -76,7 +77,7 @@ def _cause(cell: xr.Dataset, error: float) -> tuple[str, str]:
     kind = int(np.argmax(np.sign(error) * off_K))
     if off_K[kind] * error <= 0:
         return UNTOLD, "the one step whose instructions were kept does not show it"
-    where = f"on device {slowest}, {cell['device_label'].values[slowest]}"
+    where = f"on {rank_in_words(cell, slowest)}"
     times = f"predicted {predicted_RK[slowest, kind]:.3g} s, measured {measured_RK[slowest, kind]:.3g} s"
     of_step = off_K[kind] / cell["step_time"].median("repetition").item()
     return KINDS[kind], f"{kind_words(KINDS[kind])} {where}: {times} ({of_step:+.1%} of the step)"

@@ -113,10 +113,10 @@ def predicted_timeline(timing: xr.Dataset, *, store: str = _STORE) -> Figure:
     if place is None:
         return nothing(title, f"On several devices: {_WHY_NOTHING[0].lower()}{_WHY_NOTHING[1:]}", source)
     cell = timing.sel(place).transpose("instruction", "device", ...)
-    labels = selection.device_labels(timing, str(place["device_set"]))
+    of_set, labels = selection.device_labels(timing, str(place["device_set"])), selection.rank_labels(cell)
     ranks = np.flatnonzero(cell["instruction_end"].notnull().any("instruction").values)
     where = f"{place['network']}, batch {place['batch_size']}, {place['device_set']}, link {place['link']}"
-    note = subtitle(where, f"strategy {place['strategy']}", emulation_note(labels))
+    note = subtitle(where, f"strategy {place['strategy']}", emulation_note(of_set))
     scale, unit = time_scale(cell["instruction_end"].values)
     with style():
         figure, axes = canvas(1, 1, title=title, subtitle=note, source=source, panel=(10, 0.6 + 0.62 * len(ranks)))

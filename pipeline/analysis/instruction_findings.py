@@ -9,7 +9,7 @@ from pipeline.analysis import selection
 from pipeline.analysis.instruction_figures import shown_cell
 from pipeline.analysis.instruction_times import KINDS, SPREAD, has_instructions, kind_errors, kind_times, parts
 from pipeline.analysis.statistics import copied, prediction_error
-from pipeline.analysis.wording import listed, named
+from pipeline.analysis.wording import counted, listed, named, rank_in_words
 
 WORDS = {
     "forward": "forward computation",
@@ -41,8 +41,9 @@ def instructions_finding(timing: xr.Dataset) -> str:
     every = kind_times(timing)
     each = kind_errors(timing, every)
     times, errors = every.where(once), each.where(once)
+    cells = counted((told & once).sum().item(), "cell")
     answer = (
-        f"Of what the predicted instructions of {(told & once).sum().item()} cells are off, {where_it_errs(errors)} "
+        f"Of what the predicted instructions of {cells} are off, {where_it_errs(errors)} "
         "(errors count whichever their sign)."
     )
     sentences = [answer]
@@ -61,7 +62,7 @@ def instructions_finding(timing: xr.Dataset) -> str:
     )
     error = prediction_error(timing).notnull()
     without = {name: (error & ~told).sel(strategy=name).sum().item() for name in selection.strategies(timing)}
-    untold = ", ".join(f"``{name}`` ({count} cells)" for name, count in without.items() if count)
+    untold = ", ".join(f"``{name}`` ({counted(count, 'cell')})" for name, count in without.items() if count)
     if untold:
         sentences.append(f"Only the step is predicted, not its instructions, of {untold}.")
     return listed(sentences, "")
@@ -93,7 +94,6 @@ def timeline_error_finding(timing: xr.Dataset) -> str:
     instruction, device = map(int, np.unravel_index(int(np.nanargmax(off)), off.shape))
     at = {"instruction": instruction, "device": device}
     phase, what = (cell[f"instruction_{name}"].isel(instruction=instruction).item() for name in ("phase", "name"))
-    label = selection.device_labels(timing, str(place["device_set"]))[device]
     here, there = (length.isel(at).item() for length in lengths)
     step = (
         f"A step of {place['network']}, batch {place['batch_size']}, on {named(str(place['device_set']))} by "
@@ -101,7 +101,7 @@ def timeline_error_finding(timing: xr.Dataset) -> str:
         f"took {measured:.3g} s ({predicted / measured - 1:+.1%})."
     )
     furthest = (
-        f"Of what is computed in it, ``{what}`` ({phase}) on device {device}, {named(label)}, is furthest off: "
+        f"Of what is computed in it, ``{what}`` ({phase}) on {rank_in_words(cell, device, named)}, is furthest off: "
         f"predicted {here:.3g} s, measured {there:.3g} s."
     )
     return listed([step, furthest], "")

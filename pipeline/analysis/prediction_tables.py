@@ -54,7 +54,10 @@ _ENDS = {
     for name in names
 }
 INSTRUCTION_COLUMNS = (*INDEX, "instruction", "name", "kind", "device", "device_label", *_ENDS.values())
-"""Start and end of an instruction on a device, since the start of the step; `kind` is that of KIND_COLUMNS."""
+"""Start and end of an instruction on a device, since the start of the step; `kind` is that of KIND_COLUMNS.
+
+`device` is the rank in the plan of the cell, and `device_label` says which device of the set that is where it can.
+"""
 
 
 def cells_table(timing: xr.Dataset) -> pd.DataFrame:
@@ -104,8 +107,10 @@ def _instructions_of(timing: xr.Dataset, place: tuple[int, ...]) -> pd.DataFrame
     columns = {"instruction_name": "name"} | _ENDS
     cell = timing.isel(dict(zip(INDEX, place, strict=True)))
     kinds = kinds_of(cell["instruction_kind"].values, cell["instruction_phase"].values)
-    cell = cell[[*columns, "device_label"]].assign(kind=("instruction", kinds))
+    labels = {rank: label or f"rank {rank} of the plan" for rank, label in enumerate(selection.rank_labels(cell))}
+    cell = cell[list(columns)].assign(kind=("instruction", kinds))
     frame = cell.to_dataframe(dim_order=["instruction", "device"]).reset_index().rename(columns=columns)
+    frame["device_label"] = frame["device"].map(labels)
     return frame.dropna(subset=list(_ENDS.values()), how="all")[list(INSTRUCTION_COLUMNS)]
 
 
@@ -236,7 +241,7 @@ _STRATEGY_SHOWN: Mapping[str, Callable[[Row], str]] = {
     "step off by, median": lambda row: f"{row['median']:.1%}",
     "at the 95th percentile": lambda row: f"{row['p95']:.1%}",
     "with its sign": lambda row: f"{row['signed']:+.1%}",
-    "best forecast of a round, median": lambda row: _forecast(row, "forecast_median"),
+    "forecast by the other rounds, median": lambda row: _forecast(row, "forecast_median"),
     "and at the 95th percentile": lambda row: _forecast(row, "forecast_p95"),
     **{kind: _kind_shown(kind) for kind in (*KINDS, SPREAD)},
 }
@@ -267,7 +272,7 @@ _FAR_OFF_NOTE = (
     "instructions were kept."
 )
 _NOTE = (
-    "Best forecast: each round of a cell told by the median of the cell's other rounds, in cells of several; a round "
+    "Forecast by the other rounds: each round of a cell told by the median of the others, in cells of several; a round "
     "has fewer steps than the cell that a prediction is held against, which may thus be off by less. In the row of all "
     "a cell that was timed once for two strategies counts once. "
     "Of each kind the median of predicted less measured time over the measured step: below zero it took longer than "

@@ -37,6 +37,16 @@ def device_labels(timing: xr.Dataset, device_set: str) -> list[str]:
     return [str(label) for label in timing["device_label"].sel(device_set=device_set).values if label]
 
 
+def rank_labels(cell: xr.Dataset) -> list[str]:
+    """Labels of the devices of a cell's plan, by rank; '' where it cannot be told which of the set they are.
+
+    The labels of a grid are those of the whole set, while a plan that leaves devices out counts the others anew.
+    """
+    labels = [str(label) for label in cell["device_label"].values if label]
+    ranks = int(cell["share"].notnull().sum())
+    return labels if ranks == len(labels) or len(set(labels)) == 1 else [""] * ranks
+
+
 def device_sets(timing: xr.Dataset) -> list[str]:
     """Sets that were measured at all, by number of devices, equal devices before unequal ones."""
     ok = (timing["status"] == OK).any([d for d in timing["status"].dims if d != "device_set"])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import xarray as xr
 
+from pipeline.analysis.selection import rank_labels
 from pipeline.analysis.style import described, is_emulated
 
 _BULLET = "- "
@@ -21,6 +22,17 @@ def assumed(simulation: xr.Dataset, label: str, device_set: str) -> str:
     """As `named`, with the speed that is assumed of the device `label` where it is only described."""
     speed = described(simulation).get(label)
     return named(device_set) + ("" if speed is None else f" (described, {speed:,.0f} GFLOP/s assumed)")
+
+
+def rank_in_words(cell: xr.Dataset, rank: int, name: Callable[[str], str] = str) -> str:
+    """A rank of the cell's plan as the device that it is, its label by ``name``, where that can be told."""
+    label = rank_labels(cell)[rank]
+    return f"device {rank}, {name(label)}" if label else f"rank {rank} of the plan"
+
+
+def counted(number: int, thing: str) -> str:
+    """So many of the thing, as in '1 cell' or '2 cells'."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def listed(sentences: Iterable[str], otherwise: str) -> str:
