@@ -96,9 +96,9 @@ def repeatability(timing: xr.Dataset) -> xr.Dataset:
     """How far the rounds of each cell differ, over the cells of the grid; NaN where there are fewer than two.
 
     `forecast_error` is what a forecast of a round's median step by that of the cell's other rounds is off by, whichever
-    its sign, the mean over the rounds. No prediction knows a cell better than its own measurement; but a round has
-    fewer steps than the cell that a prediction is held against, so one may be off by less. `between_rounds` is the
-    highest less the lowest median of a round over the median of the cell.
+    its sign, the mean over the rounds. It is no bound: a round has fewer steps than the cell that a prediction is held
+    against, so that may be off by less. `between_rounds` is the highest less the lowest median of a round over the
+    median of the cell.
     """
     steps = timing["step_time"].where(timing["status"] == OK).transpose(*INDEX, "repetition")
     rounds = _rounds(timing).transpose(*INDEX, "repetition").values

@@ -16,7 +16,7 @@ from pipeline.analysis.far_off import FAR, ROUNDS, UNTOLD, FarOff, far_off, kind
 from pipeline.analysis.instruction_findings import where_it_errs
 from pipeline.analysis.instruction_times import kind_errors
 from pipeline.analysis.statistics import copied, memory_error, prediction_error
-from pipeline.analysis.wording import listed, named
+from pipeline.analysis.wording import counted, listed, named
 from pipeline.results.contracts import OK
 
 
@@ -29,7 +29,7 @@ def prediction_finding(timing: xr.Dataset) -> str:
         return "No cell was both measured and predicted.\n"
     answer = (
         f"The step time predicted before a cell was measured is off by {np.median(every):.1%} in the median and "
-        f"{np.quantile(every, 0.95):.1%} at the 95th percentile of {every.size} cells"
+        f"{np.quantile(every, 0.95):.1%} at the 95th percentile of {counted(every.size, 'cell')}"
     )
     timed = "was timed once with that" if twice == 1 else "were timed once with those"
     answer += f" ({twice} more of ``auto`` {timed} of another strategy, the plan being the same)" if twice else ""
@@ -42,11 +42,12 @@ def prediction_finding(timing: xr.Dataset) -> str:
     sentences = [answer, f"By strategy, in the median and at the 95th percentile: {told}."]
     again = _finite(repeatability(timing)["forecast_error"].where(error.notnull() & once))
     if again.size:
+        tail = f" in the median and {np.quantile(again, 0.95):.1%} at the 95th percentile of the {again.size} cells"
         sentences.append(
-            "Measurements differ, too: the best forecast on this host, of each round of a cell by the median of the "
-            f"cell's other rounds, would be off by {np.median(again):.1%} in the median and "
-            f"{np.quantile(again, 0.95):.1%} at the 95th percentile of the {again.size} cells of several rounds; a "
-            "round has fewer steps than the cell that a prediction is held against, which may thus be off by less."
+            "Measurements differ, too: a forecast by the other rounds, of each round of a cell by the median of the "
+            f"others, would be off by {np.median(again):.1%}{tail if again.size > 1 else ' in the one cell'} of "
+            "several rounds; a round has fewer steps than the cell that a prediction is held against, which may thus "
+            "be off by less."
         )
     sentences.append(_far_off(far_off(timing), every.size))
     if "stolen" in timing and timing["stolen"].notnull().any():
@@ -58,7 +59,7 @@ def prediction_finding(timing: xr.Dataset) -> str:
     if "predicted_memory" in timing and (memory := _finite(abs(memory_error(timing)).where(once))).size:
         sentences.append(
             f"The peak memory of a rank is off by {np.median(memory):.1%} in the median and by {memory.max():.1%} at "
-            f"most, of {memory.size} ranks."
+            f"most, of {counted(memory.size, 'rank')}."
         )
     return listed(sentences, "")
 
@@ -66,7 +67,7 @@ def prediction_finding(timing: xr.Dataset) -> str:
 def _far_off(found: Sequence[FarOff], cells: int) -> str:
     """How many cells are far off, and how often for which cause."""
     if not found:
-        return f"None of the {cells} predictions is off by more than {FAR:.0%}."
+        return f"None of {counted(cells, 'prediction')} is off by more than {FAR:.0%}."
     causes = Counter(one.cause for one in found)
     told = [f"the rounds of the very cell differ by as much in {causes[ROUNDS]}"] if causes[ROUNDS] else []
     kinds = {kind: count for kind, count in causes.most_common() if kind not in (ROUNDS, UNTOLD)}
@@ -74,7 +75,8 @@ def _far_off(found: Sequence[FarOff], cells: int) -> str:
         most = ", ".join(f"{kind_words(kind)} in {count}" for kind, count in kinds.items())
         told.append(f"what errs most on the slowest device is {most}")
     told += [f"the store does not tell why in {causes[UNTOLD]}"] if causes[UNTOLD] else []
-    return f"{len(found)} of the {cells} predictions are off by more than {FAR:.0%}: {'; '.join(told)}."
+    of_all = f"{len(found)} of {counted(cells, 'prediction')} {'is' if len(found) == 1 else 'are'}"
+    return f"{of_all} off by more than {FAR:.0%}: {'; '.join(told)}."
 
 
 def choice_finding(timing: xr.Dataset) -> str:

@@ -73,7 +73,9 @@ def test_repeatability_is_how_far_each_round_is_from_the_others():
     assert found["forecast_error"].item() == pytest.approx((3 / 2 - 1 + 1 - 2 / 3) / 2)  # each told by the other
     assert found["between_rounds"].item() == pytest.approx((3 - 2) / 2.5)
     assert repeatability(timing).sel(strategy="paper").isnull().all()
-    assert "off by 41.7% in the median and 41.7% at the 95th percentile of the 1 cells" in prediction_finding(timing)
+    assert "would be off by 41.7% in the one cell of several rounds; a round" in prediction_finding(timing)
+    both = prediction_finding(grid({"kernel": [[2.0, 2], [3, 3]], "paper": [[2.0, 2], [3, 3]]}))
+    assert "would be off by 41.7% in the median and 41.7% at the 95th percentile of the 2 cells of several" in both
 
 
 def test_a_round_is_told_by_the_median_of_all_steps_of_the_others():
