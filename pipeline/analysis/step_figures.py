@@ -59,7 +59,9 @@ def time_per_device(timing: xr.Dataset, *, store: str = _STORE) -> Figure:
                     continue
                 batch_size = selection.main_batch_size(timing, network, link, [device_set])
                 cells = timing.sel(network=network, batch_size=batch_size, link=link, device_set=device_set)
-                _activity_panel(axis, cells, shown[device_set])
+                _activity_panel(
+                    axis, cells, {one: _lanes_of(timing, device_set, one, link) for one in shown[device_set]}
+                )
                 axis.set_title(f"{network}, batch {batch_size}")
             row[0].set_ylabel(device_set + (" (emulated)" if is_emulated([device_set]) else ""), weight="bold")
         only_left(axes)
@@ -72,12 +74,21 @@ def _split_strategies(timing: xr.Dataset, device_set: str, link: str) -> list[st
     return [s for s in selection.strategies(timing) if s != "single" and (status.sel(strategy=s) == OK).any()]
 
 
-def _activity_panel(axis: Axes, cells: xr.Dataset, shown: list[str]) -> None:
-    labels = [str(label) for label in cells["device_label"].values if label]
-    scale, unit = time_scale(cells["step_time"].sel(strategy=shown).values)
+def _lanes_of(timing: xr.Dataset, device_set: str, strategy: str, link: str) -> list[str]:
+    """What the lanes of a set are called, the same in all panels of a row: by rank where any plan leaves some out."""
+    labels = selection.device_labels(timing, device_set)
+    share = timing["share"].sel(device_set=device_set, strategy=strategy, link=link)
+    ranks = share.notnull().sum("device").values
+    known = len(set(labels)) == 1 or np.isin(ranks, (0, len(labels))).all()
+    return labels if known else [f"rank {rank}" for rank in range(len(labels))]
+
+
+def _activity_panel(axis: Axes, cells: xr.Dataset, lanes: dict[str, list[str]]) -> None:
+    """``lanes`` are what the devices are called, by strategy."""
+    scale, unit = time_scale(cells["step_time"].sel(strategy=list(lanes)).values)
     ticks: dict[float, str] = {}
     y = 0.0
-    for strategy in shown:
+    for strategy, labels in lanes.items():
         cell = cells.sel(strategy=strategy)
         medians = {name: scale * summary(cell[source])["median"].values for name, source in _ACTIVITY_TIMES.items()}
         step = (
@@ -130,7 +141,7 @@ def step_timeline(timing: xr.Dataset, *, store: str = _STORE) -> Figure:
             len(shown), 1, title=title, subtitle=note, source=source, panel=(10, 0.62 + 0.22 * len(labels)), sharex=True
         )
         for axis, strategy in zip(axes[:, 0], shown, strict=True):
-            _lanes(axis, cells.sel(strategy=strategy), labels, scale, span)
+            _lanes(axis, cells.sel(strategy=strategy), scale, span)
             axis.set_title(strategy)
         axes[-1, 0].set_xlim(0, 1.01 * span)
         axes[-1, 0].set_xlabel(f"time since the start of the step / {unit}")
@@ -144,7 +155,8 @@ def _fitting(name: str, fraction: float) -> str:
     return next((text for text in shortened if 0.009 * (len(text) + 1) < fraction), "")
 
 
-def _lanes(axis: Axes, cell: xr.Dataset, labels: list[str], scale: float, span: float) -> None:
+def _lanes(axis: Axes, cell: xr.Dataset, scale: float, span: float) -> None:
+    labels = [label or f"rank {rank}" for rank, label in enumerate(selection.rank_labels(cell))]
     start, end = scale * cell["instruction_start"].values, scale * cell["instruction_end"].values
     length = float(np.nanmax(end))
     axis.barh(range(len(labels)), length, height=0.82, color=ACTIVITIES["idle"].color, linewidth=0)
