@@ -45,6 +45,8 @@ _OF_A_SEGMENT = (
     "forward_time", "backward_time", "input_gradient_time", "forward_time_alone", "backward_time_alone",
     "forward_time_by_images", "backward_time_by_images",
 )  # fmt: skip
+_PROBED = 0.6
+"""Real steps take about so much of the time that everything else took."""
 _PASSES = 2
 """How many more times at most what is uncertain is measured."""
 
@@ -109,7 +111,8 @@ def calibrate(
         everywhere = [first.index(index) for index in alike]
         dataset = _dataset(task, chains, everywhere, chosen, measured, name)
         dataset = _with_curves(dataset.assign(work=("segment", np.array(works, dtype=object))), curves)
-        dataset = _with_probes(dataset, probing(task.model, graph, dataset), client, chosen, name)
+        probes = replace(probing(task.model, graph, dataset), enough=_PROBED * (time.perf_counter() - start))
+        dataset = _with_probes(dataset, probes, client, chosen, name)
         dataset = describe(dataset.assign(calibration_time=time.perf_counter() - start))
         validate_calibration(dataset)
         return _usable(dataset, graph, name)

@@ -50,19 +50,17 @@ _PROBED: dict[Strategy, Shared] = {"kernel": "K", "batch": "B", "single": "M", "
 """The strategies whose steps are taken, and what is timed of them."""
 PROBES = tuple(name for one in _PROBED for name in ([one, one + _WITHOUT_SUMS] if one in ("batch", "ddp") else [one]))
 """None updates its weights. Some leave out the sums of gradients, as all but the last of several batches do."""
-_ROUNDS, _MEASURED_S, _MOST, _LEAST = 4, 0.25, 6, 2
+_MEASURED_S, _MOST, _LEAST = 0.25, 6, 2
 """In each round each strategy repeats its step until so much time is measured, at the most so often. So many steps at
 least are taken where one round is all."""
 _SHORT_S = 0.25
 """The first step of a round does not count, nor the second of ranks that exchange if the first took less: both set up
 memory for messages, of which two may be under way."""
-MOST_STEPS = _ROUNDS * _MOST
-_NO_SECOND_ROUND: frozenset[Strategy] = frozenset({"single", "ddp"})
-"""A device alone waits for nobody, and mostly takes the longest; and no plan depends on ``ddp``."""
-_CLOSE, _ENOUGH_S = 1.3, 0.8
-"""From the third round on, it is only the strategies that take at most so many times as long as the fastest, until so
-much time of each is measured: on which of these is faster the plan depends, and a host may have been busy just when one
-of them was tried."""
+_LEAST_ROUNDS, _MOST_ROUNDS = 2, 6
+MOST_STEPS = _MOST_ROUNDS * _MOST
+_CLOSE = 1.3
+"""A device alone mostly takes the longest. Only if it takes at most so many times as long as the fastest, so that the
+plan may depend on it, it has more rounds than one."""
 _LONG_STEP_S = 1.0
 """Where all devices together would take longer, few images do, and where a device would for its part under ``ddp``,
 that is left out. Of steps that take longer one round is all, and the first counts if one device takes it."""
@@ -87,6 +85,8 @@ class Probing:
     images: int
     itemsize: int
     """Bytes per number of the model's type."""
+    enough: float = 0.0
+    """s after which only the first rounds begin."""
 
 
 def probing(model: nn.Module, graph: Graph, calibration: xr.Dataset) -> Probing:
@@ -161,18 +161,21 @@ def probe_rank(context: RankContext, task: Probing) -> Probed:
 def _take(context: RankContext, task: Probing, taken: _Taken) -> None:
     """Add the times of all steps to what was ``taken`` of each probe."""
     # In rounds, as a processor may be slower for some seconds.
-    for following in range(_ROUNDS):
-        for strategy in _in_round(following, task.plans, taken):
+    start = time.perf_counter()
+    for following in range(_MOST_ROUNDS):
+        if following >= _LEAST_ROUNDS and _slowest(context, time.perf_counter() - start) > task.enough:
+            break
+        for strategy in _again(task.plans, taken) if following else task.plans:
             _take_round(context, task, strategy, taken)
 
 
-def _in_round(following: int, strategies: Iterable[Strategy], taken: _Taken) -> list[Strategy]:
-    """Whose steps are taken after so many rounds; the same on all ranks, as the times are."""
-    if not following:
-        return list(strategies)
-    if following == 1:
-        return [one for one in strategies if one not in _NO_SECOND_ROUND and not _is_long(taken, one)]
-    return [one for one in _undecided(strategies, taken) if sum(took for took, _ in taken[one]) < _ENOUGH_S]
+def _again(strategies: Iterable[Strategy], taken: _Taken) -> list[Strategy]:
+    """Whose steps are worth another round, the same on all ranks, as the times are; no plan depends on ``ddp``."""
+    typical = {
+        one: statistics.median_low(took for took, _ in taken[one]) for one in strategies if one != "ddp" and taken[one]
+    }
+    close = _CLOSE * min(typical.values(), default=0.0)
+    return [one for one, took in typical.items() if not _is_long(taken, one) and (one != "single" or took <= close)]
 
 
 def _take_round(context: RankContext, task: Probing, strategy: Strategy, taken: _Taken) -> None:
@@ -187,7 +190,7 @@ def _take_round(context: RankContext, task: Probing, strategy: Strategy, taken: 
         for probe in _probes_of(strategy):
             if plan.ranks == 1 and long:
                 taken[probe].append(first)  # of two, the lower counts
-            least = _LEAST if long or strategy in _NO_SECOND_ROUND else 1
+            least = _LEAST if long or strategy in ("single", "ddp") else 1
             taken[probe].extend(_steps(context, part, last=sums(probe), least=least - len(taken[probe])))
     del part
     gc.collect()  # what was traced is a cycle
@@ -199,15 +202,6 @@ def _probes_of(strategy: Strategy) -> list[str]:
 
 def _is_long(taken: _Taken, strategy: Strategy) -> bool:
     return any(took > _LONG_STEP_S for probe in _probes_of(strategy) for took, _ in taken[probe])
-
-
-def _undecided(strategies: Iterable[Strategy], taken: _Taken) -> list[Strategy]:
-    """Those of which any may be the fastest that trains as one device would; none if only one may."""
-    median = {
-        one: statistics.median_low(took for took, _ in taken[one]) for one in strategies if one != "ddp" and taken[one]
-    }
-    close: list[Strategy] = [one for one, took in median.items() if took <= _CLOSE * min(median.values())]
-    return close if len(close) > 1 else []
 
 
 def _steps(context: RankContext, part: _Part | None, *, last: bool, least: int) -> list[tuple[float, float]]:
@@ -223,10 +217,15 @@ def _step(context: RankContext, part: _Part | None, *, last: bool) -> tuple[floa
     context.barrier()
     start = time.perf_counter()
     busy = math.nan if part is None else part.step(last=last)
-    took = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+    return _slowest(context, time.perf_counter() - start), busy
+
+
+def _slowest(context: RankContext, seconds: float) -> float:
+    """The longest of all ranks."""
+    longest = torch.tensor(seconds, dtype=torch.float64)
     if context.group is not None:
-        dist.all_reduce(took, dist.ReduceOp.MAX, context.group)
-    return took.item(), busy
+        dist.all_reduce(longest, dist.ReduceOp.MAX, context.group)
+    return longest.item()
 
 
 class _Part(Protocol):

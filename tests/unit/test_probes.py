@@ -129,34 +129,15 @@ def test_what_takes_long_over_a_slow_link_is_repeated_less() -> None:
     assert links._possible(1, 60.0) == 1
 
 
-def test_what_the_plan_depends_on_is_tried_more_often() -> None:
-    def undecided(**medians: float) -> list[str]:
-        taken = {probe: [] for probe in probes.PROBES} | {
-            one: [(value, 0.0), (value, 0.0), (9.9, 0.0)] for one, value in medians.items()
-        }
-        return probes._undecided(["kernel", "batch", "single", "paper", "ddp"], taken)
+def test_a_device_alone_is_tried_again_where_the_plan_may_depend_on_it() -> None:
+    def again(**took: list[float]) -> list[str]:
+        taken = {probe: [(one, 0.0) for one in took.get(probe, [])] for probe in probes.PROBES}
+        return probes._again(["kernel", "batch", "single", "paper", "ddp"], taken)
 
-    assert undecided(kernel=1.0, batch=1.29, single=1.31, paper=1.1, ddp=0.1) == ["kernel", "batch", "paper"]
-    assert undecided(kernel=1.0, batch=1.4, single=2.0, paper=3.0, ddp=1.0) == []  # one is the fastest whatever may be
-    assert undecided(kernel=1.0, single=1.2) == ["kernel", "single"]  # the others did not fit into memory
-    assert undecided(ddp=1.0) == []
-
-
-def test_rounds_follow_of_what_takes_little_and_more_of_what_the_plan_depends_on() -> None:
-    strategies = ["kernel", "batch", "single", "paper", "ddp"]
-
-    def in_round(following: int, **taken: list[float]) -> list[str]:
-        steps = {probe: [(took, 0.0) for took in taken.get(probe, [])] for probe in probes.PROBES}
-        return probes._in_round(following, strategies, steps)
-
-    assert in_round(0) == strategies
-    once = {"kernel": [0.3], "batch": [0.3], "single": [0.6, 0.6], "paper": [1.1, 1.2], "ddp": [0.3, 0.3]}
-    assert in_round(1, **once) == ["kernel", "batch"]
-    twice = once | {"kernel": [0.3, 0.3], "batch": [0.35] * 2, "paper": [0.5, 0.5]}
-    assert in_round(2, **twice) == ["kernel", "batch"]
-    assert in_round(2, **twice | {"batch": [0.38, 0.41]}) == ["kernel", "batch"]  # the lower of two counts
-    assert in_round(2, **twice | {"batch": [0.3, 0.6]}) == ["kernel"]  # enough of one
-    assert in_round(3, **twice | {"kernel": [0.3] * 3, "batch": [0.35] * 3}) == []
+    assert again(kernel=[0.3], batch=[0.5], single=[0.4, 0.4], ddp=[0.1, 0.1]) == ["kernel", "batch"]
+    assert again(kernel=[0.3], single=[0.38, 0.9]) == ["kernel", "single"]  # the lower counts, the rest did not fit
+    assert again(kernel=[1.1], batch=[0.9], single=[0.9], paper=[1.2]) == ["batch", "single"]
+    assert again(ddp=[0.1]) == []
 
 
 def test_what_one_device_takes_longer_holds_for_any_layout(model: nn.Module) -> None:
