@@ -1,6 +1,11 @@
-"""What every test relies on: GPU tests skip visibly without a GPU, and property tests give the same verdict twice."""
+"""What every test relies on: GPU tests skip visibly without a GPU, property tests give the same verdict twice.
+
+And no test writes calibrations where its user keeps them, or finds those of an earlier run.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -19,3 +24,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_tests:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none here"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_calibrations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of calibrations for this process and those that it starts; downloaded data are not kept there."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PIPELINE_CACHE", str(tmp_path_factory.mktemp("calibrations")))
+        yield

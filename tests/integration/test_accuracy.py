@@ -55,7 +55,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ...]]
     prepare("digits", images, root=folder, progress=False)
     with pipeline.local_cluster(parse_device_set(DEVICES), dashboard=False) as client:
         common = ("--data", str(images), "--scheduler", client.scheduler.address)
-        calibrate = ["calibrate", "--network", "4:8", "--devices", DEVICES, "--batch-size", "12", "--force"]
+        calibrate = ["calibrate", "--network", "4:8", "--devices", DEVICES, "--batch-size", "12"]
         assert main([*calibrate, *common, "--output", str(costs)]) == 0
         yield (*common, "--calibration", str(costs))
 
