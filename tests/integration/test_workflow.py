@@ -150,11 +150,11 @@ def test_a_second_run_has_nothing_to_do(study: Study) -> None:
 
 
 def test_a_changed_cell_alone_is_measured_anew_even_if_that_run_is_stopped(study: Study) -> None:
-    """By Ctrl-C, and then once more by a kill."""
+    """By a kill, the outdated cell still being there, and then once more by Ctrl-C."""
     before = study.cells
     (cell,) = (file for file in before if file.name == "kernel.zarr.zip")
     study.configure(with_repetitions(4))
-    for stop in (signal.SIGINT, signal.SIGKILL):
+    for stop in (signal.SIGKILL, signal.SIGINT):
         with study.start("timing") as process:
             job = wait_for_job(process, "benchmark")
             family = [job, *job.children(recursive=True)]
