@@ -45,8 +45,8 @@ _OF_A_SEGMENT = (
     "forward_time", "backward_time", "input_gradient_time", "forward_time_alone", "backward_time_alone",
     "forward_time_by_images", "backward_time_by_images",
 )  # fmt: skip
-_PROBED = 0.6
-"""Real steps take about so much of the time that everything else took."""
+_PROBED = 0.5
+"""Real steps take about so much of the time that everything before them took."""
 _PASSES = 2
 """How many more times at most what is uncertain is measured."""
 
