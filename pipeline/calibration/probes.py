@@ -52,7 +52,7 @@ PROBES = tuple(name for one in _PROBED for name in ([one, one + _WITHOUT_SUMS] i
 """None updates its weights. Some leave out the sums of gradients, as all but the last of several batches do."""
 _MEASURED_S, _MOST, _LEAST = 0.25, 6, 2
 """In each round each strategy repeats its step until so much time is measured, at the most so often. So many steps at
-least are taken where one round is all."""
+least are taken of everything: the lower of two counts, as what disturbs a step only makes it longer."""
 _SHORT_S = 0.25
 """The first step of a round does not count, nor the second of ranks that exchange if the first took less: both set up
 memory for messages, of which two may be under way."""
@@ -175,7 +175,11 @@ def _again(strategies: Iterable[Strategy], taken: _Taken) -> list[Strategy]:
         one: statistics.median_low(took for took, _ in taken[one]) for one in strategies if one != "ddp" and taken[one]
     }
     close = _CLOSE * min(typical.values(), default=0.0)
-    return [one for one, took in typical.items() if not _is_long(taken, one) and (one != "single" or took <= close)]
+    return [
+        one
+        for one, took in typical.items()
+        if len(taken[one]) < _LEAST or (took <= _LONG_STEP_S and (one != "single" or took <= close))
+    ]
 
 
 def _take_round(context: RankContext, task: Probing, strategy: Strategy, taken: _Taken) -> None:
@@ -189,7 +193,7 @@ def _take_round(context: RankContext, task: Probing, strategy: Strategy, taken: 
             _step(context, part, last=True)
         for probe in _probes_of(strategy):
             if plan.ranks == 1 and long:
-                taken[probe].append(first)  # of two, the lower counts
+                taken[probe].append(first)
             least = _LEAST if long or strategy in ("single", "ddp") else 1
             taken[probe].extend(_steps(context, part, last=sums(probe), least=least - len(taken[probe])))
     del part
@@ -198,10 +202,6 @@ def _take_round(context: RankContext, task: Probing, strategy: Strategy, taken: 
 
 def _probes_of(strategy: Strategy) -> list[str]:
     return [probe for probe in PROBES if strategy_of(probe) == strategy]
-
-
-def _is_long(taken: _Taken, strategy: Strategy) -> bool:
-    return any(took > _LONG_STEP_S for probe in _probes_of(strategy) for took, _ in taken[probe])
 
 
 def _steps(context: RankContext, part: _Part | None, *, last: bool, least: int) -> list[tuple[float, float]]:
