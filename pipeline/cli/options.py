@@ -16,6 +16,17 @@ NetworkOption = Annotated[
         help="Kernels of two convolutions as K1:K2, a torchvision name, or package.module:factory for your own.",
     ),
 ]
+
+
+def _possible_devices(text: str | None) -> str | None:
+    """The devices as they are written; refused, before data are fetched, where they are no device set."""
+    if text:
+        from pipeline.cluster.devices import parse_device_set
+
+        parse_device_set(text)
+    return text
+
+
 DevicesOption = Annotated[
     str | None,
     typer.Option(
@@ -23,6 +34,7 @@ DevicesOption = Annotated[
         metavar="SET",
         help="Devices, such as 'cpu', '2 x cpu', '4 x cpu@0.45' (emulated at that speed) or 'gpu + cpu*2t' (two "
         "threads); all there are if not given.",
+        callback=_possible_devices,
     ),
 ]
 SchedulerOption = Annotated[

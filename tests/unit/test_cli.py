@@ -88,6 +88,15 @@ def test_what_cannot_be_trained_is_refused_before_anything_starts(
     assert says in refused(capsys, "train", "--data", images, *arguments)
 
 
+@pytest.mark.parametrize("command", ["train", "calibrate", "benchmark"])
+def test_wrong_devices_are_told_before_data_are_looked_for(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = ["--output", tmp_path / "some.zarr.zip"] if command == "calibrate" else []
+    given = ["--network", "8:16", "--data", tmp_path / "nowhere", "--devices", "2 x cpu@0", *there]
+    assert "device speed must lie in (0, 1], not 0.0" in refused(capsys, command, *given)
+
+
 @pytest.mark.parametrize("option", ["--batch-size", "--epochs", "--max-steps", "--accumulate", "--step-size"])
 def test_numbers_below_1_are_refused(option: str, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--network", "8:16", "--data", str(images), option, "0"]) == 2
