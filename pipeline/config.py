@@ -21,7 +21,6 @@ from pipeline.cluster.devices import format_device_set, parse_device_set, visibl
 from pipeline.errors import InputError
 from pipeline.links import canonical_link
 from pipeline.refusals import sentence
-from pipeline.rounds import LONG_STEP_S, MOST_STEPS
 from pipeline.simulation.mixes import parse_mix
 
 Strategy = Literal["single", "ddp", "equal", "paper", "kernel", "batch", "auto"]
@@ -89,24 +88,12 @@ class Timing(Section):
 
     warmup: Annotated[int, Field(ge=0)] = 2
     """Steps before the clock starts, in each round."""
-    rounds: Annotated[
-        Positive,
-        Field(
-            description="The strategies of one place are timed in turn, so often; once where all steps take over "
-            f"{LONG_STEP_S:g} s."
-        ),
-    ] = 3
+    rounds: Positive = 3
+    """The strategies of one place are timed in turn, so often; once where all steps take long."""
     repetitions: Positive = 5
     """Timed steps per cell at least, over all rounds, all of them kept."""
-    seconds: Annotated[
-        float,
-        Field(
-            ge=0,
-            le=600,
-            description=f"Short steps are repeated for about so many s, up to {MOST_STEPS} times, as other work of a "
-            "host comes in bursts.",
-        ),
-    ] = 3.0
+    seconds: Annotated[float, Field(ge=0, le=600)] = 3.0
+    """Short steps are repeated for about so many s, not too often, as other work of a host comes in bursts."""
     seed: int = 0
     """Seed of the initial weights and of the order of the images."""
 

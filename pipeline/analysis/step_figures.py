@@ -156,7 +156,7 @@ def _fitting(name: str, fraction: float) -> str:
 
 
 def _lanes(axis: Axes, cell: xr.Dataset, scale: float, span: float) -> None:
-    labels = [label or f"rank {rank}" for rank, label in enumerate(selection.rank_labels(cell))]
+    labels = selection.rank_labels(cell)
     start, end = scale * cell["instruction_start"].values, scale * cell["instruction_end"].values
     length = float(np.nanmax(end))
     axis.barh(range(len(labels)), length, height=0.82, color=ACTIVITIES["idle"].color, linewidth=0)
