@@ -178,7 +178,8 @@ def _again(strategies: Iterable[Strategy], taken: _Taken) -> list[Strategy]:
     return [
         one
         for one, took in typical.items()
-        if len(taken[one]) < _LEAST or (took <= _LONG_STEP_S and (one != "single" or took <= close))
+        if min(len(taken[probe]) for probe in _probes_of(one)) < _LEAST
+        or (took <= _LONG_STEP_S and (one != "single" or took <= close))
     ]
 
 
@@ -194,8 +195,7 @@ def _take_round(context: RankContext, task: Probing, strategy: Strategy, taken: 
         for probe in _probes_of(strategy):
             if plan.ranks == 1 and long:
                 taken[probe].append(first)
-            least = _LEAST if long or strategy in ("single", "ddp") else 1
-            taken[probe].extend(_steps(context, part, last=sums(probe), least=least - len(taken[probe])))
+            _take_steps(context, part, taken[probe], last=sums(probe), once=strategy in ("single", "ddp"))
     del part
     gc.collect()  # what was traced is a cycle
 
@@ -204,12 +204,20 @@ def _probes_of(strategy: Strategy) -> list[str]:
     return [probe for probe in PROBES if strategy_of(probe) == strategy]
 
 
-def _steps(context: RankContext, part: _Part | None, *, last: bool, least: int) -> list[tuple[float, float]]:
-    """One step after the other, each as by ``_step``."""
-    found: list[tuple[float, float]] = []
-    while len(found) < least or (len(found) < _MOST and sum(took for took, _ in found) < _MEASURED_S):
-        found.append(_step(context, part, last=last))
-    return found
+def _take_steps(
+    context: RankContext, part: _Part | None, taken: list[tuple[float, float]], *, last: bool, once: bool
+) -> None:
+    """Add the times of one step after the other to those ``taken``, each as by ``_step``.
+
+    What takes long, or has its steps in one round only (``once``), has as many as it needs then.
+    """
+    before = len(taken)
+    while True:
+        taken.append(_step(context, part, last=last))
+        seconds = [took for took, _ in taken[before:]]
+        lacking = len(taken) < _LEAST and (once or seconds[0] > _LONG_STEP_S)
+        if not lacking and (len(seconds) == _MOST or sum(seconds) >= _MEASURED_S):
+            break
 
 
 def _step(context: RankContext, part: _Part | None, *, last: bool) -> tuple[float, float]:

@@ -36,7 +36,7 @@ from pipeline.run.memory import current_memory
 from pipeline.run.memory_format import may_have_channels_last
 from pipeline.run.transport import Transport
 
-_LEAST_UPDATED, _MOST_UPDATED = 1_000_000, 16_000_000
+_LEAST_UPDATED, _MOST_UPDATED = 1_000_000, 4_000_000
 """Trained parameters that the update is measured with, between these as many as the network has."""
 _LINK_REPETITIONS = 5
 _LEAST_REPETITIONS = 3
@@ -44,7 +44,12 @@ _LEAST_REPETITIONS = 3
 _MEASURED_S, _MOST_REPETITIONS = 0.5, 8
 """Short steps are repeated until so much time is measured, or so often."""
 _LONG_S = 0.4
-"""What setting up operations adds to a step as long as this is little."""
+"""What setting up operations adds to a step as long as this is little. A device that takes longer for the whole network
+does with few images what is more than it would have of it."""
+_PART = 0.25
+"""Of the kernels, which tell the order in memory where all of them take long even for few images."""
+_NEAR = 0.7
+"""A measured share may be by so much smaller than what a device would have, to be taken for that."""
 _CERTAIN, _ENOUGH_S = 0.02, 6.0
 """What is uncertain by less than this part of a whole step, or has taken so long already, is not measured again."""
 _DIRECTIONS = 2
@@ -104,9 +109,11 @@ class Measurement:
 
     times: NDArray[np.float64]
     """(segment, share, images, repetition, part): forward, backward, and of that until the gradient of the input is
-    there, where these two are computed one after the other. NaN where nothing was measured."""
+    there, where these two are computed one after the other. NaN where nothing was measured, as with the most images at
+    large shares of a slow device; each segment was measured at one share at least with all numbers of images."""
     alone: NDArray[np.float64]
-    """(segment, repetition, direction) of whole segments with the most images, while the other ranks wait."""
+    """(segment, repetition, direction) of whole segments while the other ranks wait, with the most images that these
+    were measured with; NaN for some that take long."""
     by_images: NDArray[np.float64]
     """As ``alone``, but beside the others and with batch normalisation that works on a part of the batch; NaN for
     segments without it."""
@@ -132,11 +139,11 @@ def measure_rank(context: RankContext, task: Task) -> Measurement:
     torch.manual_seed(0)
     model = copy.deepcopy(task.model).to_empty(device="cpu")
     initialise((*model.parameters(), *model.buffers()))
-    channels_last, own, slowest = _faster_order(context, model, task)
+    channels_last, expected = _faster_order(context, model, task)
     whole = _execution_of(context, model, task.graph, None, channels_last=channels_last)
     calls = np.array([call_seconds(whole) for _ in range(max(task.repetitions, _LEAST_REPETITIONS))])
     forward, backward = (float(one) for one in np.median(calls, axis=0))
-    segments = _Segments(context, model, task, whole, (forward, backward), own, slowest)
+    segments = _Segments(context, model, task, whole, (forward, backward), expected)
     for _ in range(1 + task.passes):
         todo = segments.uncertain()
         if not todo:
@@ -175,23 +182,37 @@ class _Segments:
         task: Task,
         whole: Execution,
         call: tuple[float, float],
-        own: float,
-        slowest: float,
+        expected: NDArray[np.float64],
     ) -> None:
         """``whole`` is an execution of this rank alone; ``call`` what a computation of nothing takes, both ways.
 
-        ``own`` and ``slowest`` are about what this and the slowest rank take for all segments with the most images.
+        ``expected`` is about what each rank takes for all segments with the most images.
         """
         self._context, self._model, self._task, self._whole, self._call = context, model, task, whole, call
         self._done, self._spent = 0, 0.0
         known = task.known.get(int(whole.plan.channels_last), frozenset())
         self._chains = {index: one for index, one in enumerate(task.chains) if index not in known}
-        self._is_long, self._is_long_for_any = own > _LONG_S, slowest > _LONG_S
-        enough = math.ceil(_MEASURED_S / max(slowest, 1e-6))
+        self._is_long, self._is_long_for_any = (bool(one > _LONG_S) for one in (expected[context.rank], expected.max()))
+        self._part = float(1 / (expected[context.rank] * (1 / expected).sum()))
+        enough = math.ceil(_MEASURED_S / expected.max())
         self._repetitions = max(task.repetitions, min(enough, _MOST_REPETITIONS))
         shape = (len(task.chains), len(task.fractions))
         self.times = np.full((*shape, len(task.images), self._repetitions + task.passes, len(PARTS)), np.nan)
         self.kernels = task.kernels()
+        self._by_few = self._shares_by_few()
+
+    def _shares_by_few(self) -> NDArray[np.bool_]:
+        """(segment, share) what this rank measures with few images only, if it is slow: large shares.
+
+        What it would have of the network, as far as its time tells, and the smallest of each segment, it measures with
+        the most, too.
+        """
+        fractions, measured = np.array(self._task.fractions), np.isfinite(self.kernels)
+        if not self._is_long or len(self._task.images) == 1:
+            return np.zeros_like(measured)
+        enough = fractions[fractions >= _NEAR * self._part][0]
+        found: NDArray[np.bool_] = measured & (fractions > enough) & (np.cumsum(measured, axis=1) > 1)
+        return found
 
     def uncertain(self) -> list[int]:
         """The shares that any rank has to measure (again), the same on all ranks."""
@@ -199,13 +220,15 @@ class _Segments:
         every = np.flatnonzero(np.isfinite(self.kernels[list(self._chains)]).any(axis=0))
         if not self._done:
             return [int(share) for share in every]
-        both = np.ma.masked_invalid(self.times[:, :, -1, :, :_DIRECTIONS].sum(axis=-1))  # (segment, share, repetition)
+        both = np.ma.masked_invalid(self._with_most(self.times)[..., :_DIRECTIONS].sum(axis=-1))  # and (repetition)
         least = both.min(axis=-1).filled(0.0)
-        step = float(least[:, -1] @ np.array(task.weights))
         # The median counts; noise only adds to a time, so it is in doubt as far as it lies above the least.
         doubt = 2 * (np.ma.median(both, axis=-1).filled(0.0) - least)  # type: ignore[no-untyped-call]
+        images = np.where(self._by_few, task.images[0], task.images[-1])
+        step_per_image = float((least[:, -1] / images[:, -1]) @ np.array(task.weights))
         # As if the rest of the step were done at the same share.
-        relative = doubt * np.array(task.weights)[:, None] / (step * np.array(task.fractions))
+        step = step_per_image * images * np.array(task.fractions)
+        relative = doubt * np.array(task.weights)[:, None] / step
         agreed = torch.tensor([*relative.max(axis=0), self._spent])
         if self._context.group is not None:
             dist.all_reduce(agreed, dist.ReduceOp.MAX, self._context.group)
@@ -226,63 +249,79 @@ class _Segments:
         task, fraction = self._task, self._task.fractions[share]
         there = {index: one for index, one in self._chains.items() if np.isfinite(self.kernels[index, share])}
         execution = self._whole if fraction == 1 else self._execution(split_plan(task.graph, fraction))
-        made = slice(self._done, self._done + repetitions)
-        self.times[list(there), share, :, made] = self._times(execution, there, task.images, repetitions)
+        last = len(task.images) - 1
+        chosen = {
+            place: {index: one for index, one in there.items() if place < last or not self._by_few[index, share]}
+            for place in range(last + 1)
+        }
+        passes = [self._pass(execution, some, task.images[place]) for place, some in chosen.items() if some]
+        made = range(self._done, self._done + repetitions)
+        for (place, some), found in zip(chosen.items(), self._times(passes, repetitions), strict=False):
+            self.times[np.ix_(list(some), [share], [place], made)] = found.transpose(1, 0, 2)[:, None, None]
+
+    def _with_most(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Of ``values`` (segment, share, images, ...) those with the most images with which each was measured."""
+        few = self._by_few.reshape(*self._by_few.shape, *[1] * (values.ndim - 3))
+        found: NDArray[np.float64] = np.where(few, values[:, :, 0], values[:, :, -1])
+        return found
+
+    def _wholes(self) -> tuple[dict[int, Chain], int]:
+        """The segments that tell most of what changes a whole one, and with how many images: the most of those."""
+        by_few = {index: one for index, one in self._chains.items() if self._by_few[index, -1]}
+        return (by_few, self._task.images[0]) if by_few else (self._chains, self._task.images[-1])
 
     def measure_alone(self) -> NDArray[np.float64]:
         """What ``Measurement.alone`` says; every rank has to call it."""
         task, context = self._task, self._context
         times = np.full((len(task.chains), self._repetitions, _DIRECTIONS), np.nan)
+        chains, images = self._wholes()
         for rank in task.alone if context.group is not None else ():
             context.barrier()
             if rank == context.rank:
-                run = self._pass(self._whole, self._chains, task.images[-1]).run
+                run = self._pass(self._whole, chains, images).run
                 if not self._is_long:
                     run()
                 for repetition in range(1 if self._is_long else self._repetitions):
-                    times[list(self._chains), repetition] = run()[:, :_DIRECTIONS]
+                    times[list(chains), repetition] = run()[:, :_DIRECTIONS]
         context.barrier()
         return times
 
     def measure_by_images(self) -> NDArray[np.float64]:
         """What ``Measurement.by_images`` says."""
-        task, most = self._task, self._task.images[-1]
+        task, (chains, images) = self._task, self._wholes()
         times = np.full((len(task.chains), self._repetitions, _DIRECTIONS), np.nan)
-        divided = [
+        divided = {
             index
             for index, one in self._chains.items()
             if any(task.graph[name].effect is Effect.BATCHNORM for name in one.operations)
-        ]
+        }
         if divided:
-            execution = self._execution(_images_plan(task.graph, most))
             # All of them run, as in a step.
-            times[list(self._chains)] = self._times(execution, self._chains, (most,), self._repetitions)[
-                :, 0, :, :_DIRECTIONS
-            ]
-            times[[index for index in self._chains if index not in divided]] = np.nan
+            work = self._pass(self._execution(_images_plan(task.graph, images)), self._chains, images)
+            (found,) = self._times([work], self._repetitions)
+            for place, index in enumerate(self._chains):
+                if index in divided and index in chains:
+                    times[index] = found[:, place, :_DIRECTIONS]
         return times
 
     def measure_turns(self, transport: Transport) -> Turns:
-        """With few images, and where these take long with a part of the kernels: computations as long as a rank's."""
+        """With few images, and where these take long with each rank's part of the kernels: as it would compute them."""
         task, execution = self._task, self._whole
         repetitions = max(self._repetitions, _LEAST_REPETITIONS)
         if self._is_long_for_any:
-            execution, repetitions = self._execution(split_plan(task.graph, 1 / self._context.size)), self._repetitions
+            execution, repetitions = self._execution(split_plan(task.graph, self._part)), self._repetitions
         work = self._pass(execution, dict(enumerate(task.chains)), task.images[0])
         return measure_turns(self._context, transport, work, repetitions)
 
-    def _times(
-        self, execution: Execution, segments: Mapping[int, Chain], images: Sequence[int], repetitions: int
-    ) -> NDArray[np.float64]:
-        """Measured beside the other ranks, (segment, images, repetition, part) in s."""
-        passes = [self._pass(execution, segments, one) for one in images]
+    def _times(self, passes: Sequence[Pass], repetitions: int) -> list[NDArray[np.float64]]:
+        """Of each pass, measured beside the other ranks, (repetition, segment, part) in s."""
         self._context.barrier()
         # The first time torch sets up its operations, and the system gives it memory.
         for one in passes[:1] if self._is_long else reversed(passes):
             one.run()
         found = [[one.run() for one in passes] for _ in range(repetitions)]
         _keep_busy(self._context, passes[-1])
-        return np.array(found).transpose(2, 1, 0, 3)
+        return [np.array(one) for one in zip(*found, strict=True)]
 
     def _pass(self, execution: Execution, segments: Mapping[int, Chain], images: int) -> Pass:
         return Pass(execution, self._task.graph, segments, self._task.cuts, images, self._call)
@@ -292,47 +331,56 @@ class _Segments:
         return _execution_of(self._context, self._model, self._task.graph, plan, channels_last=last)
 
 
-def _faster_order(context: RankContext, model: nn.Module, task: Task) -> tuple[bool, float, float]:
-    """Whether the whole network takes clearly less time with the channels last in memory, over all ranks.
+def _faster_order(context: RankContext, model: nn.Module, task: Task) -> tuple[bool, NDArray[np.float64]]:
+    """Whether all ranks together do clearly more with the channels last in memory.
 
-    And about how long this and the slowest rank take for all segments with the most images then, in s. Where the most
-    would take long, few images tell.
+    And about how long each rank takes for all segments with the most images then, (rank) in s. Where the most would
+    take long, few images tell, and where these would, too, a part of the kernels.
     """
     few, most = task.images[0], task.images[-1]
-    by_few = _order_times(context, model, task, few, channels_last=False)
-    expected = torch.tensor(by_few.sum() * most / few)
-    if context.group is not None:
-        dist.all_reduce(expected, dist.ReduceOp.MAX, context.group)
-    images = few if expected > _LONG_S else most
-    times = [by_few if images == few else _order_times(context, model, task, images, channels_last=False)]
+
+    def measured(images: int, fraction: float, *, channels_last: bool) -> NDArray[np.float64]:
+        return _order_times(context, model, task, images, fraction, channels_last=channels_last)
+
+    images, fraction = few, _PART
+    times = [measured(few, _PART, channels_last=False)]
+    by_few = _of_ranks(context, times[0].sum() / _PART).max()
+    if by_few <= _LONG_S:
+        images, fraction = most if by_few * most / few <= _LONG_S else few, 1.0
+        times = [measured(images, 1.0, channels_last=False)]
     if may_have_channels_last(model):
-        times.append(_order_times(context, model, task, images, channels_last=True))
-    weighted = torch.tensor([one @ np.array(task.weights) for one in times])
-    both = torch.tensor([one.sum() * most / images for one in times])
-    own = both.clone()
+        times.append(measured(images, fraction, channels_last=True))
+    done = [float((1 / _of_ranks(context, one @ np.array(task.weights))).sum()) for one in times]
+    last = len(times) > 1 and _CLEARLY * done[1] > done[0]
+    return last, _of_ranks(context, times[int(last)].sum() / fraction * most / images)
+
+
+def _of_ranks(context: RankContext, seconds: float) -> NDArray[np.float64]:
+    """The ``seconds`` of every rank, at least some."""
+    found = torch.zeros(context.size, dtype=torch.float64)
+    found[context.rank] = max(seconds, 1e-6)
     if context.group is not None:
-        dist.all_reduce(weighted, group=context.group)
-        dist.all_reduce(both, dist.ReduceOp.MAX, context.group)
-    last = len(times) > 1 and bool(weighted[1] < _CLEARLY * weighted[0])
-    return last, float(own[int(last)]), float(both[int(last)])
+        dist.all_reduce(found, group=context.group)
+    return found.numpy()
 
 
 def _order_times(
-    context: RankContext, model: nn.Module, task: Task, images: int, *, channels_last: bool
+    context: RankContext, model: nn.Module, task: Task, images: int, fraction: float, *, channels_last: bool
 ) -> NDArray[np.float64]:
-    """How long each segment takes with this order in memory, in s; infinite if the model cannot be run so."""
-    execution = _execution_of(context, model, task.graph, None, channels_last=channels_last)
+    """How long a part of each segment takes in this order in memory, in s; infinite if the model cannot be run so."""
+    plan = None if fraction == 1 else split_plan(task.graph, fraction)
+    execution = _execution_of(context, model, task.graph, plan, channels_last=channels_last)
     work = Pass(execution, task.graph, dict(enumerate(task.chains)), task.cuts, images)
     try:
         work.run()  # which also sets up operations and memory
-        times = work.run()
-        for _ in range(min(int(_LONG_S / max(times[:, :_DIRECTIONS].sum(), 1e-6)), _MOST_REPETITIONS)):
-            times = np.minimum(times, work.run())
+        times = work.run()[:, :_DIRECTIONS]
+        for _ in range(min(int(_LONG_S / max(times.sum(), 1e-6)), _MOST_REPETITIONS)):
+            times = np.minimum(times, work.run()[:, :_DIRECTIONS])
     except RuntimeError:
         if not channels_last:
             raise
         return np.full(len(task.chains), np.inf)  # a model's own code may need its images as torch has them
-    both: NDArray[np.float64] = times[:, :_DIRECTIONS].sum(axis=1)
+    both: NDArray[np.float64] = times.sum(axis=1)
     return both
 
 

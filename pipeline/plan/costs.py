@@ -110,7 +110,8 @@ class Costs:
     def of(cls, calibration: xr.Dataset) -> Costs:
         """The costs of all devices of one network's calibration."""
         parts = [_typical(calibration[name]) for name in ("forward_time", "backward_time", "input_gradient_time")]
-        times, until_input = np.stack(parts[:2], axis=-1), parts[2]
+        measured_times, until_input = np.stack(parts[:2], axis=-1), parts[2]
+        times, beside = _completed(measured_times), _whole_as_measured(measured_times)
         update = _both(calibration, "update_overhead", "update_time")
         call = _both(calibration, "forward_call_time", "backward_call_time")
         resuming = _both(calibration, "forward_resuming_time", "backward_resuming_time")
@@ -135,8 +136,8 @@ class Costs:
             update=update[:, 1],
             update_overhead=update[:, 0],
             input_part=_input_part(until_input, parts[1]),
-            by_images=_by_images(calibration, times[:, :, :, -1]),
-            alone=_alone(calibration, kinds, times[:, :, :, -1]),
+            by_images=_by_images(calibration, beside),
+            alone=_part_alone(kinds, _both(calibration, "forward_time_alone", "backward_time_alone"), beside),
             update_alone=_update_alone(calibration, kinds, update[:, 1]),
             stretch=stretch,
             turn=np.full(len(kinds), _turn(calibration)),
@@ -343,23 +344,16 @@ def _input_part(until_input: NDArray[np.float64], backward: NDArray[np.float64])
     return np.where(whole > 0, parts / np.where(whole > 0, whole, 1.0), _HALF)
 
 
-def _alone(calibration: xr.Dataset, kinds: Sequence[str], times: NDArray[np.float64]) -> NDArray[np.float64]:
-    """As ``Costs.alone``, from the ``times`` (device, segment, share, direction) beside others; 1 where not measured.
-
-    One device of each kind is measured alone and stands for the others.
-    """
-    alone = _both(calibration, "forward_time_alone", "backward_time_alone")
-    beside = times[:, :, -1]  # the whole segment, the largest share
-    return _part_alone(kinds, alone, beside)
-
-
 def _update_alone(calibration: xr.Dataset, kinds: Sequence[str], beside: NDArray[np.float64]) -> NDArray[np.float64]:
     """As ``Costs.update_alone``, from the time ``beside`` others, (device)."""
     return _part_alone(kinds, _typical(calibration["update_time_alone"])[:, None], beside[:, None])[:, 0]
 
 
 def _part_alone(kinds: Sequence[str], alone: NDArray[np.float64], beside: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What part of the times ``beside`` others those ``alone`` are, (device, ...), at most 1."""
+    """What part of the times ``beside`` others those ``alone`` are, (device, ...), at most 1; 1 where not measured.
+
+    One device of each kind is measured alone and stands for the others.
+    """
     known = np.isfinite(alone) & (beside > 0)
     part = np.where(known, np.minimum(alone / np.where(known, beside, 1.0), 1.0), np.nan)
     measured = [bool(one.any()) for one in known]
@@ -370,11 +364,11 @@ def _part_alone(kinds: Sequence[str], alone: NDArray[np.float64], beside: NDArra
     return np.where(np.isfinite(part), part, 1.0)
 
 
-def _by_images(calibration: xr.Dataset, times: NDArray[np.float64]) -> NDArray[np.float64]:
-    """As ``Costs.by_images``, from the ``times`` (device, segment, share, direction); 1 where nothing is so."""
+def _by_images(calibration: xr.Dataset, beside: NDArray[np.float64]) -> NDArray[np.float64]:
+    """As ``Costs.by_images``, from whole segments as measured, (device, segment, direction); 1 where nothing is so."""
     apart = _both(calibration, "forward_time_by_images", "backward_time_by_images")
     measured = np.isfinite(apart)
-    whole = np.where(measured, times[:, :, -1], 0.0).sum(axis=0)
+    whole = np.where(measured, beside, 0.0).sum(axis=0)
     parts = np.where(measured, apart, 0.0).sum(axis=0)
     return np.maximum(np.where(whole > 0, parts / np.where(whole > 0, whole, 1.0), 1.0), 1.0)
 
@@ -416,6 +410,29 @@ def _alike(labels: Sequence[str], times: NDArray[np.float64]) -> list[list[int]]
         else:
             groups.append([device])
     return groups
+
+
+def _completed(times: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The ``times`` (device, segment, share, images, direction) with what a slow device did with few images only.
+
+    With the most it takes as many times as long as at the largest share at which it did both: what takes a time
+    whatever the images, such as reading the kernels, shrinks with the share as the rest does.
+    """
+    few, most = times[..., 0, :], times[..., -1, :]
+    by_both = np.isfinite(most) & (few > 0)
+    longer = np.where(by_both, most / np.where(by_both, few, 1.0), 1.0)
+    largest = times.shape[2] - 1 - np.argmax(by_both[:, :, ::-1], axis=2)
+    longest = np.take_along_axis(longer, largest[:, :, None], axis=2)
+    completed = times.copy()
+    completed[..., -1, :] = np.where(np.isfinite(most), most, few * longest)
+    return completed
+
+
+def _whole_as_measured(times: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of whole segments the ``times`` (device, segment, share, images, direction) with the most images measured."""
+    few, most = times[:, :, -1, 0], times[:, :, -1, -1]
+    found: NDArray[np.float64] = np.where(np.isfinite(most), most, few)
+    return found
 
 
 def _lines(times: NDArray[np.float64], images: NDArray[np.int_]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

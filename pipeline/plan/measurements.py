@@ -24,7 +24,7 @@ def check_numbers(calibration: xr.Dataset, graph: Graph) -> None:
     """Raise ``InputError`` for links, times or sizes that cannot be, and for curves that are empty or fall.
 
     NaN is right where nothing was measured, such as small shares of what cannot be split; but the whole of each segment
-    has to be there, on each device, with both numbers of images.
+    has to be there, on each device, with few images, and some share with few and many.
     """
     _check_links(calibration)
     for name, variable in CALIBRATION.items():
@@ -37,11 +37,17 @@ def check_numbers(calibration: xr.Dataset, graph: Graph) -> None:
     segments = [str(segment).split("+") for segment in calibration.segment.values]
     trained = np.array([any(graph[one].differentiable for one in operations) for operations in segments])
     for name, takes_time in zip(_CURVES, (np.ones_like(trained), trained), strict=True):
-        whole = calibration[name].isel(share=-1).max("repetition").transpose("segment", "device", "images")
-        missing = ~np.isfinite(whole.values)
-        _refuse_any(whole, missing, "the whole segment must be measured, on each device with each number of images")
+        times = calibration[name].max("repetition").transpose("segment", "device", "share", "images")
+        whole, there = times.isel(share=-1), np.isfinite(times.values)
+        few, many = (int(one(calibration.images.values)) for one in (np.argmin, np.argmax))
+        missing = np.zeros(whole.shape, dtype=bool)
+        missing[..., few] = ~there[..., -1, few]
+        missing[..., many] |= ~(there[..., few] & there[..., many]).any(axis=-1)
+        _refuse_any(
+            whole, missing, "the whole segment must be measured with few images, and some share with few and many"
+        )
         # What no gradient flows through takes no time backward, and what takes next to none may not be seen.
-        nothing = (whole.values.max(axis=2, keepdims=True) <= 0) & takes_time[:, None, None]
+        nothing = (np.nanmax(whole.values, axis=2, keepdims=True) <= 0) & takes_time[:, None, None]
         _refuse_any(whole, np.broadcast_to(nothing, whole.shape), "it must be positive")
     _check_rising(calibration)
 
@@ -82,8 +88,13 @@ def _check_rising(calibration: xr.Dataset) -> None:
     Noise only adds to a time, so the least repetition at each smaller share counts, and the median at the whole.
     """
     dims = ("device", "segment", "share", "repetition")
-    most = {"images": int(np.argmax(calibration.images.values))}
-    times = np.stack([calibration[name].isel(most).transpose(*dims).values for name in _CURVES], axis=1)
+    by_images = calibration.sortby("images")
+    few, many = (
+        np.stack([by_images[name].isel(images=place).transpose(*dims).values for name in _CURVES], axis=1)
+        for place in (0, -1)
+    )
+    # With as many as the whole was measured with.
+    times = np.where(np.isfinite(many[..., -1:, :]).any(axis=-1, keepdims=True), many, few)
     whole = np.nanmedian(times[..., -1, :], axis=-1)  # (device, direction, segment)
     smaller = np.where(np.isfinite(times[..., :-1, :]), times[..., :-1, :], np.inf).min(axis=-1)
     before = np.where(np.isfinite(smaller), smaller, 0.0).max(axis=-1, initial=0.0)

@@ -35,6 +35,8 @@ device_set, link, strategy)` flags cells whose repetitions spread much. A simula
     probe_busy_time(probe, device, repetition)  stretch(device, layout)  turn_growth(company)
     summing_time()  reducing_time()  beginning_time()
 
+A slow device is measured at large shares with few images only; alone and by images as its whole segments are.
+
 **Accuracy** (`accuracy.zarr`): accuracy(seed, strategy, epoch), loss(seed, strategy, step), and of a control, `single`
 from initial weights that are one rounding away, control_accuracy(seed, epoch) and control_loss(seed, step); `network`,
 `device_set`, `data` and `test_images` among the attributes.

@@ -77,6 +77,20 @@ def test_a_device_by_itself_takes_real_steps_too_which_are_predicted_then(client
     assert predicted == pytest.approx(statistics.median_low(taken), rel=0.05)
 
 
+def test_a_slow_device_measures_large_shares_with_few_images() -> None:
+    model, images = network("20:50"), 32
+    devices = [pipeline.Device("cpu"), pipeline.Device("cpu", speed=0.03)]
+    with pipeline.local_cluster(devices, dashboard=False) as slow:
+        found = calibrate(model, torch.zeros(images, 3, 32, 32), slow, fractions=(1 / 32, 0.5), repetitions=1)
+    there = np.isfinite(found.forward_time).any("repetition").sel(segment="conv2", images=images)
+    assert there.sel(share=1.0).values.tolist() == [True, False]
+    assert there.sel(share=1 / 32).all(), "about what it would have"
+    plan = pipeline.make_plan(model, found, batch_size=images, strategy="paper")
+    fast, slow_one = plan["conv2"].output.shares
+    assert 0 <= slow_one < fast / 10
+    assert float(pipeline.simulate(plan, found).step_time[0]) > 0
+
+
 class _OneTooMany(nn.Module):
     """Has a layer that it does not use, which DistributedDataParallel does not train."""
 

@@ -162,6 +162,19 @@ def test_what_need_not_be_measured_may_be_missing(calibration: xr.Dataset) -> No
     check_calibration(calibration, GRAPH, LABELS)
 
 
+def test_large_shares_may_be_measured_with_few_images_only(calibration: xr.Dataset) -> None:
+    large = {"device": 1, "share": [0.5, 1.0], "images": 16}
+    for name in ("forward_time", "backward_time"):
+        calibration[name].loc[large] = np.nan
+    check_calibration(calibration, GRAPH, LABELS)
+    calibration.forward_time.loc[{"segment": FIRST, "device": 1, "share": 0.25, "images": 4}] *= 100_000
+    with pytest.raises(InputError, match=f"forward_time of {FIRST} on device 1 falls from .* more than noise"):
+        check_calibration(calibration, GRAPH, LABELS)
+    calibration.forward_time.loc[{"device": 1, "share": 0.25, "images": 16}] = np.nan
+    with pytest.raises(InputError, match=r"device 1, images 16 is nan s: .* some share with few and many"):
+        check_calibration(calibration, GRAPH, LABELS)
+
+
 def test_what_no_gradient_flows_through_may_take_no_time_backward(calibration: xr.Dataset) -> None:
     calibration.backward_time.loc[{"segment": FIRST}] = 0.0
     calibration = calibration.assign_attrs(network_digest=FROZEN.digest)

@@ -180,3 +180,26 @@ def test_a_device_alone_is_faster_than_beside_the_others_by_what_was_measured(ca
     slowed = costs.slowed(np.array([1.0, 2.0]))
     assert slowed.whole_steps(64) == pytest.approx(costs.whole_steps(64) * [1, 2])
     assert slowed.update == pytest.approx(costs.update * [1, 2])
+
+
+def test_large_shares_of_a_slow_device_that_were_measured_with_few_images_grow_like_smaller_ones(
+    calibration: xr.Dataset,
+) -> None:
+    few = calibration.copy(deep=True)
+    images = few.images.values
+    with_both = {"segment": "conv2", "share": 0.25}
+    few.forward_time.loc[{"images": images[-1], **with_both}] *= 0.8  # something takes a time whatever the images
+    grows = (
+        few.forward_time.sel(images=images[-1], **with_both) / few.forward_time.sel(images=images[0], **with_both)
+    )[1]
+    for name in ("forward_time", "backward_time"):
+        few[name].loc[{"device": 1, "share": [0.5, 1.0], "images": images[-1]}] = np.nan
+    few.forward_time_alone.loc[{"device": 1}] = 0.9 * few.forward_time.sel(device=1, share=1.0, images=images[0])
+    costs = Costs.of(few)
+    for share in (0.5, 1.0):
+        expected = few.forward_time.sel(device=1, segment="conv2", share=share, images=images[0]) * grows
+        found = costs.seconds(["conv2"], ["forward"], np.full((1, 2), share), np.full((1, 2), images[-1]))[0, 1]
+        assert found == pytest.approx(expected.median().item())
+    assert costs.alone_part("conv2", "forward")[1] == pytest.approx(0.9), "beside others with as many images"
+    faster = Costs.of(calibration)
+    assert _seconds(costs, "conv2", 1.0, 32) == _seconds(faster, "conv2", 1.0, 32), "the other device has all"
