@@ -30,6 +30,7 @@ from pipeline.analysis.instruction_times import (
     parts,
 )
 from pipeline.analysis.statistics import copied, flags, prediction_error, summary
+from pipeline.analysis.wording import unnamed
 from pipeline.results.contracts import INDEX, NOISY, OK
 
 Row = Mapping[Any, Any]
@@ -107,7 +108,7 @@ def _instructions_of(timing: xr.Dataset, place: tuple[int, ...]) -> pd.DataFrame
     columns = {"instruction_name": "name"} | _ENDS
     cell = timing.isel(dict(zip(INDEX, place, strict=True)))
     kinds = kinds_of(cell["instruction_kind"].values, cell["instruction_phase"].values)
-    labels = {rank: label or f"rank {rank} of the plan" for rank, label in enumerate(selection.rank_labels(cell))}
+    labels = {rank: label or unnamed(rank) for rank, label in enumerate(selection.rank_labels(cell))}
     cell = cell[list(columns)].assign(kind=("instruction", kinds))
     frame = cell.to_dataframe(dim_order=["instruction", "device"]).reset_index().rename(columns=columns)
     frame["device_label"] = frame["device"].map(labels)

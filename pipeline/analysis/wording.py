@@ -27,7 +27,12 @@ def assumed(simulation: xr.Dataset, label: str, device_set: str) -> str:
 def rank_in_words(cell: xr.Dataset, rank: int, name: Callable[[str], str] = str) -> str:
     """A rank of the cell's plan as the device that it is, its label by ``name``, where that can be told."""
     label = rank_labels(cell)[rank]
-    return f"device {rank}, {name(label)}" if label else f"rank {rank} of the plan"
+    return f"device {rank}, {name(label)}" if label else unnamed(rank)
+
+
+def unnamed(rank: int) -> str:
+    """A rank of which cannot be told which device it was."""
+    return f"rank {rank} of the plan"
 
 
 def counted(number: int, thing: str) -> str:

@@ -320,7 +320,7 @@ class _Segments:
         for one in passes[:1] if self._is_long else reversed(passes):
             one.run()
         found = [[one.run() for one in passes] for _ in range(repetitions)]
-        _keep_busy(self._context, passes[-1])
+        _keep_busy(self._context, max(reversed(passes), key=lambda one: one.computations))
         return [np.array(one) for one in zip(*found, strict=True)]
 
     def _pass(self, execution: Execution, segments: Mapping[int, Chain], images: int) -> Pass:
