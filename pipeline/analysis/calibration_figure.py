@@ -22,6 +22,7 @@ from pipeline.analysis.style import (
     subtitle,
     time_scale,
 )
+from pipeline.analysis.wording import counted
 
 _SEGMENTS_SHOWN = 2
 
@@ -41,8 +42,8 @@ def calibration_curves(calibration: xr.Dataset, *, store: str = "calibration.zar
         return nothing(title, "No segment was timed at several shares.", source)
     segments = segments[:_SEGMENTS_SHOWN]
     labels = [str(label) for label in chosen["device_label"].values if label]
-    network, images = str(chosen["network"].item()), int(total["images"].item())
-    note = subtitle(f"{network}, {images} images", "forward and backward, median and quartiles", emulation_note(labels))
+    network, images = str(chosen["network"].item()), counted(int(total["images"].item()), "image")
+    note = subtitle(f"{network}, {images}", "forward and backward, median and quartiles", emulation_note(labels))
     with style():
         columns = len(segments) + 1
         figure, axes = canvas(1, columns, title=title, subtitle=note, source=source, panel=(3.3, 2.8), width=8)

@@ -121,7 +121,8 @@ def calibration_finding(calibration: xr.Dataset) -> str:
     labels = [str(label) for label in chosen["device_label"].values if label]
     by_label = {one: [whole.values[r] for r, label in enumerate(labels) if label == one] for one in labels}
     each = ", ".join(f"{_range(some)} s on {named(label)}" for label, some in by_label.items())
-    sentences = [f"Forward and backward of {chosen['network'].item()}, {times['images'].item()} images: {each}."]
+    images = counted(times["images"].item(), "image")
+    sentences = [f"Forward and backward of {chosen['network'].item()}, {images}: {each}."]
     apart = xr.DataArray(np.arange(chosen.sizes["source"]), dims="source") != xr.DataArray(
         np.arange(chosen.sizes["destination"]), dims="destination"
     )

@@ -73,10 +73,11 @@ def calibrate(
 
     ``example_input`` is a batch ``x_BCHW``; it gives the shape of the images and, unless ``batch_size`` is given, the
     largest number for which the times are wanted. Everything is measured with two numbers of images, fewer than that
-    for a network with much work per image, since time is a line over the images. Segments that do the same work are
-    measured once; ``repetitions`` hold for all, and what is uncertain by enough to matter gets more. ``cache`` is a
-    folder in which calibrations are kept and looked for, also of other networks for segments that do the same work;
-    ``force`` measures in any case, and everything. Returns the calibration data set of ``pipeline.results.contracts``.
+    for a network with much work per image, since time is a line over the images; a slow device does shares beyond its
+    own of the whole with the smaller number only. Segments that do the same work are measured once; ``repetitions``
+    hold for all, and what is uncertain by enough to matter gets more. ``cache`` is a folder in which calibrations are
+    kept and looked for, also of other networks for segments that do the same work; ``force`` measures in any case, and
+    everything. Returns the calibration data set of ``pipeline.results.contracts``.
 
     Raises ``InputError`` if the model does not take such images and ``RunError`` when a device is lost.
     """

@@ -111,7 +111,7 @@ class Costs:
         """The costs of all devices of one network's calibration."""
         parts = [_typical(calibration[name]) for name in ("forward_time", "backward_time", "input_gradient_time")]
         measured_times, until_input = np.stack(parts[:2], axis=-1), parts[2]
-        times, beside = _completed(measured_times), _whole_as_measured(measured_times)
+        times, beside = _completed(measured_times, calibration.images.values), _whole_as_measured(measured_times)
         update = _both(calibration, "update_overhead", "update_time")
         call = _both(calibration, "forward_call_time", "backward_call_time")
         resuming = _both(calibration, "forward_resuming_time", "backward_resuming_time")
@@ -412,15 +412,16 @@ def _alike(labels: Sequence[str], times: NDArray[np.float64]) -> list[list[int]]
     return groups
 
 
-def _completed(times: NDArray[np.float64]) -> NDArray[np.float64]:
+def _completed(times: NDArray[np.float64], images: NDArray[np.int_]) -> NDArray[np.float64]:
     """The ``times`` (device, segment, share, images, direction) with what a slow device did with few images only.
 
     With the most it takes as many times as long as at the largest share at which it did both: what takes a time
-    whatever the images, such as reading the kernels, shrinks with the share as the rest does.
+    whatever the images, such as reading the kernels, shrinks with the share as the rest does. At most it takes as many
+    times as long as there are more images.
     """
     few, most = times[..., 0, :], times[..., -1, :]
     by_both = np.isfinite(most) & (few > 0)
-    longer = np.where(by_both, most / np.where(by_both, few, 1.0), 1.0)
+    longer = np.minimum(np.where(by_both, most / np.where(by_both, few, 1.0), 1.0), images[-1] / images[0])
     largest = times.shape[2] - 1 - np.argmax(by_both[:, :, ::-1], axis=2)
     longest = np.take_along_axis(longer, largest[:, :, None], axis=2)
     completed = times.copy()

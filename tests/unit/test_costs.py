@@ -182,16 +182,15 @@ def test_a_device_alone_is_faster_than_beside_the_others_by_what_was_measured(ca
     assert slowed.update == pytest.approx(costs.update * [1, 2])
 
 
+@pytest.mark.parametrize(("times", "counted"), [(0.8, 0.8), (1.3, 1.0)], ids=["something fixed", "noise"])
 def test_large_shares_of_a_slow_device_that_were_measured_with_few_images_grow_like_smaller_ones(
-    calibration: xr.Dataset,
+    calibration: xr.Dataset, times: float, counted: float
 ) -> None:
     few = calibration.copy(deep=True)
     images = few.images.values
     with_both = {"segment": "conv2", "share": 0.25}
-    few.forward_time.loc[{"images": images[-1], **with_both}] *= 0.8  # something takes a time whatever the images
-    grows = (
-        few.forward_time.sel(images=images[-1], **with_both) / few.forward_time.sel(images=images[0], **with_both)
-    )[1]
+    few.forward_time.loc[{"images": images[-1], **with_both}] *= times
+    grows = counted * images[-1] / images[0]
     for name in ("forward_time", "backward_time"):
         few[name].loc[{"device": 1, "share": [0.5, 1.0], "images": images[-1]}] = np.nan
     few.forward_time_alone.loc[{"device": 1}] = 0.9 * few.forward_time.sel(device=1, share=1.0, images=images[0])
