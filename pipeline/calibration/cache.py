@@ -21,7 +21,7 @@ from pipeline.results.contracts import validate_calibration
 from pipeline.results.provenance import versions_text
 from pipeline.results.stores import open_zip, write_zip
 
-_FORMAT = 20
+_FORMAT = 21
 """To be raised when the way of measuring changes, so that what was measured otherwise is not used."""
 
 Curves = Mapping[str, xr.Dataset]

@@ -54,8 +54,8 @@ _MEASURED_S, _MOST, _LEAST = 0.25, 6, 2
 """In each round each strategy repeats its step until so much time is measured, at the most so often. So many steps at
 least are taken of everything: the lower of two counts, as what disturbs a step only makes it longer."""
 _SHORT_S = 0.25
-"""The first step of a round does not count, nor the second of ranks that exchange if the first took less: both set up
-memory for messages, of which two may be under way."""
+"""The first step of a round does not count, nor the second of ranks that exchange if the first took less, or if they
+sum all gradients: both set up memory for messages, of which two may be under way."""
 _LEAST_ROUNDS, _MOST_ROUNDS = 2, 6
 MOST_STEPS = _MOST_ROUNDS * _MOST
 _CLOSE = 1.3
@@ -190,7 +190,7 @@ def _take_round(context: RankContext, task: Probing, strategy: Strategy, taken: 
     first = _step(context, part, last=True)
     if part is None or part.repeatable():
         long = first[0] > _LONG_STEP_S
-        if plan.ranks > 1 and first[0] < _SHORT_S:
+        if plan.ranks > 1 and (first[0] < _SHORT_S or strategy == "batch"):
             _step(context, part, last=True)
         for probe in _probes_of(strategy):
             if plan.ranks == 1 and long:

@@ -45,7 +45,7 @@ _CONFIGURATION: dict[str, Any] = {
 # What ranks free they soon need again. With Dask's own values every large tensor is made of fresh pages, which costs
 # 30-65 % of a training step; so it is, whatever the values, in the heaps that the system's library gives to threads
 # other than the first, which hold no more than 64 MiB: ranks run in such threads, and shall use the first one's.
-ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
+ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
 """Environment of a worker process, by which its memory is managed."""
 
 

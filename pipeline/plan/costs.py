@@ -41,8 +41,8 @@ class Costs:
 
     The time of a *fraction* of a segment (of its kernels, or of a dense layer's input features) is a line over the
     images, ``fixed + images * per_image``: each of the two never falls over the fraction, and is interpolated between
-    the measured ones. The median of the repetitions counts. Devices of one label that hardly differ share the mean of
-    their curves.
+    the measured ones. The lower median of the repetitions counts. Devices of one label that hardly differ share the
+    mean of their curves.
     """
 
     segments: tuple[str, ...]
@@ -323,12 +323,11 @@ def on_grid(curves: Curves, grid: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _typical(repeated: xr.DataArray) -> NDArray[np.float64]:
-    """The median of the repetitions, NaN where there are none. What they differ in much is measured more often."""
+    """The lower median of the repetitions, as what disturbs them only adds; NaN where there are none."""
     ascending = np.sort(repeated.transpose(..., "repetition").values, axis=-1)  # NaN last
     count = np.isfinite(ascending).sum(axis=-1, keepdims=True)
-    low, high = (np.take_along_axis(ascending, np.maximum(count - one, 0) // 2, axis=-1)[..., 0] for one in (1, 0))
-    median: NDArray[np.float64] = (low + high) / 2
-    return median
+    low: NDArray[np.float64] = np.take_along_axis(ascending, np.maximum(count - 1, 0) // 2, axis=-1)[..., 0]
+    return low
 
 
 def _both(calibration: xr.Dataset, first: str, second: str) -> NDArray[np.float64]:
