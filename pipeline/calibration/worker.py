@@ -266,7 +266,10 @@ class _Segments:
         return found
 
     def _wholes(self) -> tuple[dict[int, Chain], int]:
-        """The segments that tell most of what changes a whole one, and with how many images: the most of those."""
+        """Whole segments to compare with those measured beside others, and the number of images of both.
+
+        Of a slow device the ones that it did with few images, nearly all; else all.
+        """
         by_few = {index: one for index, one in self._chains.items() if self._by_few[index, -1]}
         return (by_few, self._task.images[0]) if by_few else (self._chains, self._task.images[-1])
 
