@@ -57,6 +57,8 @@ _SHORT_S = 0.25
 """The first step of a round does not count, nor the second of ranks that exchange if the first took less, or if they
 sum all gradients: both set up memory for messages, of which two may be under way."""
 _LEAST_ROUNDS, _MOST_ROUNDS = 2, 6
+_KEPT = 0.5
+"""Of the memory of a device, what all strategies together may hold from one round to the next."""
 MOST_STEPS = _MOST_ROUNDS * _MOST
 _CLOSE = 1.3
 """A device alone mostly takes the longest. Only if it takes at most so many times as long as the fastest, so that the
@@ -85,6 +87,8 @@ class Probing:
     images: int
     itemsize: int
     """Bytes per number of the model's type."""
+    keeps: bool = False
+    """Whether what all strategies hold fits into memory at once, so that later rounds need not set it up again."""
     enough: float = 0.0
     """s after which only the first rounds begin."""
 
@@ -100,6 +104,7 @@ def probing(model: nn.Module, graph: Graph, calibration: xr.Dataset) -> Probing:
     images = max(most if 1 / float((1 / costs.whole_steps(most)).sum()) < _LONG_STEP_S else few, costs.devices)
     labels = [str(label) for label in calibration.device_label.values]
     plans: dict[Strategy, Plan] = {}
+    held = 0.0
     possible: tuple[Strategy, ...] = ("single",) if costs.devices == 1 else tuple(_PROBED)
     for strategy in possible if graph[graph.outputs[0]].differentiable else ():
         if strategy == "ddp" and not _is_short(costs, images):
@@ -108,7 +113,10 @@ def probing(model: nn.Module, graph: Graph, calibration: xr.Dataset) -> Probing:
         needed = needed_memory(graph, plan, itemsize=itemsize)
         if (needed <= costs.memory_left[list(plan.devices)]).all():
             plans[strategy] = replace(plan, channels_last=costs.channels_last and strategy != "ddp")
-    return Probing(model=model, graph=graph, plans=plans, images=images, itemsize=itemsize)
+            held += float(needed.sum())
+    # Devices may share the memory that each of them could have.
+    keeps = held <= _KEPT * float(costs.memory_left.min())
+    return Probing(model=model, graph=graph, plans=plans, images=images, itemsize=itemsize, keeps=keeps)
 
 
 def _is_short(costs: Costs, images: int) -> bool:
@@ -161,12 +169,18 @@ def probe_rank(context: RankContext, task: Probing) -> Probed:
 def _take(context: RankContext, task: Probing, taken: _Taken) -> None:
     """Add the times of all steps to what was ``taken`` of each probe."""
     # In rounds, as a processor may be slower for some seconds.
-    start = time.perf_counter()
+    start, parts = time.perf_counter(), dict[Strategy, _Part | None]()
     for following in range(_MOST_ROUNDS):
         if following >= _LEAST_ROUNDS and _slowest(context, time.perf_counter() - start) > task.enough:
             break
         for strategy in _again(task.plans, taken) if following else task.plans:
-            _take_round(context, task, strategy, taken)
+            known = strategy in parts
+            part = parts.pop(strategy) if known else _part_in(context, task, task.plans[strategy])
+            _take_round(context, task.plans[strategy], part, taken, known=known)
+            if task.keeps and strategy != "ddp":  # which has one round only
+                parts[strategy] = part
+            del part
+            gc.collect()  # what was traced is a cycle
 
 
 def _again(strategies: Iterable[Strategy], taken: _Taken) -> list[Strategy]:
@@ -183,21 +197,22 @@ def _again(strategies: Iterable[Strategy], taken: _Taken) -> list[Strategy]:
     ]
 
 
-def _take_round(context: RankContext, task: Probing, strategy: Strategy, taken: _Taken) -> None:
-    """Add the times of a round of one strategy, which has the memory for itself."""
-    plan = task.plans[strategy]
-    part = _part_in(context, task, plan)
-    first = _step(context, part, last=True)
-    if part is None or part.repeatable():
-        long = first[0] > _LONG_STEP_S
+def _take_round(context: RankContext, plan: Plan, part: _Part | None, taken: _Taken, *, known: bool) -> None:
+    """Add the times of a round of one strategy; ``known`` says that the part has taken steps in an earlier round."""
+    strategy = plan.strategy
+    if known:
+        if taken[strategy][-1][0] < _SHORT_S:
+            _step(context, part, last=True)  # others have had the caches
+    else:
+        first = _step(context, part, last=True)
+        if not (part is None or part.repeatable()):
+            return
+        if plan.ranks == 1 and first[0] > _LONG_STEP_S:
+            taken[strategy].append(first)
         if plan.ranks > 1 and (first[0] < _SHORT_S or strategy == "batch"):
             _step(context, part, last=True)
-        for probe in _probes_of(strategy):
-            if plan.ranks == 1 and long:
-                taken[probe].append(first)
-            _take_steps(context, part, taken[probe], last=sums(probe), once=strategy in ("single", "ddp"))
-    del part
-    gc.collect()  # what was traced is a cycle
+    for probe in _probes_of(strategy):
+        _take_steps(context, part, taken[probe], last=sums(probe), once=strategy in ("single", "ddp"))
 
 
 def _probes_of(strategy: Strategy) -> list[str]:

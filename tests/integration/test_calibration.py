@@ -24,8 +24,11 @@ from torch.utils.data import TensorDataset
 
 import pipeline
 from pipeline.calibration.measure import CalibrationWarning, calibrate
+from pipeline.calibration.probes import PROBES, probe_rank, probing
 from pipeline.cluster.devices import discover
+from pipeline.cluster.gang import run_gang
 from pipeline.errors import LostDeviceError
+from pipeline.graph.trace import trace
 from pipeline.networks import network
 from pipeline.plan.plan import STRATEGIES, Strategy
 from pipeline.results.contracts import validate_calibration, validate_cell
@@ -46,6 +49,19 @@ def client() -> Iterator[Client]:
 @pytest.fixture(scope="module")
 def calibration(client: Client) -> xr.Dataset:
     return calibrate(network("20:50"), torch.zeros(BATCH, 3, 32, 32), client, network="20:50", repetitions=2)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_real_steps_go_on_whether_or_not_strategies_keep_what_they_hold(
+    client: Client, calibration: xr.Dataset, *, keeps: bool
+) -> None:
+    model = network("20:50")
+    task = probing(model, trace(model, torch.zeros(BATCH, 3, 32, 32)), calibration)
+    assert task.keeps
+    found = run_gang(client, discover(client), probe_rank, [(replace(task, keeps=keeps),)] * 2, label="probe")
+    for probe, steps, other in zip(PROBES, found[0].steps, found[1].steps, strict=True):
+        assert np.isfinite(steps).sum() >= 2, probe
+        np.testing.assert_array_equal(steps, other)
 
 
 def test_the_fastest_device_may_be_another_than_the_first(client: Client) -> None:

@@ -14,6 +14,7 @@ from pipeline.calibration import attribution, links, probes
 from pipeline.calibration.probes import Probing
 from pipeline.graph.trace import trace
 from pipeline.plan.costs import LAYOUTS, Costs
+from pipeline.plan.fitting import needed_memory
 from pipeline.plan.instructions import COMPANIES
 from tests import synthetic
 
@@ -112,6 +113,22 @@ def test_what_does_not_fit_into_memory_is_not_tried(model: nn.Module) -> None:
     task = probes.probing(model, graph, calibration)
     assert task.plans == {}
     assert attribution.fitted(calibration, task).summing_time == 0
+
+
+def test_what_all_strategies_hold_is_kept_only_if_it_takes_less_than_half_of_the_memory(model: nn.Module) -> None:
+    graph = trace(model, torch.zeros(2, 3, 32, 32))
+    calibration = synthetic.calibration_of(graph, ["cpu", "cpu"])
+
+    def task_with(room: float) -> Probing:
+        return probes.probing(model, graph, calibration.assign(memory_limit=calibration.process_memory + room))
+
+    task = task_with(np.inf)
+    needed = [needed_memory(graph, plan, itemsize=task.itemsize).sum() for plan in task.plans.values()]
+    assert task.keeps
+    assert task_with(2.01 * sum(needed)).keeps
+    less = task_with(1.99 * sum(needed))
+    assert not less.keeps
+    assert list(less.plans) == list(task.plans)  # one after the other they fit
 
 
 def test_waiting_grows_with_the_computing_as_measured_and_not_at_all_where_nobody_can_tell() -> None:
