@@ -5,6 +5,7 @@ And no test writes calibrations where its user keeps them, or finds those of an 
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import hypothesis
@@ -13,6 +14,10 @@ import pytest
 # A fixed seed and no time limit per example: a shared machine must not turn a property into a flaky test.
 hypothesis.settings.register_profile("pipeline", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("pipeline")
+
+# What a script starts in the background ignores Ctrl-C, and so does what that starts; programs of the tests must not.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
