@@ -131,7 +131,9 @@ def _sentences(made: Plan, summary: Summary) -> list[str]:
         f"Predicted step: {1e3 * summary.step_seconds:.4g} ms; the fastest device alone, {baseline}, takes "
         f"{1e3 * summary.baseline_seconds:.4g} ms."
     )
-    lines.append(f"Speedup: {summary.speedup:.2f}x; all devices together would allow {summary.bound:.2f}x.")
+    lines.append(
+        f"Speedup: {summary.speedup:.2f}x; all devices together would allow {summary.bound:.2f}x{_beyond(summary)}."
+    )
     mebibytes = [one / 2**20 for one in summary.memory]
     shown = ", ".join(f"{one:.0f}" for one in mebibytes) if few else _range(mebibytes, ".0f")
     lines.append(f"Memory per device, beyond its process and the images: {shown} MiB.")
@@ -144,6 +146,13 @@ def _sentences(made: Plan, summary: Summary) -> list[str]:
         lines.append(f"What would help, as speedup over {summary.baseline} alone, now {summary.speedup:.2f}x:")
         lines += [f"  {one.change}: {summary.baseline_seconds / one.step_seconds:.2f}x" for one in summary.helps]
     return lines
+
+
+def _beyond(summary: Summary) -> str:
+    """Why a plan may be predicted to gain more than its devices are faster together; empty where it does not."""
+    if summary.speedup <= summary.bound:
+        return ""
+    return ", had not real steps of one device alone taken longer than the same work in parts"
 
 
 def _joined(rows: Sequence[Row]) -> list[Row]:

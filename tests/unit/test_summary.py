@@ -13,7 +13,7 @@ from torch import nn
 from pipeline.cli.plan import show
 from pipeline.graph.trace import Graph, trace
 from pipeline.networks import network
-from pipeline.plan.costs import Costs
+from pipeline.plan.costs import LAYOUTS, Costs
 from pipeline.plan.fitting import needed_memory
 from pipeline.plan.link_cases import Links
 from pipeline.plan.plan import Plan, Strategy
@@ -274,6 +274,17 @@ class TestShown:
         text = "\n".join(self.lines(capsys, graph, costs_of(graph, [1e10, 5e9]), strategy, ["cpu", "cpu@0.5"]))
         assert "nan" not in text
         assert "inf" not in text
+
+    @pytest.mark.parametrize(("alone", "longer"), [(1.0, False), (2.0, True)])
+    def test_a_speedup_beyond_what_all_devices_allow_is_explained(
+        self, graph: Graph, capsys: pytest.CaptureFixture[str], alone: float, *, longer: bool
+    ) -> None:
+        stretch = np.ones((2, len(LAYOUTS)))
+        stretch[:, LAYOUTS.index("M")] = alone
+        costs = replace(costs_of(graph, [1e10, 5e9], bandwidth=1e11), stretch=stretch)
+        lines = self.lines(capsys, graph, costs, "batch", ["cpu", "cpu@0.5"])
+        speedup = next(line for line in lines if line.startswith("Speedup: "))
+        assert ("had not real steps of one device alone taken longer" in speedup) == longer
 
     def test_many_devices_are_told_by_the_least_and_the_most(
         self, graph: Graph, capsys: pytest.CaptureFixture[str]
