@@ -54,8 +54,9 @@ _MEASURED_S, _MOST, _LEAST = 0.25, 6, 2
 """In each round each strategy repeats its step until so much time is measured, at the most so often. So many steps at
 least are taken of everything: the lower of two counts, as what disturbs a step only makes it longer."""
 _SHORT_S = 0.25
-"""The first step of a round does not count, nor the second of ranks that exchange if the first took less, or if they
-sum all gradients: both set up memory for messages, of which two may be under way."""
+"""The first step of what was just set up does not count, nor the second of ranks that exchange if the first took less,
+or if they sum all gradients: both set up memory for messages, of which two may be under way. Of what was kept from an
+earlier round the first does not count if steps take less, as others have had the caches."""
 _LEAST_ROUNDS, _MOST_ROUNDS = 2, 6
 _KEPT = 0.5
 """Of the memory of a device, what all strategies together may hold from one round to the next."""
@@ -181,6 +182,8 @@ def _take(context: RankContext, task: Probing, taken: _Taken) -> None:
                 parts[strategy] = part
             del part
             gc.collect()  # what was traced is a cycle
+    parts.clear()
+    gc.collect()
 
 
 def _again(strategies: Iterable[Strategy], taken: _Taken) -> list[Strategy]:
@@ -202,7 +205,7 @@ def _take_round(context: RankContext, plan: Plan, part: _Part | None, taken: _Ta
     strategy = plan.strategy
     if known:
         if taken[strategy][-1][0] < _SHORT_S:
-            _step(context, part, last=True)  # others have had the caches
+            _step(context, part, last=True)
     else:
         first = _step(context, part, last=True)
         if not (part is None or part.repeatable()):

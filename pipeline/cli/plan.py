@@ -150,9 +150,9 @@ def _sentences(made: Plan, summary: Summary) -> list[str]:
 
 def _beyond(summary: Summary) -> str:
     """Why a plan may be predicted to gain more than its devices are faster together; empty where it does not."""
-    if summary.speedup <= summary.bound:
+    if round(summary.speedup, 2) <= round(summary.bound, 2):  # as they are shown
         return ""
-    return ", had not real steps of one device alone taken longer than the same work in parts"
+    return ", had not one device alone taken longer than the same work in parts"
 
 
 def _joined(rows: Sequence[Row]) -> list[Row]:
