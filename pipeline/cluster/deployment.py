@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from multiprocessing import resource_tracker
@@ -16,6 +17,7 @@ from typing import Any
 import dask.config
 from distributed import Client, Nanny, Scheduler, SpecCluster
 from distributed.system import MEMORY_LIMIT
+from distributed.utils import get_mp_context
 
 from pipeline.cluster.devices import DEVICE_VARIABLE, Device, default_devices, device_to_json, visible_gpus
 from pipeline.errors import InputError
@@ -65,6 +67,7 @@ def local_cluster(devices: Sequence[Device] | None = None, *, dashboard: bool = 
         stack.enter_context(_quiet())
         stack.enter_context(_worker_environment())
         stack.enter_context(dask.config.set(_CONFIGURATION))
+        stack.enter_context(_start_method(chosen))
         with _without_interrupts():
             cluster = _start(chosen, dashboard=dashboard)
             stack.callback(_close, cluster)
@@ -179,6 +182,20 @@ def _worker_environment() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _start_method(devices: Sequence[Device]) -> Iterator[None]:
+    """Let worker processes come from one that has loaded torch for all of them, and stays for later clusters.
+
+    It ends with this process. Workers with a GPU, which no process may have used before a fork, and those of systems
+    on which libraries do not bear one, load torch by themselves.
+    """
+    forked = sys.platform == "linux" and all(device.kind == "cpu" for device in devices)
+    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver" if forked else "spawn"}):
+        if forked:
+            get_mp_context().set_forkserver_preload(["pipeline.cluster.preload"])
+        yield
 
 
 @contextlib.contextmanager

@@ -38,11 +38,12 @@ def listening_addresses() -> set[tuple[str, int]]:
 
 
 def worker_processes() -> list[psutil.Process]:
+    """All that was forked from the process that has loaded torch for them; it stays for later clusters."""
     workers = []
-    for process in psutil.Process().children(recursive=True):
+    for process in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "spawn_main" in " ".join(process.cmdline()):
-                workers.append(process)
+            if "forkserver" in " ".join(process.cmdline()):
+                workers.extend(process.children(recursive=True))
     return workers
 
 
@@ -70,6 +71,28 @@ def test_allocator_and_threads_are_set_before_a_worker_starts(client: Client) ->
     assert all(ALLOCATOR.items() <= environment.items() for environment in environments.values())
     threads = client.run(os.getenv, "OMP_NUM_THREADS")
     assert [threads[member.address] for member in discover(client)] == ["1", "2"]
+
+
+def what_is_loaded() -> list[str]:
+    return [name for name in ("torch", "torch._dynamo", "sympy") if name in sys.modules]
+
+
+def test_torch_is_loaded_once_for_all_workers() -> None:
+    with local_cluster([Device("cpu")] * 2, dashboard=False) as client:
+        assert list(client.run(what_is_loaded).values()) == [["torch", "torch._dynamo", "sympy"]] * 2
+        parents = client.run(os.getppid)
+        assert len(set(parents.values())) == 1
+    with local_cluster([Device("cpu")], dashboard=False) as client:
+        assert list(client.run(os.getppid).values()) == list(parents.values())[:1]
+
+
+def test_the_end_of_what_workers_are_forked_from_is_survived() -> None:
+    with local_cluster([Device("cpu")] * 2, dashboard=False) as client:
+        workers = list(client.run(os.getpid).values())
+        os.kill(next(iter(client.run(os.getppid).values())), signal.SIGKILL)
+        psutil.wait_procs([psutil.Process(worker) for worker in workers if psutil.pid_exists(worker)], timeout=20)
+        assert len(discover(client)) == 2
+        assert not set(client.run(os.getpid).values()) & set(workers)
 
 
 def fresh_pages() -> list[int]:
