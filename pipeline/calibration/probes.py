@@ -53,6 +53,8 @@ PROBES = tuple(name for one in _PROBED for name in ([one, one + _WITHOUT_SUMS] i
 _MEASURED_S, _MOST, _LEAST = 0.25, 6, 2
 """In each round each strategy repeats its step until so much time is measured, at the most so often. So many steps at
 least are taken of everything: the lower of two counts, as what disturbs a step only makes it longer."""
+_AGREE, _MOST_DISPUTED = 1.1, 4
+"""Where the shortest two differ by more, there are up to so many: what was just set up may take some steps to settle."""
 _SHORT_S = 0.25
 """The first step of what was just set up does not count, nor the second of ranks that exchange if the first took less,
 or if they sum all gradients: both set up memory for messages, of which two may be under way. Of what was kept from an
@@ -233,9 +235,15 @@ def _take_steps(
     while True:
         taken.append(_step(context, part, last=last))
         seconds = [took for took, _ in taken[before:]]
-        lacking = len(taken) < _LEAST and (once or seconds[0] > _LONG_STEP_S)
+        lacking = (once or seconds[0] > _LONG_STEP_S) and not _agreed([took for took, _ in taken])
         if not lacking and (len(seconds) == _MOST or sum(seconds) >= _MEASURED_S):
             break
+
+
+def _agreed(seconds: list[float]) -> bool:
+    """Whether the shortest two steps tell the same, or there are so many that they hardly will."""
+    shortest = sorted(seconds)[:_LEAST]
+    return len(seconds) >= _LEAST and (shortest[-1] <= _AGREE * shortest[0] or len(seconds) >= _MOST_DISPUTED)
 
 
 def _step(context: RankContext, part: _Part | None, *, last: bool) -> tuple[float, float]:

@@ -159,6 +159,21 @@ def test_a_device_alone_is_tried_again_where_the_plan_may_depend_on_it() -> None
     assert again(ddp=[0.1]) == []
 
 
+def test_steps_of_one_device_are_taken_until_two_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(*seconds: float, once: bool = True, before: tuple[float, ...] = ()) -> list[float]:
+        coming = iter(seconds)
+        monkeypatch.setattr(probes, "_step", lambda *_, **__: (next(coming), 0.0))
+        found = [(one, 0.0) for one in before]
+        probes._take_steps(None, None, found, last=True, once=once)  # type: ignore[arg-type]
+        return [one for one, _ in found]
+
+    assert taken(0.75, 0.74, 0.0) == [0.75, 0.74]
+    assert taken(0.82, 0.72, 0.73, 0.0, before=(1.4,)) == [1.4, 0.82, 0.72, 0.73]  # it settles
+    assert taken(0.9, 0.7, 0.5, 0.3, 0.1) == [0.9, 0.7, 0.5, 0.3]  # and this never will
+    assert taken(1.4, 1.2, 1.25, 0.0, once=False) == [1.4, 1.2, 1.25]
+    assert taken(0.9, 0.7, once=False) == [0.9]  # more in another round
+
+
 def test_what_one_device_takes_longer_holds_for_any_layout(model: nn.Module) -> None:
     graph = trace(model, torch.zeros(2, 3, 32, 32))
     calibration = synthetic.calibration_of(graph, ["cpu"]).drop_vars(("probe_step_time", "probe_busy_time"))
