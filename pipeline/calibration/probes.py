@@ -54,7 +54,7 @@ _MEASURED_S, _MOST, _LEAST = 0.25, 6, 2
 """In each round each strategy repeats its step until so much time is measured, at the most so often. So many steps at
 least are taken of everything: the lower of two counts, as what disturbs a step only makes it longer."""
 _AGREE, _MOST_DISPUTED = 1.1, 4
-"""Where the shortest two differ by more, there are up to so many: what was just set up may take some steps to settle."""
+"""Where the shortest two differ by more, there are up to so many: what was just set up may take a while to settle."""
 _SHORT_S = 0.25
 """The first step of what was just set up does not count, nor the second of ranks that exchange if the first took less,
 or if they sum all gradients: both set up memory for messages, of which two may be under way. Of what was kept from an
