@@ -1,8 +1,9 @@
 """Find the plan that is predicted fastest: which devices take part, and how each layer is split.
 
 The prediction is that of the whole program, so what hides behind what, and which link is shared, is in it. Small
-networks are searched exhaustively. For larger ones the search begins with the best of the uniform plans, tries all
-places where one kind of split could give way to another, and then changes layer by layer for as long as that helps.
+networks are searched exhaustively. For larger ones the search begins with plans of one kind and those that change once
+from one kind to another, goes on with what dynamic programming makes of these, and then changes layer by layer for as
+long as that helps.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pipeline.plan.costs import Costs
 from pipeline.plan.fitting import PlanWith, Room, able_alone, check_memory, fits, is_scarce, most_within_memory
 from pipeline.plan.link_cases import Links
 from pipeline.plan.plan import OperationPlan, Plan, Strategy
-from pipeline.plan.prediction import predict_step
+from pipeline.plan.prediction import predict_step, predict_timeline
 from pipeline.plan.program import compile_program
 from pipeline.plan.shares import Most
 from pipeline.plan.strategies import (
@@ -36,6 +37,7 @@ from pipeline.plan.strategies import (
     plan_network,
     structure_of,
 )
+from pipeline.plan.switching import changes_of, cheapest_kinds, layer_seconds
 from pipeline.plan.ties import Tie
 
 UNIFORM: tuple[Strategy, ...] = ("single", "equal", "paper", "kernel", "batch")
@@ -52,6 +54,8 @@ _WORK, _RANKS_AT_ONCE = 400_000, 8
 """The search predicts as many plans as make about this much work, in operations times ranks, beside so many that cost
 next to nothing more."""
 _LEAST_TRIES, _MOST_TRIES = 8, 200
+_ENOUGH_TO_TELL = 40
+"""If so few plans may be predicted, too few of them change once to tell where changes of kind pay."""
 _SMALL_SET = 8
 """Up to so many devices, any one may be left out; of more the fastest 2, 4, 8, 16, ... are tried."""
 _LEANINGS = (1.5, 1.2, 1.08)
@@ -338,6 +342,8 @@ class _Search:
         tries = self._tries(devices)
         for kinds in _two_parts(len(self._layers), tries // 2):
             time_of(kinds)
+        if tries >= _ENOUGH_TO_TELL:
+            time_of(self._by_sums_over_layers(tried, devices))
         time_of(self._with_sums(min(tried, key=lambda kinds: tried[kinds])))
         time_of(self._with_sums(tuple(possible[0] for possible in self._kinds)))  # all by kernels
         current = min(tried, key=lambda kinds: tried[kinds])
@@ -349,6 +355,25 @@ class _Search:
                     return
                 if time_of(kinds) < tried[current]:
                     current, improved = kinds, True
+
+    def _by_sums_over_layers(
+        self, tried: Mapping[tuple[Kind, ...], float], devices: tuple[int, ...]
+    ) -> tuple[Kind, ...]:
+        """What would be fastest if a step took the sum of what its layers and its changes of kind take."""
+        spent = {}
+        for kind in _KINDS:
+            alike = (kind,) * len(self._layers)
+            if math.isfinite(tried[alike]):
+                plan = self._mixed(dict.fromkeys(self._layers, kind), devices)
+                program = compile_program(self._graph, plan, self._batch_size, cuts=frozenset(self._layers))
+                timeline_CIR2 = predict_timeline(
+                    self._graph, plan, program, self._costs.only(devices), itemsize=self._itemsize,
+                    links=self._links and self._links.of(devices),
+                )  # fmt: skip
+                spent[kind] = layer_seconds(
+                    program.instructions, timeline_CIR2.mean(axis=0), self._layers, tried[alike]
+                )
+        return cheapest_kinds(spent, changes_of(tried, spent)) if spent else (_KINDS[0],) * len(self._layers)
 
     def _with_sums(self, kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
         """The same but for convolutions that give less than they take: sums of their outputs travel instead."""
