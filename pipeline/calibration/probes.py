@@ -52,7 +52,7 @@ PROBES = tuple(name for one in _PROBED for name in ([one, one + _WITHOUT_SUMS] i
 """None updates its weights. Some leave out the sums of gradients, as all but the last of several batches do."""
 _MEASURED_S, _MOST, _LEAST = 0.25, 6, 2
 """In each round each strategy repeats its step until so much time is measured, at the most so often. So many steps at
-least are taken of everything: the lower of two counts, as what disturbs a step only makes it longer."""
+least are taken of everything: the lower median counts, as what disturbs a step only makes it longer."""
 _AGREE, _MOST_DISPUTED = 1.1, 4
 """Where the shortest two differ by more, there are up to so many: what was just set up may take a while to settle."""
 _SHORT_S = 0.25
@@ -229,7 +229,7 @@ def _take_steps(
 ) -> None:
     """Add the times of one step after the other to those ``taken``, each as by ``_step``.
 
-    What takes long, or has its steps in one round only (``once``), has as many as it needs then.
+    What takes long, or mostly has its steps in one round only (``once``), has as many as it needs then.
     """
     before = len(taken)
     while True:
@@ -241,7 +241,7 @@ def _take_steps(
 
 
 def _agreed(seconds: list[float]) -> bool:
-    """Whether the shortest two steps tell the same, or there are so many that they hardly will."""
+    """Whether the shortest two steps of all rounds agree, or there are so many that they hardly will."""
     shortest = sorted(seconds)[:_LEAST]
     return len(seconds) >= _LEAST and (shortest[-1] <= _AGREE * shortest[0] or len(seconds) >= _MOST_DISPUTED)
 

@@ -186,10 +186,14 @@ def _worker_environment() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _start_method(devices: Sequence[Device]) -> Iterator[None]:
-    """Let worker processes come from one that has loaded torch for all of them, and stays for later clusters.
+    """Have worker processes forked from one that has loaded torch for all of them, and stays for later clusters.
 
-    It ends with this process. Workers with a GPU, which no process may have used before a fork, and those of systems
-    on which libraries do not bear one, load torch by themselves.
+    It ends with this process, and has the environment that it was started with: of what differs by device, libraries
+    that read it as they are loaded see nothing, and ranks tell torch its threads themselves. Where something else in
+    this process has started the fork server before, workers are as slow to start as spawned ones.
+
+    Spawned are workers with a GPU, as a driver that was initialised before a fork is lost to the child, and those of
+    other systems than Linux, whose libraries may not survive a fork.
     """
     forked = sys.platform == "linux" and all(device.kind == "cpu" for device in devices)
     with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver" if forked else "spawn"}):

@@ -373,7 +373,9 @@ class _Search:
                 spent[kind] = layer_seconds(
                     program.instructions, timeline_CIR2.mean(axis=0), self._layers, tried[alike]
                 )
-        return cheapest_kinds(spent, changes_of(tried, spent)) if spent else (_KINDS[0],) * len(self._layers)
+        if not spent:  # no plan of one kind fits into memory
+            return min(tried, key=lambda kinds: tried[kinds])
+        return cheapest_kinds(spent, changes_of(tried, spent))
 
     def _with_sums(self, kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
         """The same but for convolutions that give less than they take: sums of their outputs travel instead."""
