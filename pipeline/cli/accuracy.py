@@ -57,6 +57,7 @@ def accuracy(
 ) -> None:
     """Train the same network by several strategies, for several seeds, and compare how well they classify."""
     from pipeline.accuracy import compare_accuracy
+    from pipeline.networks import check_name
     from pipeline.networks import network as build
     from pipeline.results.kept import Kept
     from pipeline.results.stores import write_store
@@ -66,6 +67,7 @@ def accuracy(
     for option, values in given.items():
         if twice := [one for one in values if values.count(one) > 1]:
             raise InputError(f"{option} {twice[0]} is given twice: give each once")
+    check_name(network)
     with (
         prepared_images(data, image_size, train_images, test_images) as (train, test),
         cluster(devices, scheduler, network) as (client, members),

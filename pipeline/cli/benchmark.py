@@ -65,6 +65,7 @@ def benchmark(
 ) -> None:
     """Time the training step of a network, one or several strategies on the same devices."""
     from pipeline.links import LOOPBACK, canonical_link
+    from pipeline.networks import check_name
     from pipeline.networks import network as build
     from pipeline.run.benchmark import Bench, measure_cells
     from pipeline.run.reference import plain_step_times
@@ -72,6 +73,7 @@ def benchmark(
     strategies = list(dict.fromkeys(checked_strategy(name) for name in strategy or _ALL))
     link = canonical_link(link)
     optimizer = optimizer_of(learning_rate, momentum)
+    check_name(network)
     with prepared_images(data, image_size) as (images, _):
         model = build(network, classes=len(images.classes), image_shape=images.image_shape, seed=seed)
         with cluster(devices, scheduler, network) as (client, members):

@@ -40,12 +40,14 @@ def calibrate(
     from pipeline.calibration.cache import cache_folder
     from pipeline.calibration.measure import FRACTIONS
     from pipeline.calibration.measure import calibrate as measure
+    from pipeline.networks import check_name
     from pipeline.networks import network as build
     from pipeline.plan.costs import Costs
     from pipeline.results.contracts import validate_calibration
     from pipeline.results.stores import write_zip
     from pipeline.run.launch import example_batch
 
+    check_name(network)
     with prepared_images(data, image_size) as (images, _), cluster(devices, scheduler, network) as (client, members):
         model = build(network, classes=len(images.classes), image_shape=images.image_shape)
         with Progress(f"calibrate {network}", None) as progress:

@@ -59,6 +59,7 @@ def miscalibration(
 ) -> None:
     """Time the training step of plans from calibrations in which one device is judged too slow or too fast."""
     from pipeline.calibration.misjudged import misjudged
+    from pipeline.networks import check_name
     from pipeline.networks import network as build
     from pipeline.results.provenance import provenance
     from pipeline.results.stores import combine_errors, write_store
@@ -67,6 +68,7 @@ def miscalibration(
     strategies = [checked_strategy(name) for name in dict.fromkeys(strategy or _STRATEGIES)]
     errors = sorted(set(error if error is not None else _ERRORS))
     optimizer = optimizer_of(learning_rate, momentum)
+    check_name(network)
     with prepared_images(data, image_size) as (images, _):
         model = build(network, classes=len(images.classes), image_shape=images.image_shape, seed=seed)
         with cluster(devices, scheduler, network) as (client, members):

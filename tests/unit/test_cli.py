@@ -38,6 +38,19 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return said[0]
 
 
+@pytest.mark.parametrize("command", ["train", "calibrate", "benchmark", "miscalibration", "accuracy"])
+def test_an_unknown_network_is_refused_before_images_are_read(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    further = {
+        "calibrate": ["--output", tmp_path / "calibration.zarr.zip"],
+        "miscalibration": ["--output", tmp_path / "miscalibration.zarr"],
+        "accuracy": ["--strategy", "kernel", "--output", tmp_path / "accuracy.zarr"],
+    }
+    said = refused(capsys, command, "--network", "resnet81", "--data", "/no/images", *further.get(command, []))
+    assert "'resnet81' is unknown" in said
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
