@@ -37,7 +37,7 @@ from pipeline.plan.strategies import (
     plan_network,
     structure_of,
 )
-from pipeline.plan.switching import changes_of, cheapest_kinds, layer_seconds
+from pipeline.plan.switching import changes_of, changing_once, cheapest_kinds, layer_seconds
 from pipeline.plan.ties import Tie
 
 UNIFORM: tuple[Strategy, ...] = ("single", "equal", "paper", "kernel", "batch")
@@ -445,4 +445,4 @@ def _two_parts(layers: int, tries: int) -> Iterator[tuple[Kind, ...]]:
     stride = max(1, -(-len(borders) * len(pairs) // max(tries - len(_KINDS), 1)))
     for border in borders[::-stride]:
         for first, second in pairs:
-            yield (first,) * border + (second,) * (layers - border)
+            yield changing_once(first, second, border, layers)

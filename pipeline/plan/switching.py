@@ -19,6 +19,11 @@ Changes = Mapping[tuple[Kind, Kind], Mapping[int, float]]
 """By the kinds before and after, and the first layer after, what a change adds in s; not of every layer."""
 
 
+def changing_once(first: Kind, last: Kind, border: int, layers: int) -> tuple[Kind, ...]:
+    """One kind for so many layers, and another for the rest."""
+    return (first,) * border + (last,) * (layers - border)
+
+
 def layer_seconds(
     instructions: Sequence[Instruction], timeline_IR2: NDArray[np.float64], layers: Sequence[str], total: float
 ) -> NDArray[np.float64]:
@@ -54,7 +59,8 @@ def changes_of(times: Mapping[tuple[Kind, ...], float], spent: Mapping[Kind, NDA
     for kinds, seconds in times.items():
         first, last = kinds[0], kinds[-1]
         border = kinds.count(first)
-        if first in spent and last in spent and first != last and kinds == _changed(first, last, border, len(kinds)):
+        changes = first != last and kinds == changing_once(first, last, border, len(kinds))
+        if changes and first in spent and last in spent:
             added = seconds - spent[first][:border].sum() - spent[last][border:].sum()
             found.setdefault((first, last), {})[border] = max(added, 0.0)
     return found
@@ -79,10 +85,6 @@ def cheapest_kinds(spent: Mapping[Kind, NDArray[np.float64]], changes: Changes) 
     for before in reversed(came):
         path.append(int(before[path[-1]]))
     return tuple(kinds[place] for place in reversed(path))
-
-
-def _changed(first: Kind, last: Kind, border: int, layers: int) -> tuple[Kind, ...]:
-    return (first,) * border + (last,) * (layers - border)
 
 
 def _near(known: Mapping[int, float], layer: int) -> float:
