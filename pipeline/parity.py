@@ -5,7 +5,6 @@ For whoever wants to know before a long run of a model of their own; the table o
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,10 +17,12 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import TensorDataset
 
 from pipeline.cluster.devices import Member
-from pipeline.graph.trace import trace
+from pipeline.graph.copies import copied, tensors_of, unwrapped
+from pipeline.graph.trace import Opaque, trace
 from pipeline.plan.plan import Strategy
 from pipeline.plan.strategies import plan_network
 from pipeline.run.launch import SGD, run_plan
+from pipeline.run.noise import seed_everything
 from pipeline.run.recipe import Recipe
 
 TOLERANCE = 1e-9
@@ -49,9 +50,9 @@ class Parity:
     statistics: float
     """Of running statistics and other buffers."""
     split: float
-    """Fraction of the convolutions' FLOPs that was split; NaN without convolutions."""
-    on_master: tuple[str, ...]
-    """Operations that ran on the master because nothing is known of them."""
+    """True share of the convolutions' FLOPs that ran split; NaN without convolutions."""
+    opaque: tuple[Opaque, ...]
+    """The submodules that ran as they are."""
     seconds: float
     """Time of the split run, its start included."""
 
@@ -95,7 +96,7 @@ def check_parity(
     sum of the cross-entropies of all. The last batch has one image less than the others. Raises ``InputError`` if the
     model does not take such images, and ``RunError`` when a run fails.
     """
-    model = copy.deepcopy(model).double().train()
+    model = copied(unwrapped(model)).double().train()
     count = batch_size * steps - 1
     generator = torch.Generator().manual_seed(_SEED)
     dataset = TensorDataset(
@@ -119,7 +120,7 @@ def check_parity(
             )[0]  # fmt: skip
             assert account.weights is not None
             assert account.gradients is not None
-            state = whole.state
+            state = {name: whole.state[name] for name in account.weights}
             yield Parity(
                 strategy=strategy,
                 shares=tuple(fractions),
@@ -127,16 +128,16 @@ def check_parity(
                 gradients=_difference(account.gradients, whole.gradients),
                 weights=_difference(account.weights, {name: state[name] for name in state if name in trained}),
                 statistics=_difference(account.weights, {name: state[name] for name in state if name not in trained}),
-                split=plan.split_convolutions(graph),
-                on_master=plan.on_master(graph),
+                split=plan.split,
+                opaque=graph.opaque,
                 seconds=time.monotonic() - start,
             )
 
 
 def _train_whole(model: nn.Module, dataset: TensorDataset, batches: Sequence[Sequence[int]]) -> _Trained:
     """A plain torch loop."""
-    model = copy.deepcopy(model)
-    torch.manual_seed(_SEED)
+    model = copied(model)
+    seed_everything(_SEED)
     optimizer = SGD([parameter for parameter in model.parameters() if parameter.requires_grad])
     x_BCHW, y_B = dataset.tensors
     losses = []
@@ -147,7 +148,7 @@ def _train_whole(model: nn.Module, dataset: TensorDataset, batches: Sequence[Seq
         optimizer.step()
         losses.append(loss.item())
     gradients = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
-    return _Trained(losses, gradients, model.state_dict())
+    return _Trained(losses, gradients, tensors_of(model))
 
 
 def _loss(output: object, y_B: torch.Tensor) -> torch.Tensor:

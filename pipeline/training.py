@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from pipeline.checkpoint import check_checkpoint, write_weights
 from pipeline.cluster.deployment import local_cluster
 from pipeline.cluster.devices import Member, discover
 from pipeline.errors import InputError
-from pipeline.graph.trace import Graph, model_dtype, trace
+from pipeline.graph.copies import copied, take_over, unwrapped
+from pipeline.graph.trace import Graph, trace
 from pipeline.plan.checks import check_calibration, check_plan
 from pipeline.plan.fitting import Room, check_memory, is_scarce
 from pipeline.plan.plan import STRATEGIES, Plan, Strategy
@@ -114,11 +114,12 @@ def fit(
     images = _checked_length(dataset, batch_size, epochs, max_steps)
     if checkpoint is not None:
         check_checkpoint(checkpoint)
+    model = unwrapped(model)
     example_BCHW = example_batch(dataset)
     graph = trace(model, example_BCHW)
     with _cluster(client) as connected:
         chosen = tuple(members or discover(connected))
-        labels, itemsize = [member.device.label for member in chosen], model_dtype(model).itemsize
+        labels, itemsize = [member.device.label for member in chosen], graph.dtype.itemsize
         if plan is not None:
             check_plan(plan, graph, labels)
         if calibration is not None:
@@ -148,11 +149,11 @@ def fit(
             validation=validation, recipe=recipe, loader=loader, callbacks=callbacks, indices=indices, seed=seed,
             label=label or f"{plan.strategy} {type(model).__name__}", on_progress=on_progress,
         )  # fmt: skip
-    trained = copy.deepcopy(model).cpu()
+    trained = copied(model).cpu()
     assert accounts[0].weights is not None
-    trained.load_state_dict(accounts[0].weights)
+    take_over(trained, accounts[0].weights)
     if checkpoint is not None:
-        write_weights(accounts[0].weights, Path(checkpoint))
+        write_weights(trained.state_dict(), Path(checkpoint))
     return FitResult(
         model=trained,
         history=_history(accounts),

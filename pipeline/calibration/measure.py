@@ -6,7 +6,6 @@ is in the numbers, as it will be in training.
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 import warnings
@@ -26,10 +25,12 @@ from pipeline.calibration.cache import Curves, cached
 from pipeline.calibration.links import LINK_BYTES, TURN_BYTES, link_of
 from pipeline.calibration.probes import MOST_STEPS, PROBES, Probed, Probing, probe_rank, probing
 from pipeline.calibration.segments import Chain, chains_of, geometry
+from pipeline.calibration.skeletons import skeleton_of
 from pipeline.calibration.worker import Measurement, Task, measure_rank, split_plan
 from pipeline.cluster.devices import Member, discover
 from pipeline.cluster.gang import run_gang
 from pipeline.errors import InputError, LostDeviceError, RunError, first_line
+from pipeline.graph.copies import unwrapped
 from pipeline.graph.trace import Graph, trace
 from pipeline.plan.costs import LAYOUTS
 from pipeline.plan.instructions import COMPANIES
@@ -82,15 +83,17 @@ def calibrate(
     Raises ``InputError`` if the model does not take such images and ``RunError`` when a device is lost.
     """
     chosen = tuple(members or discover(client))
+    model = unwrapped(model)
     graph = trace(model, example_input)
     chains = chains_of(graph)
     plan = split_plan(graph, 0.5)
-    works = [geometry(graph, model, plan, chain) for chain in chains]
+    works = [geometry(graph, plan, chain) for chain in chains]
     alike = [works.index(work) for work in works]
     first = list(dict.fromkeys(alike))
     kinds = [(member.device.label, member.host) for member in chosen]
     task = Task(
-        model=copy.deepcopy(model).to("meta"),
+        model=skeleton_of(model),
+        modules={part: skeleton_of(model.get_submodule(part)) for part in graph.submodules},
         graph=graph,
         cuts=frozenset(chain.operations[0] for chain in chains),
         chains=tuple(chains[index] for index in first),
@@ -112,7 +115,7 @@ def calibrate(
         everywhere = [first.index(index) for index in alike]
         dataset = _dataset(task, chains, everywhere, chosen, measured, name)
         dataset = _with_curves(dataset.assign(work=("segment", np.array(works, dtype=object))), curves)
-        probes = replace(probing(task.model, graph, dataset), enough=_PROBED * (time.perf_counter() - start))
+        probes = replace(probing(task.model, task.modules, graph, dataset), enough=_PROBED * (time.perf_counter() - start))
         dataset = _with_probes(dataset, probes, client, chosen, name)
         dataset = describe(dataset.assign(calibration_time=time.perf_counter() - start))
         validate_calibration(dataset)

@@ -7,7 +7,6 @@ from it. What these steps take longer than predicted is laid to numbers in ``pip
 
 from __future__ import annotations
 
-import copy
 import gc
 import math
 import statistics
@@ -20,13 +19,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import nn
-from torch.utils import _pytree as pytree
 
 from pipeline._torchvision import Importable
-from pipeline.calibration.passes import initialise
+from pipeline.calibration.skeletons import module_of, parts_with_some_weights
 from pipeline.cluster.gang import RankContext
-from pipeline.graph.trace import Graph, model_dtype
+from pipeline.graph.nodes import leaves
+from pipeline.graph.trace import Graph
 from pipeline.plan.costs import Costs, Shared
 from pipeline.plan.data_parallel import part_seconds
 from pipeline.plan.fitting import needed_memory
@@ -82,8 +80,10 @@ class Probing:
     importable: Importable = field(default_factory=Importable)
     """Before the model, which may be torchvision's: fields are unpickled in order."""
 
-    model: nn.Module
-    """A skeleton on the meta device."""
+    model: bytes | None
+    """A skeleton of the model; None if it cannot travel."""
+    modules: Mapping[str, bytes | None]
+    """Those of the submodules that run as they are."""
     graph: Graph
     plans: Mapping[Strategy, Plan]
     """By strategy."""
@@ -96,13 +96,15 @@ class Probing:
     """s after which only the first rounds begin."""
 
 
-def probing(model: nn.Module, graph: Graph, calibration: xr.Dataset) -> Probing:
+def probing(
+    model: bytes | None, modules: Mapping[str, bytes | None], graph: Graph, calibration: xr.Dataset
+) -> Probing:
     """The steps that tell most: of the plans that the calibration as it is leads to, of those that fit into memory.
 
     With as many images as it measured, or with few where those would take long. No steps if nothing is trained; a
     device by itself has but one way.
     """
-    costs, itemsize = Costs.of(calibration), model_dtype(model).itemsize
+    costs, itemsize = Costs.of(calibration), graph.dtype.itemsize
     few, most = int(calibration.images[0]), int(calibration.images[-1])
     images = max(most if 1 / float((1 / costs.whole_steps(most)).sum()) < _LONG_STEP_S else few, costs.devices)
     labels = [str(label) for label in calibration.device_label.values]
@@ -110,7 +112,7 @@ def probing(model: nn.Module, graph: Graph, calibration: xr.Dataset) -> Probing:
     held = 0.0
     possible: tuple[Strategy, ...] = ("single",) if costs.devices == 1 else tuple(_PROBED)
     for strategy in possible if graph[graph.outputs[0]].differentiable else ():
-        if strategy == "ddp" and not _is_short(costs, images):
+        if strategy == "ddp" and (model is None or not _is_short(costs, images)):
             continue
         plan = plan_network(graph, strategy, batch_size=images, labels=labels, costs=costs)
         needed = needed_memory(graph, plan, itemsize=itemsize)
@@ -119,7 +121,9 @@ def probing(model: nn.Module, graph: Graph, calibration: xr.Dataset) -> Probing:
             held += float(needed.sum())
     # Devices may share the memory that each of them could have.
     keeps = held <= _KEPT * float(costs.memory_left.min())
-    return Probing(model=model, graph=graph, plans=plans, images=images, itemsize=itemsize, keeps=keeps)
+    return Probing(
+        model=model, modules=modules, graph=graph, plans=plans, images=images, itemsize=itemsize, keeps=keeps
+    )
 
 
 def _is_short(costs: Costs, images: int) -> bool:
@@ -286,19 +290,17 @@ class _Split:
 
     def __init__(self, context: RankContext, task: Probing, plan: Plan) -> None:
         here = replace(context, rank=0, size=1, group=None) if plan.ranks == 1 else context
-        model = _made(task.model) if here.rank == 0 else copy.deepcopy(task.model)  # it will be arranged
-        self._execution, self._images = Execution(here, model, task.graph, plan), task.images
+        parts = parts_with_some_weights(task.graph, task.modules) if here.rank == 0 else None
+        self._execution, self._images = Execution(here, parts, task.graph, plan), task.images
         self._execution.prepare(_RECIPE, seed=0)
-        self._x_BCHW: torch.Tensor | None = None
-        self._y_B: torch.Tensor | None = None
-        if here.rank == 0:
-            self._x_BCHW, self._y_B = _batch(task, task.images)
+        self._inputs: Any = _inputs(task, task.images) if here.rank == 0 else None
+        self._y_B = torch.zeros(task.images, dtype=torch.long) if here.rank == 0 else None
 
     def step(self, *, last: bool) -> float:
         execution, program = self._execution, self._execution.program(self._images)
         clock = Clock(len(program.instructions), offset=0.0, keep=1)
         with clock.step():
-            execution.train_step(self._images, self._x_BCHW, self._y_B, clock, Turn(last=last))
+            execution.train_step(self._images, self._inputs, self._y_B, clock, Turn(last=last))
         execution.forget()
         return float(busy_in(execution.plan, program, clock.times[-1][:, None])[0])
 
@@ -311,13 +313,14 @@ class _Replica:
 
     def __init__(self, context: RankContext, task: Probing) -> None:
         images = len(part_of(context.rank, context.size, range(task.images)))
-        self._parallel, self._part = DataParallel(context, _made(task.model), _RECIPE), images / task.images
-        self._x_BCHW, self._y_B = _batch(task, images)
+        assert task.model is not None
+        self._parallel, self._part = DataParallel(context, module_of(task.model), _RECIPE), images / task.images
+        self._inputs, self._y_B = _inputs(task, images), torch.zeros(images, dtype=torch.long)
 
     def step(self, *, last: bool) -> float:
         clock = Clock(len(DDP_LABELS), offset=0.0, keep=1)
         with clock.step():
-            self._parallel.train_step(self._part, self._x_BCHW, self._y_B, clock, Turn(last=last))
+            self._parallel.train_step(self._part, self._inputs, self._y_B, clock, Turn(last=last))
         return math.nan if last else float(np.diff(clock.times[-1][:2]).sum())
 
     def repeatable(self) -> bool:
@@ -325,20 +328,16 @@ class _Replica:
         return all(one.grad is not None for one in self._parallel.model.parameters() if one.requires_grad)
 
 
-def _made(skeleton: nn.Module) -> nn.Module:
-    """The model with some weights, which times do not depend on."""
-    model = copy.deepcopy(skeleton).to_empty(device="cpu")
-    initialise((*model.parameters(), *model.buffers()))
-    return model
-
-
-def _batch(task: Probing, images: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.rand(images, *task.graph.input_shape), torch.zeros(images, dtype=torch.long)
+def _inputs(task: Probing, images: int) -> Any:
+    """What the model takes, of numbers that are made up."""
+    return task.graph.inputs_of([
+        torch.rand(images, *shape).to(dtype) for shape, dtype in task.graph.input_forms
+    ])  # fmt: skip
 
 
 def _sum(output: Any, _: torch.Tensor) -> torch.Tensor:
     """A loss for any output."""
-    tensors = [one for one in pytree.tree_leaves(output) if isinstance(one, torch.Tensor) and one.requires_grad]
+    tensors = [one for one in leaves(output) if isinstance(one, torch.Tensor) and one.requires_grad]
     return torch.stack([one.float().sum() for one in tensors]).sum()
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
 from pipeline.graph.effects import Effect
-from pipeline.graph.trace import Graph, Operation, model_dtype
+from pipeline.graph.trace import Graph, Operation
 from pipeline.plan.plan import Plan
 from pipeline.plan.ties import bound
 
@@ -48,14 +46,14 @@ def chains_of(graph: Graph) -> list[Chain]:
     return [_chain(graph, operations) for operations in chains]
 
 
-def geometry(graph: Graph, model: nn.Module, plan: Plan, chain: Chain) -> str:
+def geometry(graph: Graph, plan: Plan, chain: Chain) -> str:
     """What the time of a segment depends on, in words: equal for segments that do the same work.
 
     Names of layers and the values of weights are left out; the type of numbers, shapes, the hyper-parameters of modules
     and how ``plan`` splits the segment are in.
     """
     numbers = {value: f"in{index}" for index, value in enumerate(chain.inputs)}
-    parts = [str(model_dtype(model))]
+    parts = [str(graph.dtype)]
     parts += [f"{numbers[value]}:{graph.shape_of(value)}:{value != graph.input}" for value in chain.inputs]
     for index, name in enumerate(chain.operations):
         operation = graph[name]
@@ -63,9 +61,7 @@ def geometry(graph: Graph, model: nn.Module, plan: Plan, chain: Chain) -> str:
         trained = [(one.shape, one.trained) for one in operation.parameters]
         taken = [numbers[value] for value in operation.inputs]
         kinds = plan[name].input.kind + plan[name].output.kind
-        # All that its text tells: of a module of the user's own, the call does not hold what else it depends on.
-        text = "" if operation.module is None else str(model.get_submodule(operation.module))
-        does = f"{operation.call}:{text}:{operation.effect.name}:{operation.unit}"
+        does = f"{operation.call}:{operation.effect.name}:{operation.unit}"
         parts.append(f"{does}:{taken}:{operation.shape}:{trained}:{kinds}")
     parts.append(str([numbers[value] for value in chain.outputs]))
     return " | ".join(parts)

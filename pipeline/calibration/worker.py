@@ -7,7 +7,6 @@ uncertain by enough to matter for the step.
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import time
@@ -24,6 +23,7 @@ from pipeline._torchvision import Importable
 from pipeline.calibration.links import Turns, measure_links, measure_turns
 from pipeline.calibration.passes import PARTS, Pass, call_seconds, initialise
 from pipeline.calibration.segments import Chain
+from pipeline.calibration.skeletons import parts_with_some_weights
 from pipeline.cluster.gang import RankContext
 from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph
@@ -34,6 +34,7 @@ from pipeline.run.emulation import Throttle
 from pipeline.run.execution import Execution
 from pipeline.run.memory import current_memory
 from pipeline.run.memory_format import may_have_channels_last
+from pipeline.run.parts import Parts
 from pipeline.run.transport import Transport
 
 _LEAST_UPDATED, _MOST_UPDATED = 1_000_000, 4_000_000
@@ -64,8 +65,10 @@ class Task:
     importable: Importable = field(default_factory=Importable)
     """Before the model, which may be torchvision's: fields are unpickled in order."""
 
-    model: nn.Module
-    """A skeleton on the meta device: times do not depend on the weights."""
+    model: bytes | None
+    """A skeleton of the model, as times do not depend on the weights; None if it cannot travel."""
+    modules: Mapping[str, bytes | None]
+    """Those of the submodules that run as they are."""
     graph: Graph
     cuts: frozenset[str]
     """The operations that segments begin with."""
@@ -137,13 +140,12 @@ class Measurement:
 def measure_rank(context: RankContext, task: Task) -> Measurement:
     """Measure this rank's device and its links; every rank of the gang runs this."""
     torch.manual_seed(0)
-    model = copy.deepcopy(task.model).to_empty(device="cpu")
-    initialise((*model.parameters(), *model.buffers()))
-    channels_last, expected = _faster_order(context, model, task)
-    whole = _execution_of(context, model, task.graph, None, channels_last=channels_last)
+    parts = parts_with_some_weights(task.graph, task.modules)
+    channels_last, expected = _faster_order(context, parts, task)
+    whole = _execution_of(context, parts, task.graph, None, channels_last=channels_last)
     calls = np.array([call_seconds(whole) for _ in range(max(task.repetitions, _LEAST_REPETITIONS))])
     forward, backward = (float(one) for one in np.median(calls, axis=0))
-    segments = _Segments(context, model, task, whole, (forward, backward), expected)
+    segments = _Segments(context, parts, task, whole, (forward, backward), expected)
     for _ in range(1 + task.passes):
         todo = segments.uncertain()
         if not todo:
@@ -157,7 +159,7 @@ def measure_rank(context: RankContext, task: Task) -> Measurement:
     links = measure_links(context, transport, max(task.repetitions, _LINK_REPETITIONS))
     turns = segments.measure_turns(transport)
     # What torch has set up for its operations by now stays in the process, as it will in training.
-    del segments, whole, model, transport
+    del segments, whole, parts, transport
     return Measurement(
         times=times,
         alone=alone,
@@ -178,7 +180,7 @@ class _Segments:
     def __init__(
         self,
         context: RankContext,
-        model: nn.Module,
+        parts: Parts,
         task: Task,
         whole: Execution,
         call: tuple[float, float],
@@ -188,7 +190,7 @@ class _Segments:
 
         ``expected`` is about what each rank takes for all segments with the most images.
         """
-        self._context, self._model, self._task, self._whole, self._call = context, model, task, whole, call
+        self._context, self._parts, self._task, self._whole, self._call = context, parts, task, whole, call
         self._done, self._spent = 0, 0.0
         known = task.known.get(int(whole.plan.channels_last), frozenset())
         self._chains = {index: one for index, one in enumerate(task.chains) if index not in known}
@@ -331,10 +333,10 @@ class _Segments:
 
     def _execution(self, plan: Plan) -> Execution:
         last = self._whole.plan.channels_last
-        return _execution_of(self._context, self._model, self._task.graph, plan, channels_last=last)
+        return _execution_of(self._context, self._parts, self._task.graph, plan, channels_last=last)
 
 
-def _faster_order(context: RankContext, model: nn.Module, task: Task) -> tuple[bool, NDArray[np.float64]]:
+def _faster_order(context: RankContext, parts: Parts, task: Task) -> tuple[bool, NDArray[np.float64]]:
     """Whether all ranks together do clearly more with the channels last in memory.
 
     And about how long each rank takes for all segments with the most images then, (rank) in s. Where the most would
@@ -343,7 +345,7 @@ def _faster_order(context: RankContext, model: nn.Module, task: Task) -> tuple[b
     few, most = task.images[0], task.images[-1]
 
     def measured(images: int, fraction: float, *, channels_last: bool) -> NDArray[np.float64]:
-        return _order_times(context, model, task, images, fraction, channels_last=channels_last)
+        return _order_times(context, parts, task, images, fraction, channels_last=channels_last)
 
     images, fraction = few, _PART
     times = [measured(few, _PART, channels_last=False)]
@@ -351,7 +353,7 @@ def _faster_order(context: RankContext, model: nn.Module, task: Task) -> tuple[b
     if by_few <= _LONG_S:
         images, fraction = most if by_few * most / few <= _LONG_S else few, 1.0
         times = [measured(images, 1.0, channels_last=False)]
-    if may_have_channels_last(model):
+    if may_have_channels_last(task.graph):
         times.append(measured(images, fraction, channels_last=True))
     done = [float((1 / _of_ranks(context, one @ np.array(task.weights))).sum()) for one in times]
     last = len(times) > 1 and _CLEARLY * done[1] > done[0]
@@ -368,11 +370,11 @@ def _of_ranks(context: RankContext, seconds: float) -> NDArray[np.float64]:
 
 
 def _order_times(
-    context: RankContext, model: nn.Module, task: Task, images: int, fraction: float, *, channels_last: bool
+    context: RankContext, parts: Parts, task: Task, images: int, fraction: float, *, channels_last: bool
 ) -> NDArray[np.float64]:
     """How long a part of each segment takes in this order in memory, in s; infinite if the model cannot be run so."""
     plan = None if fraction == 1 else split_plan(task.graph, fraction)
-    execution = _execution_of(context, model, task.graph, plan, channels_last=channels_last)
+    execution = _execution_of(context, parts, task.graph, plan, channels_last=channels_last)
     work = Pass(execution, task.graph, dict(enumerate(task.chains)), task.cuts, images)
     try:
         work.run()  # which also sets up operations and memory
@@ -388,12 +390,12 @@ def _order_times(
 
 
 def _execution_of(
-    context: RankContext, model: nn.Module, graph: Graph, plan: Plan | None, *, channels_last: bool
+    context: RankContext, parts: Parts, graph: Graph, plan: Plan | None, *, channels_last: bool
 ) -> Execution:
     """An execution in which this device plays the first rank of ``plan``; without one it has everything."""
     plan = plan or plan_network(graph, "single", batch_size=1, labels=("here",))
     plan = replace(plan, channels_last=channels_last)
-    execution = Execution(replace(context, rank=0, size=plan.ranks, group=None), model, graph, plan)
+    execution = Execution(replace(context, rank=0, size=plan.ranks, group=None), parts, graph, plan)
     initialise(execution.parameters.work.values())
     return execution
 

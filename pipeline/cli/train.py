@@ -168,14 +168,15 @@ def train(
 
 def plan_headline(plan: Plan, graph: Graph) -> str:
     """How much of the convolutions is split, and what could not be, in one sentence."""
-    share, left = plan.split_convolutions(graph), plan.on_master(graph)
+    share, left = plan.split, graph.opaque
     split = (
         "No convolution was found" if math.isnan(share) else f"{100 * share:.4g} % of the convolution FLOPs are split"
     )
     if plan.strategy in ("single", "ddp") or not left:
-        return f"{split}; no operation had to stay on the master."
-    named = ", ".join(left[:_NAMES_SHOWN]) + (", ..." if len(left) > _NAMES_SHOWN else "")
-    return f"{split}; of unknown effect, so left on the master ({len(left)}): {named}."
+        return f"{split}."
+    named = "; ".join(f"{one.name or 'the model'} ({one.reason})" for one in left[:_NAMES_SHOWN])
+    more = "; ..." if len(left) > _NAMES_SHOWN else ""
+    return f"{split}; as they are, on one device, run {len(left)} of its parts: {named}{more}."
 
 
 def _parsed_shares(text: str | None) -> list[float] | None:

@@ -1,195 +1,286 @@
-"""In-place operations become ordinary ones: a segment's input is a leaf of its own, which must not be written to."""
+"""In-place operations become ordinary ones: a segment's input is a leaf of its own, which must not be written to.
+
+What is read after a write reads the result of the ordinary operation; a write to a part of a tensor makes a new tensor
+with that part changed, and other views of it are taken anew. Writes to the model's own buffers stay what they are.
+"""
 
 from __future__ import annotations
 
-import inspect
-import operator
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch.nn import functional as F
 
-from pipeline.graph.effects import TABLE, random_kind
+from pipeline.graph.capture import Captured, Uncapturable
+from pipeline.graph.nodes import Form, Node, Value, Weight, mapped, resolved
 
-ORDINARY_OPERATORS: dict[Any, Any] = {
-    operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
-    operator.itruediv: operator.truediv, operator.ifloordiv: operator.floordiv, operator.imod: operator.mod,
-    operator.ipow: operator.pow, operator.iand: operator.and_, operator.ior: operator.or_,
-    operator.ixor: operator.xor,
-}  # fmt: skip
-"""By in-place operator, the ordinary one."""
-_MAY_SHARE_MEMORY = {
-    "view", "view_as", "reshape", "reshape_as", "transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims",
-    "squeeze", "unsqueeze", "flatten", "unflatten", "ravel", "chunk", "split", "tensor_split", "narrow", "select",
-    "unbind", "diagonal", "unfold", "expand", "expand_as", "t", "contiguous", "to", "type", "type_as", "float",
-    "double", "half", "bfloat16", "cpu", "cuda", "detach", "getitem",
-}  # fmt: skip
-_MEMORY_ATTRIBUTES = ("T", "mT", "H", "mH", "data", "real")
-_LOOKS = ("size", "dim", "ndimension", "numel", "stride", "item")
+_FILLS = ("bernoulli_", "uniform_", "normal_", "exponential_", "random_", "log_normal_", "cauchy_", "geometric_")
+"""What writes random numbers whatever was there before."""
+_SAME_SHAPE = ("alias", "detach", "view_as", "contiguous", "lift_fresh_copy")
+_LAST = 2**62
 
 
-IN_PLACE = "in place"
-"""Key in a node's ``meta``: whether the model's own code has it write to its first input."""
-NO_GRADIENT = "no gradient"
-"""Key in a node's ``meta``: whether it runs under ``torch.no_grad()``."""
+@dataclass(frozen=True)
+class _View:
+    """A value as seen from the tensor whose memory it is in."""
+
+    root: str
+    """Name of the value, or of the weight, that was made first."""
+    chain: tuple[Node, ...]
+    """The views that lead from it to this one."""
 
 
-class Untraceable(Exception):  # noqa: N818 - never leaves this package
-    """The innermost submodule that has to stay whole, by name; ``""`` is the model itself."""
+def without_writes(captured: Captured) -> Captured:
+    """The same calls, none of which writes to what another one reads, buffers of the model aside.
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.name = name
-
-
-def with_item(x: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
-    """What ``x`` is after ``x[index] = value``, as a tensor of its own."""
-    changed = x.clone()
-    changed[index] = value
-    return changed
-
-
-def remove_writes(graph_module: fx.GraphModule) -> None:
-    """Let no operation write to what another one reads.
-
-    What read a tensor after it was written to reads the result of the ordinary operation instead. Raises
-    ``Untraceable`` where that is not all: if parts of the written memory are read under another name, or if it is the
-    model's own, or hidden from gradients.
+    Raises ``Uncapturable`` for a write that cannot be told otherwise.
     """
-    memory, position = _Memory(), {node: index for index, node in enumerate(graph_module.graph.nodes)}
-    numbers: set[fx.Node] = set()
-    for node in graph_module.graph.nodes:
-        if _is_number(node, numbers):
-            numbers.add(node)
-        written = _made_ordinary(node, graph_module)
-        if written is None:
-            if _may_share(node, graph_module):
-                for source in node.all_input_nodes:
-                    memory.join(node, source)
-            continue
-        if written in numbers or _is_written_back(node, written):
-            continue  # adding to a number leaves the number as it was
-        sharing = memory.of(written)
-        others = [one for one in sharing if one is not written]
-        late = [user for one in others for user in one.users if position[user] > position[node]]
-        own = any(one.op == "get_attr" for one in sharing)
-        # Written to under no_grad, a tensor passes gradients on as if it had not been.
-        hidden = node.meta.get(NO_GRADIENT) and not written.meta.get(NO_GRADIENT)
-        if own or late or hidden:
-            raise Untraceable(_common_module([node, *sharing]))
-        for user in list(written.users):
-            if position[user] > position[node]:
-                user.replace_input_with(written, node)
-        memory.join(node, written)
+    return _Rewriting(captured).done()
 
 
-class _Memory:
-    """Which values may be in the same memory."""
+class _Rewriting:
+    def __init__(self, captured: Captured) -> None:
+        self._captured = captured
+        self._nodes: list[Node] = []
+        self._views: dict[str, _View] = {}
+        self._own: set[str] = set()
+        """Values in the memory of the model's own tensors."""
+        self._latest: dict[str, str] = {}
+        """By root that was written to, the value that has its place."""
+        self._anew: dict[tuple[str, str], str] = {}
+        """By a view and the value it is to be taken of, the view taken anew."""
+        self._names = {one.name for one in captured.nodes} | set(captured.inputs)
+        self._forms: dict[str, Form | None] = dict(zip(captured.inputs, captured.forms, strict=True))
 
-    def __init__(self) -> None:
-        self._groups: dict[fx.Node, set[fx.Node]] = {}
+    def done(self) -> Captured:
+        for node in self._captured.nodes:
+            self._take(node)
+        returned = mapped(self._captured.returned, self._current)
+        return replace(self._captured, nodes=tuple(_used(self._nodes, returned)), returned=returned)
 
-    def of(self, node: fx.Node) -> set[fx.Node]:
-        return self._groups.setdefault(node, {node})
+    def _take(self, node: Node) -> None:
+        now = node.mapped(self._current)
+        written, shared = _effects(node.target)
+        if written:
+            self._write(now, written)
+            return
+        self._add(now)
+        if shared and now.args and isinstance(now.args[0], Value | Weight):
+            self._shares(now, now.args[0])
 
-    def join(self, one: fx.Node, other: fx.Node) -> None:
-        together = self.of(one) | self.of(other)
-        for node in together:
-            self._groups[node] = together
+    def _add(self, node: Node) -> None:
+        self._nodes.append(node)
+        self._forms[node.name] = node.form
+
+    def _shares(self, node: Node, source: Value | Weight) -> None:
+        """Note that a result is in the memory of what the call takes."""
+        if isinstance(source, Weight):
+            self._own.add(node.name)
+            self._views[node.name] = _View(source.name, ())
+            return
+        if source.name in self._own:
+            self._own.add(node.name)
+            self._views[node.name] = self._views[source.name]
+            return
+        seen = self._views.get(source.name, _View(source.name, ()))
+        self._views[node.name] = _View(seen.root, (*seen.chain, node))
+
+    def _current(self, leaf: Any) -> Any:
+        """What a value is by now."""
+        if not isinstance(leaf, Value) or leaf.name in self._own:
+            return leaf
+        view = self._views.get(leaf.name, _View(leaf.name, ()))
+        latest = self._newest(view.root)
+        if latest == view.root:
+            return leaf
+        return Value(self._again(leaf.name, view.chain, latest))
+
+    def _newest(self, root: str) -> str:
+        while root in self._latest:
+            root = self._latest[root]
+        return root
+
+    def _again(self, name: str, chain: Sequence[Node], source: str) -> str:
+        """A view of what has taken the place of its root."""
+        if not chain:
+            return source
+        if (name, source) not in self._anew:
+            *before, last = chain
+            base = self._again(before[-1].name if before else "", before, source)
+            made = replace(last, name=self._unique(last.name), args=(Value(base), *last.args[1:]))
+            self._add(made)
+            view = self._views.get(base, _View(base, ()))
+            self._views[made.name] = _View(view.root, (*view.chain, made))
+            self._anew[name, source] = made.name
+        return self._anew[name, source]
+
+    def _write(self, node: Node, written: Sequence[int]) -> None:
+        if list(written) != [0] or not isinstance(node.args[0], Value | Weight):
+            raise Uncapturable(f"{node.target} writes to several tensors", node.module)
+        target = node.args[0]
+        if isinstance(target, Weight) or target.name in self._own:
+            self._write_own(node, target)
+            return
+        view = self._views.get(target.name, _View(target.name, ()))
+        if node.operator == "copy_":
+            ordinary = self._copied(node, target)
+        elif node.operator in _FILLS:
+            ordinary = self._filled(node, target)
+        else:
+            ordinary = _ordinary(node)
+        self._add(ordinary)
+        result = ordinary.name
+        for step in reversed(view.chain):
+            result = self._scattered(step, result, node)
+        self._latest[view.root] = result
+        if view.chain:  # the result is a tensor of its own, which what follows reads as the view
+            self._views[ordinary.name] = _View(result, view.chain)
+        else:
+            self._views.pop(ordinary.name, None)
+
+    def _write_own(self, node: Node, target: Value | Weight) -> None:
+        name = target.name if isinstance(target, Weight) else self._views[target.name].root
+        source = node.args[1] if len(node.args) > 1 else None
+        if node.operator == "copy_" and isinstance(source, Value) and source.name in self._own:
+            same = self._views[source.name]
+            if same.root == name and isinstance(target, Weight):
+                return  # an export ends so for a buffer that was written to in place
+        self._add(replace(node, writes=(name,)))
+        self._own.add(node.name)
+        self._views[node.name] = _View(name, ())
+
+    def _filled(self, node: Node, target: Value) -> Node:
+        """Random numbers for a tensor that nothing else is in the memory of."""
+        form = self._forms[target.name]
+        assert form is not None
+        empty = self._made(node, "aten.empty_like.default", (target,), form)
+        return replace(node, args=(empty, *node.args[1:]))
+
+    def _copied(self, node: Node, target: Value) -> Node:
+        """``x.copy_(y)``: y, as wide as x and of its type."""
+        form = self._forms[target.name]
+        assert form is not None
+        source = node.args[1]
+        given = self._forms.get(source.name) if isinstance(source, Value) else None
+        if given is not None and given.shape == form.shape and given.dtype == form.dtype:
+            return replace(node, target="aten.clone.default", args=(source,), kwargs={})
+        zero = self._made(node, "aten.mul.Scalar", (target, 0), form)
+        filled = self._made(node, "aten.expand_as.default", (source, zero), form)
+        return replace(node, target="aten.to.dtype", args=(filled, form.dtype, False, True), kwargs={})
+
+    def _made(self, like: Node, target: str, args: tuple[Any, ...], form: Form) -> Value:
+        made = replace(
+            like, name=self._unique(f"{like.name}_part"), target=target, args=args, kwargs={}, results=(form,),
+            is_tensor=True, in_place="", writes=(),
+        )  # fmt: skip
+        self._add(made)
+        return Value(made.name)
+
+    def _scattered(self, step: Node, changed: str, write: Node) -> str:
+        """What ``step`` is a view of, with that view changed."""
+        source = step.args[0]
+        assert isinstance(source, Value)
+        form = self._forms[source.name]
+        assert form is not None
+        if step.operator in _SAME_SHAPE or _is_everything(step, form):
+            return changed
+        if step.operator in ("slice", "select", "diagonal"):
+            target = {
+                "slice": "aten.slice_scatter.default",
+                "select": "aten.select_scatter.default",
+                "diagonal": "aten.diagonal_scatter.default",
+            }[step.operator]
+            return self._made(write, target, (source, Value(changed), *step.args[1:]), form).name
+        if step.operator in ("view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten"):
+            return self._made(write, "aten.reshape.default", (Value(changed), list(form.shape)), form).name
+        if step.operator in ("transpose", "t"):
+            axes = step.args[1:] or (0, 1)
+            return self._made(write, "aten.transpose.int", (Value(changed), *axes), form).name
+        if step.operator == "permute":
+            axes = [axis % len(form.shape) for axis in step.args[1]]
+            back = [axes.index(axis) for axis in range(len(axes))]
+            return self._made(write, "aten.permute.default", (Value(changed), back), form).name
+        raise Uncapturable(f"{write.operator} writes to a part of a tensor by {step.operator}", write.module)
+
+    def _unique(self, wanted: str) -> str:
+        count, name = 0, wanted
+        while name in self._names:
+            count += 1
+            name = f"{wanted}_again{count if count > 1 else ''}"
+        self._names.add(name)
+        return name
 
 
-def _may_share(node: fx.Node, graph_module: fx.GraphModule) -> bool:
-    """Whether the result may be in the memory of what the node takes."""
-    if node.op == "call_module":
-        module = graph_module.get_submodule(str(node.target))
-        if random_kind(module) is not None:
-            return float(str(module.p)) == 0
-        return type(module) not in TABLE or isinstance(module, nn.Identity)
-    if node.op == "call_function" and node.target is getattr:
-        return node.args[1] in _MEMORY_ATTRIBUTES
-    return node.op in ("call_function", "call_method") and _name(node) in _MAY_SHARE_MEMORY
+@lru_cache(maxsize=4096)
+def _effects(target: str) -> tuple[tuple[int, ...], bool]:
+    """The positions of the arguments that an operator writes to; and whether its result is in the first one's memory."""
+    if not target.startswith("aten."):
+        return (), target == "getitem"
+    schema = resolved(target)._schema  # type: ignore[attr-defined]
+    written = tuple(
+        place
+        for place, one in enumerate(schema.arguments)
+        if one.alias_info is not None and one.alias_info.is_write
+    )
+    shared = any(one.alias_info is not None and not one.alias_info.is_write for one in schema.arguments[:1])
+    if target.startswith("aten.batch_norm") or "native_batch_norm" in target:
+        return (), False
+    return written, shared
 
 
-def _is_number(node: fx.Node, numbers: set[fx.Node]) -> bool:
-    """Whether a value is a number, or a tuple of numbers, and no tensor."""
-    if node.op == "call_method":
-        return node.target in _LOOKS
-    if node.op != "call_function":
+def _is_everything(step: Node, form: Form) -> bool:
+    """Whether a slice is all there is along its axis."""
+    if step.operator != "slice":
         return False
-    if node.target is getattr:
-        return node.args[1] in ("shape", "ndim")
-    inputs = node.all_input_nodes
-    return getattr(node.target, "__module__", "") == "_operator" and bool(inputs) and numbers.issuperset(inputs)
+    axis, start, end, stride = (step.argument(name, default) for name, default in _SLICE)
+    extent = form.shape[axis % len(form.shape)]
+    whole = end is None or end == extent or (isinstance(end, int) and end > _LAST)
+    return start in (0, None) and whole and stride == 1
 
 
-def _is_written_back(node: fx.Node, written: fx.Node) -> bool:
-    """Whether this is the first half of ``x[index] += y``, which ends in ``x[index] = ...``."""
-    following = node.next
-    return following.target is operator.setitem and following.args == (*written.args, node)
+_SLICE = (("dim", 0), ("start", None), ("end", None), ("step", 1))
 
 
-def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+def _ordinary(node: Node) -> Node:
+    """The call that gives what an in-place one would write."""
+    packet, overload = node.target.split(".")[1:3]
+    if packet == "copy_":
+        return node
+    plain = packet[:-1] if packet.endswith("_") and not packet.endswith("__") else ""
+    name = f"aten.{plain}.{overload}"
+    known = getattr(torch.ops.aten, plain, None) if plain else None
+    if known is None or overload not in known.overloads():
+        if packet == "fill_" and overload == "Scalar":
+            return replace(node, target="aten.full_like.default", in_place="")
+        if packet == "zero_":
+            return replace(node, target="aten.zeros_like.default", in_place="")
+        raise Uncapturable(f"{node.target} has no form that does not write", node.module)
+    return replace(node, target=name, in_place=node.target)
 
 
-def _made_ordinary(node: fx.Node, graph_module: fx.GraphModule) -> fx.Node | None:
-    """Replace an in-place call by its ordinary form; what it used to write to."""
-    if node.op == "call_module":
-        module = graph_module.get_submodule(str(node.target))
-        node.meta[IN_PLACE] = bool(getattr(module, "inplace", False)) and random_kind(module) is None
-        return _written(node) if getattr(module, "inplace", False) else None
-    if node.op not in ("call_function", "call_method"):
-        return None
-    if node.kwargs.get("out") is not None:
-        raise Untraceable(_common_module([node]))
-    if node.op == "call_function":
-        if node.target in ORDINARY_OPERATORS:
-            node.meta[IN_PLACE] = node.target is operator.iadd
-            node.target = ORDINARY_OPERATORS[node.target]
-            return _written(node)
-        if node.target is operator.setitem:
-            node.target = with_item
-            return _written(node)
-        if _without_in_place_argument(node):
-            return _written(node)
-    name = _name(node)
-    if not name.endswith("_") or name.startswith("_"):
-        return None
-    places: tuple[Any, ...] = (torch.Tensor,) if node.op == "call_method" else (torch, F)
-    ordinary = next((found for place in places if callable(found := getattr(place, name[:-1], None))), None)
-    if ordinary is None:
-        raise Untraceable(_common_module([node, *node.all_input_nodes]))
-    node.target = name[:-1] if node.op == "call_method" else ordinary
-    return _written(node)
+def _used(nodes: Sequence[Node], returned: Any) -> list[Node]:
+    """Without the calls whose results nobody takes, unless they write or draw random numbers."""
+    wanted: set[str] = set()
+    mapped(returned, lambda leaf: wanted.add(leaf.name) if isinstance(leaf, Value) else None)  # type: ignore[func-returns-value]
+    kept = []
+    for node in reversed(nodes):
+        if node.name in wanted or node.writes or node.submodule is not None or draws(node):
+            wanted.update(node.values)
+            kept.append(node)
+    return kept[::-1]
 
 
-def _without_in_place_argument(node: fx.Node) -> bool:
-    """Switch off ``inplace=True``, by name or by position; whether it was on."""
-    try:
-        given = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
-    except (TypeError, ValueError):  # built in, and so without such an argument
+def draws(node: Node) -> bool:
+    """Whether torch says that an operator draws random numbers, in training mode and with a chance above 0."""
+    if not node.target.startswith("aten."):
         return False
-    if not given.arguments.get("inplace"):
+    tags = resolved(node.target).tags  # type: ignore[attr-defined]
+    if torch.Tag.nondeterministic_seeded not in tags:
         return False
-    given.arguments["inplace"] = False
-    node.args, node.kwargs = given.args, given.kwargs
+    if "dropout" in node.operator:
+        return bool(node.argument("train", True)) and node.argument("p", 0.5) != 0
+    if node.operator == "scaled_dot_product_attention":
+        return node.argument("dropout_p", 0.0) != 0
     return True
-
-
-def _written(node: fx.Node) -> fx.Node:
-    target = node.args[0] if node.args else node.kwargs.get("input")
-    if not isinstance(target, fx.Node):
-        raise Untraceable(_common_module([node, *node.all_input_nodes]))
-    return target
-
-
-def _common_module(nodes: Iterable[fx.Node]) -> str:
-    """The innermost submodule in whose ``forward`` all of ``nodes`` are."""
-    paths = []
-    for node in nodes:
-        stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-        paths.append(stack[:-1] if node.op == "call_module" else stack)
-    common = [level[0] for level in zip(*paths, strict=False) if len(set(level)) == 1]
-    return common[-1] if common else ""

@@ -101,15 +101,22 @@ class Plan:
         total = sum(flops)
         return tuple(one / total if total else float(rank == 0) for rank, one in enumerate(flops))
 
-    def split_convolutions(self, graph: Graph) -> float:
-        """The fraction of the convolutions' FLOPs that is split, in any way; NaN without convolutions."""
-        total = sum(operation.flops_per_image for operation in graph.convolutions)
+    @property
+    def split(self) -> float:
+        """The true share of the convolutions' FLOPs that run split, 0 to 1, those of opaque parts counted as unsplit.
+
+        NaN without convolutions, or for a plan of which the network is not known.
+        """
+        if self.graph is None or not self.graph.convolution_flops:
+            return math.nan
+        if self.strategy == "ddp":
+            return float(self.ranks > 1)
         split = sum(
             operation.flops_per_image
-            for operation in graph.convolutions
-            if self.strategy == "ddp" or self[operation.name].output.kind in ("K", "B", "P")
+            for operation in self.graph.convolutions
+            if len(self[operation.name].divided.holders) > 1 and self[operation.name].divided.kind in ("K", "B")
         )
-        return split / total if total else math.nan
+        return min(split / self.graph.convolution_flops, 1.0)
 
     def on_master(self, graph: Graph) -> tuple[str, ...]:
         """The operations that run on the master because nothing is known of them."""
@@ -142,6 +149,8 @@ def _work_layout(operation: Operation, plan: OperationPlan, parameter: Parameter
         # Input channels are split: rank i needs w[:, its channels]; the bias is added once, by the first of the ranks.
         if parameter.input_axis is not None:
             return parameter.input_axis, plan.input
+        if parameter.axis is None:  # its weight is made of it, on every rank
+            return 0, replicated(plan.input.shares)
         first = plan.input.holders[0]
         return 0, replicated(tuple(int(rank == first) for rank in range(len(plan.input.shares))))
     if plan.output.kind == "K" and parameter.axis is not None:

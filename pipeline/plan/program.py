@@ -139,7 +139,7 @@ class _Compiler:
             self._close_segment()
 
     def _needs_moments(self, operation: Operation) -> bool:
-        return self.training or not _tracks(operation)
+        return self.training or not operation.tracks
 
     def _place_batchnorm(self, operation: Operation, inputs: tuple[Placed, ...], output: Placed) -> None:
         """Mean and variance of each rank's images, those of all ranks to all, and only then the operation itself."""
@@ -158,7 +158,7 @@ class _Compiler:
             spec = TensorSpec(shape=(2 * len(shares), operation.channels), channel_axis=1, images_axis=None)
             self._exchange(own, every, spec)
         add("normalise", (*inputs, every), output, output.layout.holders)
-        if self.training and _tracks(operation):
+        if self.training and operation.tracks:
             add("track", (every,), None, every.layout.holders)
 
     def _add(self, step: Step, ranks: tuple[int, ...]) -> None:
@@ -260,7 +260,7 @@ class _Compiler:
         operation = self.graph[step.operation]
         if operation.effect in (Effect.KERNEL, Effect.GROUPED, Effect.BATCHNORM):
             return step.part in ("whole", "normalise")
-        return operation.in_place and operation.module is None  # a sum
+        return operation.in_place and operation.main.operator == "add"
 
     def _gradients(self, forward: list[Compute | Exchange]) -> frozenset[Placed]:
         """The activations that depend on something that is trained."""
@@ -365,11 +365,6 @@ def _summing(bucket: str, elements: int, source: Layout, target: Layout) -> Exch
 
 def _name(operation: str, part: Part) -> str:
     return operation if part == "whole" else f"{operation} {part}"
-
-
-def _tracks(operation: Operation) -> bool:
-    """Whether a BatchNorm keeps running statistics."""
-    return any(one.name.endswith("running_mean") for one in operation.parameters)
 
 
 def _mirrored(

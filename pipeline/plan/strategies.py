@@ -58,6 +58,7 @@ def plan_network(
             devices=(fastest,),
             labels=(labels[fastest],),
             operations=operations,
+            graph=graph,
         )
     layers = layers_of(graph)
     if strategy == "ddp":
@@ -77,6 +78,7 @@ def plan_network(
         devices=tuple(range(ranks)),
         labels=tuple(labels),
         operations=operations,
+        graph=graph,
     )
 
 
@@ -348,20 +350,24 @@ def layers_of(graph: Graph) -> tuple[Operation, ...]:
 
 
 def _agreeing(graph: Graph, plans: tuple[OperationPlan, ...], ranks: int) -> tuple[OperationPlan, ...]:
-    """Move to the master what uses one module in two places with different parts of its weights."""
+    """Move to the master what uses one weight in two places with different parts of it."""
     by_name = {one.name: one for one in plans}
-    users: dict[str, list[Operation]] = {}
+    users: dict[str, list[str]] = {}
     for operation in graph.operations:
-        if operation.module is not None and operation.parameters:
-            users.setdefault(operation.module, []).append(operation)
-    moved: set[str] = set()
-    for operations in users.values():
-        homes = [[(p.channel_axis, p.work) for p in parameter_plans(one, by_name[one.name])] for one in operations]
-        if any(home != homes[0] for home in homes):
-            moved.update(one.name for one in operations)
-    together = bound(graph)
-    moved = {name for one in moved for name in together[one]}
-    return tuple(
-        replace(one, input=master(ranks), output=master(ranks), home="master") if one.name in moved else one
-        for one in plans
-    )
+        for parameter in operation.parameters:
+            users.setdefault(parameter.name, []).append(operation.name)
+    shared = {name for name, operations in users.items() if len(operations) > 1}
+    together, moved = bound(graph), set[str]()
+    while shared:
+        homes: dict[str, set[object]] = {name: set() for name in shared}
+        for operation in graph.operations:
+            planned = _on_master(operation, ranks) if operation.name in moved else by_name[operation.name]
+            for one in parameter_plans(operation, planned):
+                if one.parameter.name in shared:
+                    homes[one.parameter.name].add((one.channel_axis, one.work))
+        disputed = {name for name, places in homes.items() if len(places) > 1}
+        found = {other for name in disputed for user in users[name] for other in together[user]} - moved
+        if not found:
+            break
+        moved |= found
+    return tuple(_on_master(graph[one.name], ranks) if one.name in moved else one for one in plans)

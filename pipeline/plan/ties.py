@@ -59,7 +59,7 @@ def ties(graph: Graph) -> dict[str, Tie]:
     has to travel between them.
     """
     union = _Union(operation.name for operation in graph.operations)
-    by_module: dict[str, str] = {}
+    by_weight: dict[str, str] = {}
     for operation in graph.operations:
         if operation.shape is None:
             continue
@@ -68,8 +68,10 @@ def ties(graph: Graph) -> dict[str, Tie]:
         for value in operation.inputs:
             if (passes or in_groups) and value in union and _channels(graph, value) == operation.channels:
                 union.join(operation.name, value)
-        if operation.module is not None:  # one that is used twice has one split
-            other = by_module.setdefault(operation.module, operation.name)
+        for parameter in operation.parameters:  # a weight that is used twice has one split
+            if parameter.axis is None:
+                continue
+            other = by_weight.setdefault(parameter.name, operation.name)
             if graph[other].channels == operation.channels:
                 union.join(operation.name, other)
     found = {}

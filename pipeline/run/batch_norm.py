@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def moments(x_BCE: torch.Tensor, rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,11 +26,17 @@ def moments(x_BCE: torch.Tensor, rank: int, ranks: int) -> tuple[torch.Tensor, t
     return same_BCE, torch.stack([zero] * (2 * rank) + [mean_C, variance_C] + [zero] * (2 * (ranks - rank - 1)))
 
 
-def normalise(module: nn.Module, x_BCE: torch.Tensor, moments_RC: torch.Tensor, images: Sequence[int]) -> torch.Tensor:
+def normalise(
+    x_BCE: torch.Tensor,
+    moments_RC: torch.Tensor,
+    images: Sequence[int],
+    weight_C: torch.Tensor | None,
+    bias_C: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
     """The output for this rank's images; ``moments_RC`` are those of all ranks, which have so many ``images``."""
-    assert isinstance(module, _BatchNorm)
     normalised: torch.Tensor = _Normalised.apply(  # type: ignore[no-untyped-call]
-        x_BCE, moments_RC, images, module.weight, module.bias, module.eps
+        x_BCE, moments_RC, images, weight_C, bias_C, eps
     )
     return normalised
 
@@ -118,24 +123,25 @@ class _Normalised(torch.autograd.Function):
 
 
 @torch.no_grad()
-def track(module: nn.Module, moments_RC: torch.Tensor, images: Sequence[int], positions: int) -> None:
-    """Update the running statistics as the undivided BatchNorm would, with ``positions`` values per image and channel.
+def track(
+    mean_C: torch.Tensor,
+    variance_C: torch.Tensor,
+    momentum: float,
+    moments_RC: torch.Tensor,
+    images: Sequence[int],
+    positions: int,
+) -> None:
+    """Update running statistics as the undivided BatchNorm would, with ``positions`` values per image and channel.
 
     Raises ``ValueError`` where there is one value per channel, as torch does.
     """
-    assert isinstance(module, _BatchNorm)
     count = sum(images) * positions
     if count < 2:
         raise ValueError(f"Expected more than 1 value per channel when training, got {count}")
-    assert module.running_mean is not None
-    assert module.running_var is not None
-    assert module.num_batches_tracked is not None
-    module.num_batches_tracked.add_(1)
-    momentum = module.momentum if module.momentum is not None else 1.0 / float(module.num_batches_tracked)
-    mean_C, variance_C = _combined(moments_RC, images)
+    new_mean_C, new_variance_C = _combined(moments_RC, images)
     # By `data`, so that it counts as no change, as with torch: an earlier use of the module may have kept them.
-    module.running_mean.data.mul_(1 - momentum).add_(momentum * mean_C)
-    module.running_var.data.mul_(1 - momentum).add_(momentum * variance_C * count / (count - 1))
+    mean_C.data.mul_(1 - momentum).add_(momentum * new_mean_C)
+    variance_C.data.mul_(1 - momentum).add_(momentum * new_variance_C * count / (count - 1))
 
 
 def _combined(moments_RC: torch.Tensor, images: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -34,7 +34,9 @@ def batches(
     dataset: Dataset[Any], indices: Sequence[Sequence[int]], options: Mapping[str, Any] | None = None
 ) -> Iterator[Batch]:
     """The batches themselves, as torch's own loader makes them with ``options``."""
-    yield from DataLoader(dataset, batch_sampler=[list(one) for one in indices], **(options or {}))
+    # With a generator of its own it leaves torch's, from which networks draw, alone.
+    given = {"generator": torch.Generator(), **(options or {})}
+    yield from DataLoader(dataset, batch_sampler=[list(one) for one in indices], **given)
 
 
 def part_of(rank: int, ranks: int, batch: Sequence[int]) -> list[int]:

@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pipeline.cluster.gang import RankContext
+from pipeline.graph.copies import Inputs, set_mode
+from pipeline.graph.nodes import mapped
 from pipeline.graph.trace import model_dtype
 from pipeline.links import Link
 from pipeline.run.clock import Clock
@@ -38,22 +40,23 @@ class DataParallel:
         self._scheduler = recipe.scheduler(self._optimizer) if recipe.scheduler else None
         self.dtype = model_dtype(model)
 
-    def train_step(self, part: float, x_BCHW: torch.Tensor, y_B: torch.Tensor, clock: Clock, turn: Turn) -> float:
+    def train_step(self, part: float, inputs: Any, target: Any, clock: Clock, turn: Turn) -> float:
         """One step on this rank's images, which are ``part`` of the whole batch; the mean loss over them.
 
         DistributedDataParallel averages gradients over ranks. Where the batch does not divide evenly the loss is
         weighted, so that every image still counts the same.
         """
-        self._parallel.train()
+        set_mode(self._parallel, training=True)
         with self._summing(turn.last):
-            return self._step(part, x_BCHW, y_B, clock, turn)
+            return self._step(part, inputs, target, clock, turn)
 
-    def _step(self, part: float, x_BCHW: torch.Tensor, y_B: torch.Tensor, clock: Clock, turn: Turn) -> float:
+    def _step(self, part: float, inputs: Any, target: Any, clock: Clock, turn: Turn) -> float:
         if turn.first:
             self._optimizer.zero_grad()
-        x_BCHW, y_B = x_BCHW.to(self.device, self.dtype), y_B.to(self.device)
+        args, kwargs = self.arguments(inputs)
+        target = mapped(target, lambda one: one.to(self.device) if isinstance(one, torch.Tensor) else one)
         with clock.instruction(0), self.throttle.work():
-            loss = self._recipe.loss(self._parallel(x_BCHW), y_B)
+            loss = self._recipe.loss(self._parallel(*args, **kwargs), target)
             self._synchronise()
         with clock.instruction(1), self.throttle.work():
             (loss * (part * self.context.size * turn.weight)).backward()
@@ -63,6 +66,13 @@ class DataParallel:
                 self._update()
                 self._synchronise()
         return float(loss.detach())
+
+    def arguments(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model is called with, on the device."""
+        given = Inputs.of(inputs)
+        return given.rebuilt([
+            one.to(self.device, self.dtype if one.is_floating_point() else one.dtype) for one in given.tensors
+        ])  # fmt: skip
 
     def end_epoch(self, loss: float | None) -> None:
         """Go on in a schedule by epochs; ``loss`` is the mean over the images of all ranks."""

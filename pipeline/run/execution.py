@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from pipeline.cluster.gang import RankContext
+from pipeline.graph.check import filled
+from pipeline.graph.copies import Inputs, set_mode, take_over
 from pipeline.graph.effects import Effect
-from pipeline.graph.trace import Graph, model_dtype
-from pipeline.graph.tracing import EVALUATION, modes, traced
-from pipeline.graph.writes import NO_GRADIENT
+from pipeline.graph.nodes import Weight, leaves, mapped
+from pipeline.graph.trace import Graph, Operation
 from pipeline.links import Link
-from pipeline.plan.instructions import LOSS, Compute, Exchange, Instruction, Placed, Step, may_go_on
-from pipeline.plan.layouts import master
+from pipeline.plan.instructions import (
+    LOSS,
+    Compute,
+    Exchange,
+    Instruction,
+    Placed,
+    Step,
+    TensorSpec,
+    may_go_on,
+)
+from pipeline.plan.layouts import Box, Range, master
 from pipeline.plan.plan import Plan
 from pipeline.plan.program import Program, activation_spec, compile_inference, compile_program
 from pipeline.run import batch_norm
+from pipeline.run.calls import Calls, Part
 from pipeline.run.clock import Clock
 from pipeline.run.emulation import Throttle
-from pipeline.run.memory_format import arrange_module, arranged, empty
-from pipeline.run.noise import Masks
+from pipeline.run.memory_format import arranged, empty
+from pipeline.run.noise import Draws, seed_everything
 from pipeline.run.parameters import Parameters
+from pipeline.run.parts import Parts
 from pipeline.run.recipe import Recipe, Turn, Updater
 from pipeline.run.transport import Transport
 
@@ -43,22 +53,24 @@ class _Pending(NamedTuple):
 class Execution:
     """One rank's part of a plan.
 
-    ``model`` is the real model on the master and a skeleton on the meta device elsewhere. Every rank must make the same
-    calls in the same order, with the same batch sizes.
+    ``parts`` of the model are given on the master only. Every rank must make the same calls in the same order, with the
+    same batch sizes.
     """
 
     def __init__(
-        self, context: RankContext, model: nn.Module, graph: Graph, plan: Plan, link: Link | None = None
+        self, context: RankContext, parts: Parts | None, graph: Graph, plan: Plan, link: Link | None = None
     ) -> None:
-        self.context, self.graph, self.plan, self.model = context, graph, plan, model
+        self.context, self.graph, self.plan = context, graph, plan
         self.transport = Transport(context, link=link, channels_last=plan.channels_last)
         self.throttle = Throttle(context.device)
-        graph_module = traced(model)
-        self._modes = {training: _modes_by_name(model, graph_module, training=training) for training in (True, False)}
-        self._nodes = {node.name: node for node in graph_module.graph.nodes}
-        self._returned = next(node for node in graph_module.graph.nodes if node.op == "output").args[0]
-        self.parameters = Parameters(model, graph_module, graph, plan, self.transport)
-        self.dtype = model_dtype(model)
+        self._modules = parts.modules if parts is not None else {}
+        self._modes = {name: _modes(module) for name, module in self._modules.items()}
+        self.parameters = Parameters(parts, graph, plan, self.transport)
+        self._constants = {name: one.to(self.transport.device) for name, one in graph.constants.items()}
+        self.dtype = graph.dtype
+        self._dtypes = {one.name: one.dtype for one in graph.operations}
+        self._calls: dict[tuple[str, bool], Calls] = {}
+        """By operation and mode."""
         self.program = functools.lru_cache(maxsize=8)(functools.partial(compile_program, graph, plan))
         """The program for a batch size; the last batch of an epoch is often smaller."""
         self._places = functools.lru_cache(maxsize=8)(functools.partial(_places_of, self.program, plan.batch_size))
@@ -68,10 +80,12 @@ class Execution:
         self._batch_size = 0
         self._is_training: bool | None = None
         self._weight = 1.0
-        self._masks = Masks(graph, 0)
+        self._draws = Draws(graph, self.transport.device)
+        self._inputs: dict[str, torch.Tensor] = {}
+        """On the master, what the model takes beside the first input, by operation."""
         self._attached: dict[int, list[Any]] = {}
         self._pending: list[_Pending] = []
-        self._target: torch.Tensor | None = None
+        self._target: Any = None
         self._loss: torch.Tensor | None = None
         self._recipe: Recipe | None = None
         self._whole: nn.Module | None = None
@@ -81,25 +95,29 @@ class Execution:
     def prepare(self, recipe: Recipe, seed: int) -> None:
         """Move the parameters to their homes and make an optimiser for those that live here."""
         self.parameters.load()
-        self._masks = Masks(self.graph, seed)
         self._recipe = recipe.on(self.transport.device)
         self.updater = Updater(recipe, self.parameters, self.context)
+        seed_everything(seed)
 
     def train_step(
         self,
         batch_size: int,
-        x_BCHW: torch.Tensor | None,
-        y_B: torch.Tensor | None,
+        inputs: Any,
+        target: Any,
         clock: Clock,
         turn: Turn,
     ) -> float | None:
-        """One step of training on a batch of ``batch_size`` images; the master gives the batch and gets the loss."""
+        """One step of training on a batch of ``batch_size`` images; the master gives the batch and gets the loss.
+
+        ``inputs`` are a tensor, or the tuple or dictionary of tensors that the model takes; ``target`` is whatever the
+        loss takes.
+        """
         program = self.program(batch_size)
-        self.begin(batch_size, x_BCHW, training=True)
+        self.begin(batch_size, inputs, training=True)
         self._weight = turn.weight
         if turn.first:
             self.parameters.clear_gradients()
-        self._target = None if y_B is None else y_B.to(self.transport.device)
+        self._target = mapped(target, self._here)
         for place, instruction in zip(self._places(batch_size), program.instructions, strict=True):
             if not turn.last and _only_last(instruction):
                 continue
@@ -115,25 +133,26 @@ class Execution:
         loss, self._loss = self._loss, None
         return None if loss is None else float(loss.detach())
 
-    def begin_evaluation(self) -> None:
+    def begin_evaluation(self, whole: nn.Module | None = None) -> None:
         """Before ``predict``, after any training.
 
-        Where evaluation mode runs other operations than training, the weights are gathered for the master to do it.
+        Where evaluation mode runs other operations than training, the weights are gathered for ``whole``, the model on
+        the master, to do it.
         """
         self._whole = None
         if self.graph.evaluable:
             return
-        self.parameters.gather()
-        if self.context.rank == 0:
-            self._whole = copy.deepcopy(self.model).to(self.transport.device).eval()
-            arrange_module(self._whole, channels_last=False)  # its own code may go by torch's usual order
+        tensors = self.parameters.gather()
+        if whole is not None:
+            take_over(whole, tensors)  # its own code may go by torch's usual order in memory
+            self._whole = whole.to(self.transport.device).eval()
 
-    def predict(self, batch_size: int, x_BCHW: torch.Tensor | None) -> Any:
+    def predict(self, batch_size: int, inputs: Any) -> Any:
         """What the network returns for a batch, on the master; the model is in evaluation mode."""
         if not self.graph.evaluable:
-            return self._predict_whole(x_BCHW)
+            return self._predict_whole(inputs)
         instructions = self._inference(batch_size)
-        self.begin(batch_size, x_BCHW, training=False)
+        self.begin(batch_size, inputs, training=False)
         with torch.no_grad():
             for instruction in instructions:
                 if self.context.rank in instruction.ranks:
@@ -142,20 +161,21 @@ class Execution:
         self.forget()
         return output
 
-    def _predict_whole(self, x_BCHW: torch.Tensor | None) -> Any:
-        if self._whole is None or x_BCHW is None:
+    def _predict_whole(self, inputs: Any) -> Any:
+        if self._whole is None or inputs is None:
             return None
         with torch.no_grad():
-            return self._whole(x_BCHW.to(self.transport.device, self.dtype))
+            given = Inputs.of(inputs)
+            args, kwargs = given.rebuilt([self._of_model(one) for one in given.tensors])
+            return self._whole(*args, **kwargs)
 
     def gather(self) -> dict[str, torch.Tensor] | None:
-        """The state dict of the whole model on the CPU, on the master; None elsewhere."""
-        self.parameters.gather()
+        """The parameters and buffers of the graph on the CPU by name, on the master; None elsewhere."""
+        tensors = self.parameters.gather()
         if self.context.rank != 0:
             return None
         return {
-            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for name, tensor in self.model.state_dict().items()
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
         }
 
     def compute(self, instruction: Compute, gradients: frozenset[Placed]) -> None:
@@ -163,21 +183,32 @@ class Execution:
         with self.throttle.work():
             (self._forward if instruction.direction == "forward" else self._backward)(instruction, gradients)
 
-    def begin(self, batch_size: int, x_BCHW: torch.Tensor | None, *, training: bool) -> None:
+    def begin(self, batch_size: int, inputs: Any, *, training: bool) -> None:
         """Forget what was in flight, and take up a batch; the master gives the images."""
         self._batch_size = batch_size
         if training is not self._is_training:
             self._is_training = training
-            for name, module in self.parameters.modules.values():
-                for inner, one in module.named_modules(prefix=name):
-                    one.training = self._modes[training][inner]
+            for name, module in self._modules.items():
+                _set_modes(module, self._modes[name], training=training)
         self.forget()
-        if x_BCHW is not None:
-            source = master(self.plan.ranks)
-            here = x_BCHW.to(self.transport.device, self.dtype)
-            self.values[Placed(self.graph.input, source)] = arranged(here, channels_last=self.plan.channels_last)
-        if training:
-            self._masks.draw(batch_size, self.dtype)
+        if inputs is not None:
+            given = Inputs.of(inputs)
+            first, *others = (self._of_model(one) for one in given.tensors)
+            source = Placed(self.graph.input, master(self.plan.ranks))
+            self.values[source] = arranged(first, channels_last=self.plan.channels_last)
+            self._inputs = dict(zip(self.graph.further_inputs, others, strict=True))
+        self._draws.draw(batch_size, self._weight_of, training=training)
+
+    def _of_model(self, tensor: torch.Tensor) -> torch.Tensor:
+        """An input on the device, in the model's number type."""
+        return tensor.to(self.transport.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
+
+    def _here(self, leaf: Any) -> Any:
+        return leaf.to(self.transport.device) if isinstance(leaf, torch.Tensor) else leaf
+
+    def _weight_of(self, name: str) -> Any:
+        """A weight or constant, or this rank's part of it; None for a bias that another rank adds."""
+        return self._constants[name] if name in self._constants else self.parameters.work.get(name)
 
     def forget(self) -> None:
         """Give back what is in flight."""
@@ -233,58 +264,69 @@ class Execution:
     def _output(self) -> Any:
         """What the network returns, made of the tensors on the master."""
         layout = master(self.plan.ranks)
-        return fx.map_arg(self._returned, lambda node: self.values[Placed(node.name, layout)])
+        names = dict.fromkeys(self.graph.outputs)
+        return filled(
+            self.graph.returned, {name: self.values[Placed(name, layout)] for name in names}, self._batch_size
+        )
 
     def _call(self, step: Step, local: dict[Placed, Any]) -> Any:
         operation = self.graph[step.operation]
         given = [local[placed] for placed in step.inputs]
-        _, module = self.parameters.modules.get(operation.name, ("", None))
-        if step.part == "moments":
-            return batch_norm.moments(given[0], self.context.rank, self.context.size)
-        if step.part == "normalise":
-            assert module is not None
-            return batch_norm.normalise(module, given[0], given[1], step.images)
-        if step.part == "track":
-            assert module is not None
-            assert operation.shape is not None
-            return batch_norm.track(module, given[0], step.images, math.prod(operation.shape[1:]))
+        if step.part != "whole":
+            return self._normalise(operation, step, given)
         if operation.effect is Effect.FLATTEN:
             return given[0].flatten(1)
+        if operation.name in self._inputs:
+            return self._inputs[operation.name]
+        rank, spec = self.context.rank, None
+        if operation.shape is not None:
+            spec = activation_spec(self.graph, operation.name, self._batch_size)
+        assert step.output is not None or operation.shape is None
         if operation.noise is not None and self._is_training:
             assert step.output is not None
-            spec = activation_spec(self.graph, operation.name, self._batch_size)
-            box = spec.boxes(step.output.layout)[self.context.rank]
-            return self._masks.apply(operation.name, operation.noise, given[0], spec, box)
-        return self._call_as_written(step, given)
+            box = self._box(spec, step)
+            return self._draws.apply(operation, given[0], spec, box)
+        values = {**self._draws.values, **dict(zip(operation.inputs, given, strict=True))}
+        return self._calls_of(operation).run(Part(rank, step, self._batch_size, spec), values, self._weight_of)
 
-    def _call_as_written(self, step: Step, given: list[Any]) -> Any:
-        """Call what the model calls, with this rank's parts of its tensors."""
-        operation, node = self.graph[step.operation], self._nodes[step.operation]
-        _, module = self.parameters.modules.get(operation.name, ("", None))
-        args, kwargs = node.args, node.kwargs
-        if not self._is_training:
-            args, kwargs = node.meta.get(EVALUATION, (args, kwargs))
-        by_name = dict(zip(operation.inputs, given, strict=True))
+    def _box(self, spec: TensorSpec | None, step: Step) -> Box:
+        """This rank's part of an output; of one that cannot travel by its images alone."""
+        assert step.output is not None
+        if spec is not None:
+            return spec.boxes(step.output.layout)[self.context.rank]
+        layout = step.output.layout
+        if layout.kind != "B":
+            return Box(Range(0, self._batch_size), Range(0, 1))
+        start = sum(layout.shares[: self.context.rank])
+        return Box(Range(start, start + layout.shares[self.context.rank]), Range(0, 1))
 
-        def value_of(one: fx.Node) -> Any:
-            return self.parameters.work[str(one.target)] if one.op == "get_attr" else by_name[one.name]
+    def _calls_of(self, operation: Operation) -> Calls:
+        key = operation.name, bool(self._is_training)
+        if key not in self._calls:
+            evaluation = None if self._is_training else self.graph.evaluation
+            self._calls[key] = Calls(operation, self.transport.device, self._modules, evaluation)
+        return self._calls[key]
 
-        args, kwargs = fx.map_arg(args, value_of), fx.map_arg(kwargs, value_of)
-        target: Any = node.target
-        if target == "view" and self.plan.channels_last:
-            target = "reshape"  # what is one piece of memory by channel is none with the channels last
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not node.meta.get(NO_GRADIENT)):
-            if step.in_place:
-                return _in_place(module, args, kwargs)
-            if module is not None:
-                result = module(*args, **kwargs)
-                if isinstance(module, nn.modules.instancenorm._InstanceNorm) and result.requires_grad:
-                    # For one image torch 2.13 misreads the gradient of another memory format.
-                    result.register_hook(torch.Tensor.contiguous)
-                return result
-            if node.op == "call_method":
-                return getattr(args[0], target)(*args[1:], **kwargs)
-            return target(*args, **kwargs)
+    def _normalise(self, operation: Operation, step: Step, given: list[Any]) -> Any:
+        """A part of a BatchNorm over images that are split."""
+        main = operation.main
+        if step.part == "moments":
+            return batch_norm.moments(given[0], self.context.rank, self.context.size)
+
+        def tensor(argument: str) -> torch.Tensor | None:
+            found = main.argument(argument)
+            return self._weight_of(found.name) if isinstance(found, Weight) else None
+
+        if step.part == "normalise":
+            affine = tensor("weight"), tensor("bias")
+            return batch_norm.normalise(given[0], given[1], step.images, *affine, float(main.argument("eps")))
+        assert operation.shape is not None
+        self._calls_of(operation).before({}, self._weight_of, self._batch_size)  # it counts batches
+        mean_C, variance_C = tensor("running_mean"), tensor("running_var")
+        assert mean_C is not None
+        assert variance_C is not None
+        positions = math.prod(operation.shape[1:])
+        return batch_norm.track(mean_C, variance_C, float(main.argument("momentum")), given[0], step.images, positions)
 
     def _backward(self, instruction: Compute, gradients: frozenset[Placed]) -> None:
         if instruction.name == LOSS:
@@ -298,7 +340,7 @@ class Execution:
         for placed, made in zip(instruction.outputs, attached, strict=True):
             if placed not in gradients:
                 continue
-            for output, leaf in zip(pytree.tree_leaves(made), pytree.tree_leaves(self.values[placed]), strict=True):
+            for output, leaf in zip(leaves(made), leaves(self.values[placed]), strict=True):
                 if isinstance(leaf, torch.Tensor) and leaf.grad is not None and output.requires_grad:
                     outputs.append(output)
                     incoming.append(leaf.grad)
@@ -358,26 +400,22 @@ class Execution:
         if not box:
             return None
         shape, last = instruction.spec.local_shape(box), self.plan.channels_last
-        return empty(shape, channels_last=last, dtype=self.dtype, device=self.transport.device)
+        dtype = self._dtypes.get(placed.name, self.dtype)
+        return empty(shape, channels_last=last, dtype=dtype, device=self.transport.device)
 
 
-def _modes_by_name(model: nn.Module, graph_module: fx.GraphModule, *, training: bool) -> dict[str, bool]:
-    """The mode of every module that is called, by its names in the traced model."""
-    found = modes(model, training=training)
-    return {name: found[one] for name, one in graph_module.named_modules(remove_duplicate=False) if one in found}
+def _modes(module: nn.Module) -> dict[str, bool]:
+    """Whether each part of a submodule is in training mode when the model is."""
+    set_mode(module, training=True)
+    return {name: one.training for name, one in module.named_modules()}
 
 
-def _in_place(module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An activation or a sum, written to its first argument."""
-    if module is None:
-        total, summand = args
-        total += summand
-        return total
-    setattr(module, "inplace", True)  # noqa: B010 - for torch's types a module has only tensors
-    try:
-        return module(*args, **kwargs)
-    finally:
-        setattr(module, "inplace", False)  # noqa: B010
+def _set_modes(module: nn.Module, modes: dict[str, bool], *, training: bool) -> None:
+    if not training:
+        module.eval()
+        return
+    for name, one in module.named_modules():
+        one.training = modes[name]
 
 
 def _places_of(program: Callable[[int], Program], full_batch: int, batch_size: int) -> list[int | None]:
@@ -408,4 +446,4 @@ def _leaf(value: Any, needs_gradient: bool) -> Any:
             return one
         return one.detach().requires_grad_(needs_gradient and one.is_floating_point())
 
-    return pytree.tree_map(cut, value)
+    return mapped(value, cut)

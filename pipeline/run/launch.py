@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,6 +22,7 @@ from pipeline.plan.fitting import Room
 from pipeline.plan.plan import Plan
 from pipeline.run.callbacks import Callback
 from pipeline.run.memory import bytes_of
+from pipeline.run.parts import check_portable, parts_of
 from pipeline.run.recipe import OptimizerFactory, Recipe, states_of
 from pipeline.run.worker import Account, Job, process_memory, run_rank
 
@@ -61,7 +61,11 @@ def run_plan(
     a rank fails or is lost.
     """
     ranks = [members[device] for device in plan.devices]
-    skeleton = copy.deepcopy(model).to("meta")
+    data_parallel = plan.strategy == "ddp"
+    parts = None if data_parallel else parts_of(model, graph)
+    own_code = data_parallel or (validation is not None and not graph.evaluable)
+    if own_code:
+        check_portable(model, f"{type(model).__name__} runs by its own code here, and")
     common = {
         "graph": graph, "plan": plan, "recipe": recipe or PLAIN, "indices": indices, "loader": loader or {},
         "callbacks": tuple(callbacks),
@@ -71,9 +75,10 @@ def run_plan(
     }  # fmt: skip
     arguments = []
     for rank in range(len(ranks)):
-        whole = rank == 0 or plan.strategy == "ddp"
+        whole = rank == 0 or data_parallel
         job = Job(
-            model=model if whole else skeleton,
+            parts=parts if rank == 0 else None,
+            model=model if whole and own_code else None,
             dataset=dataset if whole else None,
             validation=validation if rank == 0 else None,
             **common,  # type: ignore[arg-type]

@@ -6,21 +6,23 @@ and BatchNorm, and slows others down. Shapes and results are the same. Only tens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import nn
+
+from pipeline.graph.trace import Graph
 
 _AXES = 4
 
 
-def may_have_channels_last(model: nn.Module) -> bool:
+def may_have_channels_last(graph: Graph) -> bool:
     """Whether torch can run the model so.
 
     The backward pass of GroupNorm ends in a segmentation fault (torch 2.13) where its weights need a gradient and its
-    input, with the channels last, needs none: at the beginning of a network, or behind frozen layers.
+    input, with the channels last, needs none: at the beginning of a network, or behind frozen layers. What a part that
+    runs as it is makes of another order is not known.
     """
-    return not any(isinstance(module, nn.GroupNorm) for module in model.modules())
+    return not graph.opaque and not any(one.main.operator == "group_norm" for one in graph.operations)
 
 
 def empty(shape: Sequence[int], *, channels_last: bool, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
@@ -40,13 +42,13 @@ def arranged(tensor: torch.Tensor, *, channels_last: bool) -> torch.Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
-def arrange_module(module: nn.Module, *, channels_last: bool) -> None:
-    """Bring all parameters and buffers of ``module`` into that order, in place.
+def arrange(tensors: Iterable[torch.Tensor], *, channels_last: bool) -> None:
+    """Bring parameters and buffers into that order, in place.
 
     Also where axes of length 1 make both orders the same numbers in memory: torch chooses its kernels by the strides,
     and a depthwise convolution of small images takes up to a hundred times as long with those of the other order.
     """
-    for tensor in (*module.parameters(), *module.buffers()):
+    for tensor in tensors:
         if tensor.dim() != _AXES:
             continue
         wanted = empty(tensor.shape, channels_last=channels_last, dtype=tensor.dtype, device="meta").stride()

@@ -2,52 +2,51 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from pipeline.errors import InputError
-from pipeline.graph.effects import Effect
-from pipeline.graph.trace import Graph, Operation, Parameter, model_dtype
+from pipeline.graph.trace import Graph, Operation
 from pipeline.plan.instructions import Exchange, Placed
-from pipeline.plan.layouts import Layout, master, replicated
+from pipeline.plan.layouts import master, replicated
 from pipeline.plan.plan import ParameterPlan, Plan, parameters_of
 from pipeline.plan.program import parameter_spec
-from pipeline.run.memory_format import arrange_module, empty, flat, shaped_as
+from pipeline.run.memory_format import arrange, empty, flat, shaped_as
+from pipeline.run.parts import Parts
 from pipeline.run.transport import Transport
 
-ParameterGroups = Callable[[nn.Module], Iterable[dict[str, Any]]]
-"""Makes parameter groups of a model, as one would give them to an optimiser of that model."""
+ParameterGroups = Sequence[dict[str, Any]]
+"""Groups as an optimiser takes them, with names in the place of the parameters."""
 
 
 class Parameters:
-    """One rank's modules with its shards of the parameters.
+    """One rank's shards of the parameters.
 
-    On the master an operation that is not split uses the model's own submodule. A split one, and any on another rank,
-    uses a copy of the submodule whose parameters have the size of the shard; ``load`` fills them from the master's
-    model and ``gather`` brings them back.
+    On the master an operation that is not split uses the model's own tensors. A split one, and any on another rank,
+    uses tensors of the size of the shard; ``load`` fills them from the master's model and ``gather`` brings them back.
     """
 
-    def __init__(self, root: nn.Module, model: fx.GraphModule, graph: Graph, plan: Plan, transport: Transport) -> None:
-        """``root`` is the model itself, and ``model`` what tracing made of it."""
-        self._root = root
-        self._model, self._graph, self._plan, self._transport = model, graph, plan, transport
+    def __init__(self, parts: Parts | None, graph: Graph, plan: Plan, transport: Transport) -> None:
+        """``parts`` of the model are on the master only."""
+        self._graph, self._plan, self._transport = graph, plan, transport
         self._rank, self._device = transport.rank, transport.device
         self._plans = {one.parameter.name: one for _, one in parameters_of(graph, plan)}
-        self.modules: dict[str, tuple[str, nn.Module]] = {}
-        """By operation, the name of its submodule and what does its work here."""
         self.work: dict[str, torch.Tensor] = {}
         """By name, the tensors that the local operations use."""
         self._originals: set[str] = set()
-        """The names of those that the master's own modules use as they are."""
+        """The names of those that the master's own submodules use as they are."""
         self._gradients: dict[str, torch.Tensor] = {}
         self._sums: dict[str, torch.Tensor | None] = {}
         """By bucket, this rank's gradients, of which its part has been summed over ranks."""
-        self._dtype = model_dtype(model)
-        arrange_module(model, channels_last=plan.channels_last)
+        self._dtype = graph.dtype
+        self._original: Callable[[str], torch.Tensor] = _not_here
+        """Gives the master's own tensor of a name."""
+        if parts is not None:
+            self._original = parts.current()
+            parts.to(self._device)
+            arrange(parts.tensors.values(), channels_last=plan.channels_last)
         for operation in graph.operations:
             self._make_local(operation)
         self.home = {name: tensor for name, one in self._plans.items() if (tensor := self._home(one)) is not None}
@@ -68,10 +67,11 @@ class Parameters:
         for name, one in self._plans.items():
             self._carry(name, one, outward=True)
 
-    def gather(self) -> None:
-        """Bring every parameter and buffer back into the master's model."""
+    def gather(self) -> dict[str, torch.Tensor]:
+        """Bring every parameter and buffer back into the master's model; there, all of them by name, else nothing."""
         for name, one in self._plans.items():
             self._carry(name, one, outward=False)
+        return {name: self._original(name) for name in self._plans} if self._rank == 0 else {}
 
     def clear_gradients(self) -> None:
         """Forget all gradients before a step."""
@@ -81,24 +81,14 @@ class Parameters:
     def groups(self, select: ParameterGroups | None) -> list[dict[str, Any]] | list[nn.Parameter]:
         """What to give an optimiser: the trained tensors whose home is here, in groups where the user wants some.
 
-        ``select`` makes groups of the parameters of a model, as for an optimiser of that model; groups of which nothing
-        is here stay, empty. Raises ``InputError`` if a group names what is no parameter of the model.
+        Groups of which nothing is here stay, empty.
         """
         if select is None:
             return self.trained
-        known = {id(parameter) for parameter in self._root.parameters()}
-        names = {id(parameter): name for name, parameter in self._model.named_parameters(remove_duplicate=False)}
         mine = {id(tensor) for tensor in self.trained}
         found = []
-        for group in select(self._root):
-            given = group["params"]
-            chosen = [given] if isinstance(given, torch.Tensor) else list(given)
-            unknown = next((one for one in chosen if id(one) not in known), None)
-            if unknown is not None:
-                raise InputError(
-                    f"a parameter group names a tensor of shape {tuple(unknown.shape)} that the model lacks"
-                )
-            here = [self.home.get(names.get(id(one), "")) for one in chosen]
+        for group in select:
+            here = [self.home.get(name) for name in group["params"]]
             found.append({**group, "params": [one for one in here if one is not None and id(one) in mine]})
         return found
 
@@ -197,7 +187,7 @@ class Parameters:
         """Move one parameter between the master's model and its home."""
         whole, home = self._original(name) if self._rank == 0 else None, self.home.get(name)
         if self._rank == 0 and name in self._originals:
-            home = whole  # also where its module has put another tensor in its place
+            home = whole  # also where its submodule has put another tensor in its place
         if whole is not None and whole is home:
             return  # the master's own module is the home already, and no other rank has a part
         ends = [(Placed(name, master(self._plan.ranks)), whole), (Placed(name, one.home), home)]
@@ -223,11 +213,6 @@ class Parameters:
         )
         self._transport.exchange(exchange, start, end)
 
-    def _original(self, name: str) -> torch.Tensor:
-        """The master's own tensor of this name."""
-        owner, _, leaf = name.rpartition(".")
-        return getattr(self._model.get_submodule(owner), leaf)  # type: ignore[no-any-return]
-
     def _home(self, one: ParameterPlan) -> torch.Tensor | None:
         if one.home == one.work:
             return self.work.get(one.parameter.name)
@@ -238,71 +223,37 @@ class Parameters:
         if self._rank not in planned.ranks:
             return
         unsplit = planned.input.kind == "M" and planned.output.kind == "M"
-        if operation.module is None:
-            for parameter in operation.parameters:
-                self.work[parameter.name] = self._direct(parameter, unsplit=unsplit)
-            return
-        module = self._model.get_submodule(operation.module)
-        if getattr(module, "inplace", False):
-            # A segment's input is a leaf of its own, which must not be written to.
-            setattr(module, "inplace", False)  # noqa: B010 - for torch's types a module has only tensors
-        if unsplit:
-            self.modules[operation.name] = operation.module, module.to(self._device)
-            for parameter in operation.parameters:
-                if not parameter.name.startswith(f"{operation.module}."):  # what the module is given
-                    self.work[parameter.name] = self._direct(parameter, unsplit=True)
-                    continue
+        within = operation.main.submodule is not None
+        for parameter in operation.parameters:
+            if parameter.name in self.work:
+                continue
+            if unsplit and within:
                 self.work[parameter.name] = self._original(parameter.name)
                 self._originals.add(parameter.name)
-            return
-        same = next((one for name, one in self.modules.values() if name == operation.module), None)
-        if same is not None and operation.parameters:
-            self.modules[operation.name] = operation.module, same
-            return
-        local = copy.deepcopy(module).to("meta")
-        for parameter in operation.parameters:
-            if parameter.name.startswith(f"{operation.module}."):
-                self._replace(local, operation, self._plans[parameter.name])
-            else:  # what the module is given
-                self.work[parameter.name] = self._direct(parameter, unsplit=False)
-        _fit_attributes(local, operation, planned.input.shares[self._rank], planned.output)
-        self.modules[operation.name] = operation.module, local
+                continue
+            original = self._original(parameter.name) if unsplit else None
+            if original is not None and original.device == self._device:
+                self.work[parameter.name] = original
+                continue
+            shard = self._shard(self._plans[parameter.name])
+            if shard is not None:
+                self.work[parameter.name] = shard
 
-    def _direct(self, parameter: Parameter, *, unsplit: bool) -> torch.Tensor:
-        """A parameter that the model's own ``forward`` reads."""
-        original = self._original(parameter.name)
-        if unsplit and original.device == self._device:
-            return original
-        return self._shard(self._plans[parameter.name], original)
-
-    def _shard(self, one: ParameterPlan, like: torch.Tensor) -> torch.Tensor:
-        """An empty tensor for this rank's part."""
+    def _shard(self, one: ParameterPlan) -> torch.Tensor | None:
+        """An empty tensor for this rank's part; None where it has none."""
         spec = parameter_spec(one)
-        shape = spec.local_shape(spec.boxes(one.work)[self._rank])
-        tensor = empty(shape, channels_last=self._plan.channels_last, dtype=like.dtype, device=self._device)
-        return tensor if one.parameter.buffer else nn.Parameter(tensor, requires_grad=one.parameter.trained)
-
-    def _replace(self, local: nn.Module, operation: Operation, one: ParameterPlan) -> None:
-        """Give ``local`` an empty tensor of the shard's shape, or None where this rank has no part of it."""
-        name = one.parameter.name
-        owner, _, leaf = name.removeprefix(f"{operation.module}.").rpartition(".")
-        submodule = local.get_submodule(owner)
-        like = getattr(submodule, leaf)
-        if not parameter_spec(one).boxes(one.work)[self._rank]:
-            setattr(submodule, leaf, None)
-            return
-        tensor = self._shard(one, like)
-        setattr(submodule, leaf, tensor)
-        self.work[name] = tensor
+        box = spec.boxes(one.work)[self._rank]
+        if not box:
+            return None
+        parameter = one.parameter
+        tensor = empty(
+            spec.local_shape(box),
+            channels_last=self._plan.channels_last,
+            dtype=parameter.dtype,
+            device=self._device,
+        )
+        return tensor if parameter.buffer else nn.Parameter(tensor, requires_grad=parameter.trained)
 
 
-def _fit_attributes(local: nn.Module, operation: Operation, input_share: int, output: Layout) -> None:
-    """Tell a module that has some of the channels how many there are, where it goes by that."""
-    if output.kind != "K":
-        return
-    if operation.effect is Effect.GROUPED and isinstance(local, nn.modules.conv._ConvNd):
-        local.groups = input_share // operation.input_unit
-    if isinstance(local, nn.GroupNorm):
-        local.num_groups = input_share // operation.unit
-    if isinstance(local, nn.modules.instancenorm._InstanceNorm):
-        local.num_features = input_share
+def _not_here(name: str) -> torch.Tensor:
+    raise AssertionError(f"{name} is asked for where the model is not")

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from pipeline._torchvision import Importable
 from pipeline.cluster.gang import RankContext
 from pipeline.errors import RunError
+from pipeline.graph.copies import tensors_of
 from pipeline.graph.trace import Graph
 from pipeline.links import Link
 from pipeline.plan.labels import DDP_LABELS
@@ -31,6 +32,7 @@ from pipeline.run.convolution_timer import ConvolutionTimer
 from pipeline.run.ddp import DataParallel
 from pipeline.run.execution import Execution
 from pipeline.run.memory import current_memory, peak_memory, reset_peak_memory
+from pipeline.run.parts import Parts
 from pipeline.run.recipe import Recipe, Turn
 
 
@@ -41,8 +43,10 @@ class Job:
     importable: Importable = field(default_factory=Importable)
     """Before the model, which may be torchvision's: fields are unpickled in order."""
 
-    model: nn.Module
-    """The real model where the rank needs its weights, a skeleton on the meta device elsewhere."""
+    parts: Parts | None
+    """Of the model, on the master; None elsewhere."""
+    model: nn.Module | None
+    """The model itself, where its own code runs: under ``ddp``, and on the master for another evaluation."""
     dataset: Dataset[Any] | None
     """On the master, and under ``ddp`` on every rank."""
     validation: Dataset[Any] | None
@@ -77,7 +81,7 @@ class Account:
     """What a rank did."""
 
     weights: dict[str, torch.Tensor] | None
-    """The state dict of the trained model, from the master."""
+    """The parameters and buffers that the network works with, by name, from the master."""
     gradients: dict[str, torch.Tensor] | None
     """Of the last step, by parameter, from the master."""
     losses: list[float]
@@ -192,7 +196,7 @@ class _ProgramRun:
 
     def __init__(self, context: RankContext, job: Job, offset: float) -> None:
         self._job = job
-        self._execution = Execution(context, job.model, job.graph, job.plan, job.link)
+        self._execution = Execution(context, job.parts, job.graph, job.plan, job.link)
         self._execution.prepare(job.recipe, job.seed)
         assert self._execution.updater is not None
         self.updater = self._execution.updater
@@ -224,7 +228,7 @@ class _ProgramRun:
         source: Any = ((None, None) for _ in parts)
         if self._job.validation is not None:
             source = batches(self._job.validation, parts, self._job.loader)
-        self._execution.begin_evaluation()
+        self._execution.begin_evaluation(self._job.model)
         for part, (x_BCHW, y_B) in zip(parts, source, strict=True):
             output = self._execution.predict(len(part), x_BCHW)
             if output is not None and y_B is not None:
@@ -243,6 +247,7 @@ class _DataParallelRun:
 
     def __init__(self, context: RankContext, job: Job, offset: float) -> None:
         self._context, self._job = context, job
+        assert job.model is not None
         self._parallel = DataParallel(context, job.model, job.recipe, job.link)
         self.updater = self._parallel
         self.clock = Clock(len(DDP_LABELS), offset=offset, keep=job.keep_steps)
@@ -283,7 +288,7 @@ class _DataParallelRun:
     def weights(self) -> dict[str, torch.Tensor] | None:
         if self._context.rank != 0:
             return None
-        return {name: tensor.detach().cpu().clone() for name, tensor in self._parallel.model.state_dict().items()}
+        return {name: tensor.detach().cpu().clone() for name, tensor in tensors_of(self._parallel.model).items()}
 
     def gradients(self) -> dict[str, torch.Tensor]:
         model = self._parallel.model
