@@ -57,11 +57,13 @@ def gradients_kept(model: nn.Module) -> Iterator[None]:
 def set_mode(model: nn.Module, *, training: bool) -> None:
     """Into the mode that a training has it in, or into evaluation.
 
-    A model that is in training mode is left so, as parts of it may be kept out of it on purpose, such as BatchNorm that
-    is not to be trained.
+    Parts of a model in training mode that are out of it are so on purpose, such as BatchNorm that is not to be trained,
+    and stay so.
     """
-    if not (training and model.training):
-        model.train(training)
+    kept = [one for one in model.modules() if not one.training] if training and model.training else []
+    model.train(training)
+    for one in kept:
+        one.training = False
 
 
 def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -51,6 +51,7 @@ class _Rewriting:
         """By root that was written to, the value that has its place."""
         self._anew: dict[tuple[str, str], str] = {}
         """By a view and the value it is to be taken of, the view taken anew."""
+        self._with_gradients: set[str] = set()
         self._names = {one.name for one in captured.nodes} | set(captured.inputs)
         self._forms: dict[str, Form | None] = dict(zip(captured.inputs, captured.forms, strict=True))
 
@@ -72,6 +73,8 @@ class _Rewriting:
 
     def _add(self, node: Node) -> None:
         self._nodes.append(node)
+        if node.gradients:
+            self._with_gradients.add(node.name)
         self._forms[node.name] = node.form
 
     def _shares(self, node: Node, source: Value | Weight) -> None:
@@ -123,6 +126,8 @@ class _Rewriting:
         if isinstance(target, Weight) or target.name in self._own:
             self._write_own(node, target)
             return
+        if not node.gradients and target.name in self._with_gradients:
+            raise Uncapturable("a write under torch.no_grad(), which leaves gradients as they were", node.module)
         view = self._views.get(target.name, _View(target.name, ()))
         if node.operator == "copy_":
             ordinary = self._copied(node, target)
@@ -266,10 +271,16 @@ def _used(nodes: Sequence[Node], returned: Any) -> list[Node]:
     mapped(returned, lambda leaf: wanted.add(leaf.name) if isinstance(leaf, Value) else None)  # type: ignore[func-returns-value]
     kept = []
     for node in reversed(nodes):
-        if node.name in wanted or node.writes or node.submodule is not None or draws(node):
+        if node.name in wanted or node.writes or node.submodule is not None or draws(node) or _keeps_statistics(node):
             wanted.update(node.values)
             kept.append(node)
     return kept[::-1]
+
+
+def _keeps_statistics(node: Node) -> bool:
+    """Whether a call of BatchNorm or the like updates running statistics."""
+    going_by = node.argument("training") or node.argument("use_input_stats")
+    return node.operator in ("batch_norm", "instance_norm") and bool(going_by and node.argument("running_mean"))
 
 
 def draws(node: Node) -> bool:
