@@ -115,7 +115,9 @@ def calibrate(
         everywhere = [first.index(index) for index in alike]
         dataset = _dataset(task, chains, everywhere, chosen, measured, name)
         dataset = _with_curves(dataset.assign(work=("segment", np.array(works, dtype=object))), curves)
-        probes = replace(probing(task.model, task.modules, graph, dataset), enough=_PROBED * (time.perf_counter() - start))
+        probes = replace(
+            probing(task.model, task.modules, graph, dataset), enough=_PROBED * (time.perf_counter() - start)
+        )
         dataset = _with_probes(dataset, probes, client, chosen, name)
         dataset = describe(dataset.assign(calibration_time=time.perf_counter() - start))
         validate_calibration(dataset)

@@ -96,9 +96,7 @@ class Probing:
     """s after which only the first rounds begin."""
 
 
-def probing(
-    model: bytes | None, modules: Mapping[str, bytes | None], graph: Graph, calibration: xr.Dataset
-) -> Probing:
+def probing(model: bytes | None, modules: Mapping[str, bytes | None], graph: Graph, calibration: xr.Dataset) -> Probing:
     """The steps that tell most: of the plans that the calibration as it is leads to, of those that fit into memory.
 
     With as many images as it measured, or with few where those would take long. No steps if nothing is trained; a

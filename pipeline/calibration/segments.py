@@ -61,7 +61,7 @@ def geometry(graph: Graph, plan: Plan, chain: Chain) -> str:
         trained = [(one.shape, one.trained) for one in operation.parameters]
         taken = [numbers[value] for value in operation.inputs]
         kinds = plan[name].input.kind + plan[name].output.kind
-        does = f"{operation.call}:{operation.effect.name}:{operation.unit}"
+        does = f"{operation.call}:{operation.text}:{operation.effect.name}:{operation.unit}"
         parts.append(f"{does}:{taken}:{operation.shape}:{trained}:{kinds}")
     parts.append(str([numbers[value] for value in chain.outputs]))
     return " | ".join(parts)

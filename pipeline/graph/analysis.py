@@ -1,4 +1,4 @@
-"""From captured calls to operations: what leads to each from weights and sizes alone, and what each does to a layout."""
+"""From captured calls to operations: what leads to each from weights and sizes, and what each does to a layout."""
 
 from __future__ import annotations
 
@@ -93,9 +93,7 @@ class Analysis:
         self._drawing = [node for node in captured.nodes if node.name in facts.drawing]
         self._in_order = any(self._is_unpredictable(node) for node in self._drawing)
         """Whether random numbers have to be drawn as the calls come, by one device."""
-        self._sources = {
-            node.name for node in self._drawing if node.name not in self._varying and not self._in_order
-        }
+        self._sources = {node.name for node in self._drawing if node.name not in self._varying and not self._in_order}
         self._useful = self._differentiable()
 
     def graph(self) -> Graph:
@@ -110,7 +108,7 @@ class Analysis:
         ]
         returned = {one.name for one in leaves(captured.returned) if isinstance(one, Value)}
         for node in captured.nodes:
-            if node.name in self._counters and self._counters[node.name]:
+            if node.name in self._counters:
                 continue
             alone = node.name not in self._varying and node.name not in self._touched
             drawn = node.name in self._drawn_names() and self._in_order
@@ -118,11 +116,7 @@ class Analysis:
                 continue
             operations.append(self._operation(node))
         outputs = [self._names[one] for one in _values(captured.returned)]
-        drawn = [
-            self._name_of(node.name)
-            for node in self._drawing
-            if not self._in_order
-        ]
+        drawn = [self._name_of(node.name) for node in self._drawing if not self._in_order]
         return Graph(
             input=self._names[first],
             input_shape=_integers(captured.forms[0].shape[1:]),
@@ -172,6 +166,7 @@ class Analysis:
             effect=judgement.effect,
             nodes=nodes,
             call=_described((*before, node), self._model),
+            text="" if node.submodule is None else str(self._model.get_submodule(node.submodule)),
             inputs=inputs,
             shape=shape,
             dtype=form.dtype if form is not None else self._dtype,
@@ -322,7 +317,11 @@ class Analysis:
             if axis is None:
                 return None
             extent = call.result.shape[axis]
-            if not isinstance(extent, Images) or extent.plus or sum(isinstance(e, Images) for e in call.result.shape) > 1:
+            if (
+                not isinstance(extent, Images)
+                or extent.plus
+                or sum(isinstance(e, Images) for e in call.result.shape) > 1
+            ):
                 return None
             same = extent == operand.form.shape[place.images]  # type: ignore[index]
             if not same and call.node.operator not in _VIEWS:
@@ -340,7 +339,7 @@ class Analysis:
 
     def _kernel(self, call: Shapes, images: tuple[int, int]) -> _Judgement:
         node = call.node
-        source, weight, *_ = call.operands
+        source = call.operands[0]
         place = self._places[source.name]
         linear = node.operator == "linear"
         axis = len(call.result.shape) - 1 if linear else 1
@@ -364,7 +363,6 @@ class Analysis:
                 axes[operand.name] = (own, of_input)
             else:
                 cuts[f"own {operand.name}"] = Cut(channels=own, inputs=of_input)
-        del weight
         return _Judgement(
             Effect.KERNEL if groups == 1 else Effect.GROUPED,
             target,
@@ -394,7 +392,7 @@ class Analysis:
         ]
         ends = {axes.get(place.channels) for _, axes, place in varying}
         axis = next(iter(ends)) if len(ends) == 1 else None
-        target = self._placed(call.result, *images, axis if axis is not None else self._likely(call, varying))
+        target = self._placed(call.result, *images, axis if axis is not None else self._likely(varying))
         cuts = self._cuts(call, kept, images[0], None)
         noise = self._noise(node, target)
         imagewise = _Judgement(Effect.IMAGEWISE, target, noise=noise, cuts=cuts)
@@ -443,9 +441,8 @@ class Analysis:
             found[f"own {operand.name}"] = Cut(images=along_images, channels=along)
         return found
 
-    def _likely(self, call: Shapes, varying: Sequence[tuple[Operand, Axes, _Place]]) -> int:
+    def _likely(self, varying: Sequence[tuple[Operand, Axes, _Place]]) -> int:
         """The axis to take for the channels where they are mixed: where they would have been, or axis 1."""
-        del call
         ends = (axes.get(place.channels) for _, axes, place in varying)
         return next((axis for axis in ends if axis), 1)
 
@@ -637,6 +634,3 @@ def _text(module: nn.Module) -> str:
 def _has_usual_text(module: nn.Module) -> bool:
     methods = type(module).extra_repr, type(module).__repr__
     return all(one.__module__.partition(".")[0] in ("torch", "torchvision") for one in methods)
-
-
-

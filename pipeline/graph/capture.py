@@ -352,7 +352,7 @@ def _is_everything(node: fx.Node) -> bool:
 
 
 def _plain(given: Any) -> Any:
-    """fx keeps lists and dictionaries in types of its own."""
+    """What fx has keeps lists and dictionaries in types of its own."""
     if isinstance(given, list | tuple):
         return [_plain(one) for one in given] if isinstance(given, list) else tuple(_plain(one) for one in given)
     if isinstance(given, dict):

@@ -25,7 +25,7 @@ from pipeline.graph.nodes import Node, Value, leaves, mapped, number
 CALLS = 2
 _SEED = 20_171_206
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}
-"""Relative, by number type; captured calls mostly agree bit by bit, but sums of gradients may be taken in another order."""
+"""Relative, by number type; captured calls mostly agree bit by bit, but sums of gradients may have another order."""
 _ROUGH = 0.05
 """Of the narrow types."""
 _FLOORS = {torch.float64: 1e-6}
@@ -79,9 +79,7 @@ def difference(found: Behaviour, wanted: Behaviour) -> str | None:
             return f"it returns another type or shape{again}"
         if any(not _close(a, b, 0.0) for a, b in pairs):
             return f"it returns other numbers{again}"
-    for (one, other), kind in (
-        *(((a, b), "random numbers") for a, b in zip(found.draws, wanted.draws, strict=True)),
-    ):
+    for (one, other), kind in (*(((a, b), "random numbers") for a, b in zip(found.draws, wanted.draws, strict=True)),):
         if one != other:
             return f"it draws other {kind}"
     largest = max((float(one.abs().max()) for one in wanted.gradients.values() if one.numel()), default=0.0)
@@ -98,6 +96,14 @@ def difference(found: Behaviour, wanted: Behaviour) -> str | None:
         if here is not None and (here.shape != there.shape or not _close(here, there, 0.0)):
             return f"the buffer {name} is another"
     return None
+
+
+def _same_gradient(found: torch.Tensor | None, wanted: torch.Tensor | None, largest: float) -> bool:
+    """Whether two gradients agree; none is as good as zeros."""
+    if found is None or wanted is None:
+        some = found if wanted is None else wanted
+        return some is None or not bool(some.any())
+    return _close(found, wanted, largest)
 
 
 @contextmanager
@@ -132,9 +138,7 @@ def model_behaviour(
         return trial(*args, **kwargs)
 
     with gradients_kept(trial), torch.set_grad_enabled(training):
-        done = behaviour(
-            call, tensors_of(trial), calls=CALLS if training else 1, backward=training
-        )
+        done = behaviour(call, tensors_of(trial), calls=CALLS if training else 1, backward=training)
     return done, counter.flops
 
 

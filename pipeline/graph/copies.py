@@ -121,9 +121,7 @@ class Inputs:
         def chosen(tensor: torch.Tensor) -> torch.Tensor:
             return tensor[[index % len(tensor) for index in range(images)]].clone()
 
-        return Inputs(
-            tuple(chosen(one) for one in self.args), {name: chosen(one) for name, one in self.kwargs.items()}
-        )
+        return Inputs(tuple(chosen(one) for one in self.args), {name: chosen(one) for name, one in self.kwargs.items()})
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """The same with floating-point tensors of that type, on the CPU."""

@@ -9,7 +9,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.graph.nodes import INPUT, MODULE, Here, Images, Node, Size, Value, Weight, leaves, mapped, number, resolved
+from pipeline.graph.nodes import (
+    INPUT,
+    MODULE,
+    Here,
+    Images,
+    Node,
+    Size,
+    Value,
+    Weight,
+    leaves,
+    mapped,
+    number,
+    resolved,
+)
 
 Lookup = Callable[[str], Any]
 

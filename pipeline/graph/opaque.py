@@ -72,7 +72,7 @@ _RECORDS: dict[str, tuple[Record, dict[str, int]]] = {}
 
 
 @torch.library.custom_op("pipeline::opaque", mutates_args=())
-def _opaque(tensors: Sequence[torch.Tensor], numbers: Sequence[int], key: str, call: int) -> list[torch.Tensor]:
+def _opaque(tensors: Sequence[torch.Tensor], numbers: Sequence[int], key: str, call: int) -> list[torch.Tensor]:  # noqa: ARG001
     raise AssertionError("this operator stands for a submodule in an export and cannot be run")
 
 
@@ -166,9 +166,7 @@ def _run(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> dict[str, li
 
         return hook
 
-    handles = [
-        model.get_submodule(name).register_forward_hook(note(name), with_kwargs=True) for name in names
-    ]
+    handles = [model.get_submodule(name).register_forward_hook(note(name), with_kwargs=True) for name in names]
     try:
         model(*inputs.args, **inputs.kwargs)
     finally:

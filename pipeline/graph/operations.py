@@ -74,6 +74,8 @@ class Operation:
     """The calls to carry out in order; the last one gives the output."""
     call: str
     """What it calls, with the arguments that are no tensors."""
+    text: str
+    """All that a submodule that runs as it is tells of itself; else nothing."""
     inputs: tuple[str, ...]
     """Names of the operations whose output it takes; ``graph.input`` is the batch."""
     shape: tuple[int, ...] | None

@@ -33,7 +33,7 @@ class _Called:
 
 
 def suspects(model: nn.Module, inputs: Inputs) -> dict[str, str]:
-    """The smallest submodules of ``model`` that are to blame, with the reasons; nothing if none of them is by itself."""
+    """The smallest submodules of ``model`` that are to blame, with the reasons; nothing if none is by itself."""
     trial = copied(model, share_parameters=True)
     set_mode(trial, training=True)
     first = _Called(inputs.tensors, [False] * len(inputs.tensors), None)

@@ -18,13 +18,12 @@ from pipeline.graph.copies import Inputs, copied, gradients_kept, set_mode, tens
 from pipeline.graph.evaluation import evaluated
 from pipeline.graph.interpret import run_all
 from pipeline.graph.nodes import MODULE, Form, Images, Node, Value
-from pipeline.graph.operations import Graph as Graph
-from pipeline.graph.operations import Opaque as Opaque
-from pipeline.graph.operations import Operation as Operation
-from pipeline.graph.operations import Parameter as Parameter
+from pipeline.graph.operations import Graph, Opaque, Operation, Parameter
 from pipeline.graph.sources import without_examples
 from pipeline.graph.suspects import suspects
 from pipeline.graph.writes import without_writes
+
+__all__ = ["Graph", "Opaque", "Operation", "Parameter", "model_dtype", "trace"]
 
 _IMAGES = 2
 """How many the model is tried on: one could not be told from a number, and BatchNorm needs two."""
@@ -127,7 +126,9 @@ class _Attempts:
         modules = {one.submodule: trial.get_submodule(one.submodule) for one in captured.nodes if one.submodule}
 
         def call() -> Any:
-            values: dict[str, Any] = dict(zip(captured.inputs, (one.clone() for one in self._inputs.tensors), strict=True))
+            values: dict[str, Any] = dict(
+                zip(captured.inputs, (one.clone() for one in self._inputs.tensors), strict=True)
+            )
             facts.begin()
             run_all(captured.nodes, values, weights, modules, _IMAGES, facts.note)
             return filled(captured.returned, values, _IMAGES)
@@ -182,9 +183,7 @@ class _Attempts:
         graph = Analysis(
             self._model, agreed.captured, agreed.facts, agreed.trained, model_dtype(self._model), self._inputs.keys
         ).graph()
-        return replace(
-            graph, evaluable=True, opaque=(Opaque("", reason),), convolution_flops=self._flops
-        )
+        return replace(graph, evaluable=True, opaque=(Opaque("", reason),), convolution_flops=self._flops)
 
 
 def _outermost(whole: Mapping[str, str]) -> dict[str, str]:

@@ -220,14 +220,12 @@ class _Rewriting:
 
 @lru_cache(maxsize=4096)
 def _effects(target: str) -> tuple[tuple[int, ...], bool]:
-    """The positions of the arguments that an operator writes to; and whether its result is in the first one's memory."""
+    """The positions of the arguments that are written to; and whether the result is in the first one's memory."""
     if not target.startswith("aten."):
         return (), target == "getitem"
     schema = resolved(target)._schema  # type: ignore[attr-defined]
     written = tuple(
-        place
-        for place, one in enumerate(schema.arguments)
-        if one.alias_info is not None and one.alias_info.is_write
+        place for place, one in enumerate(schema.arguments) if one.alias_info is not None and one.alias_info.is_write
     )
     shared = any(one.alias_info is not None and not one.alias_info.is_write for one in schema.arguments[:1])
     if target.startswith("aten.batch_norm") or "native_batch_norm" in target:

@@ -264,6 +264,7 @@ class _Search:
             devices=devices,
             labels=tuple(self._labels[device] for device in devices),
             operations=Mixed(self._graph, ranks, kinds, split, of_images, self._structure).plans(),
+            graph=self._graph,
         )
 
     def _splits_of(self, devices: tuple[int, ...]) -> _Splits:

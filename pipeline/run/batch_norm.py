@@ -41,17 +41,46 @@ def normalise(
     return normalised
 
 
-class _Moments(torch.autograd.Function):
-    """The images, with their mean and (biased) variance over all axes but the channels'.
+def of_all(
+    x_BCE: torch.Tensor, weight_C: torch.Tensor | None, bias_C: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output for a batch that is whole, and its ``m_RC``, mean and variance, as those of one rank."""
+    output, moments_RC = _OfAll.apply(x_BCE, weight_C, bias_C, eps)  # type: ignore[no-untyped-call]
+    return output, moments_RC
 
-    The sum of the centred squares is as safe as torch's own way and, over strided axes, several times as fast.
-    """
+
+class _OfAll(torch.autograd.Function):
+    """BatchNorm with a mean and a variance that are exact to rounding, whatever the order in memory."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_BCE: torch.Tensor, weight_C: torch.Tensor | None, bias_C: torch.Tensor | None, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        mean_C, variance_C = _mean_and_variance(x_BCE)
+        ctx.save_for_backward(x_BCE, mean_C, (variance_C + eps).rsqrt(), weight_C)
+        ctx.eps = eps
+        moments_RC = torch.stack([mean_C, variance_C])
+        ctx.mark_non_differentiable(moments_RC)
+        output = nn.functional.batch_norm(x_BCE, mean_C, variance_C, weight_C, bias_C, training=False, eps=eps)
+        return output, moments_RC
+
+    @staticmethod
+    def backward(ctx: Any, gradient_BCE: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_BCE, mean_C, inverse_C, weight_C = ctx.saved_tensors
+        affine = weight_C is not None
+        found = torch.ops.aten.native_batch_norm_backward(
+            _dense_as(x_BCE, gradient_BCE), x_BCE, weight_C, None, None, mean_C, inverse_C, True, ctx.eps,
+            [ctx.needs_input_grad[0], affine, affine],
+        )  # fmt: skip
+        return *found, None
+
+
+class _Moments(torch.autograd.Function):
+    """The images, with their mean and (biased) variance over all axes but the channels'."""
 
     @staticmethod
     def forward(ctx: Any, x_BCE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        mean_C = x_BCE.mean([0, *range(2, x_BCE.dim())])
-        centred_BCP = (x_BCE - _over_channels(mean_C, x_BCE)).reshape(*x_BCE.shape[:2], -1)
-        variance_C = torch.linalg.vecdot(centred_BCP, centred_BCP).sum(0) / _per_channel(x_BCE)
+        mean_C, variance_C = _mean_and_variance(x_BCE)
         ctx.save_for_backward(x_BCE, mean_C)
         ctx.set_materialize_grads(False)
         return x_BCE, mean_C, variance_C
@@ -142,6 +171,16 @@ def track(
     # By `data`, so that it counts as no change, as with torch: an earlier use of the module may have kept them.
     mean_C.data.mul_(1 - momentum).add_(momentum * new_mean_C)
     variance_C.data.mul_(1 - momentum).add_(momentum * new_variance_C * count / (count - 1))
+
+
+def _mean_and_variance(x_BCE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and (biased) variance of each channel.
+
+    The sum of the centred squares is as safe as torch's own way and, over strided axes, several times as fast.
+    """
+    mean_C = x_BCE.mean([0, *range(2, x_BCE.dim())])
+    centred_BCP = (x_BCE - _over_channels(mean_C, x_BCE)).reshape(*x_BCE.shape[:2], -1)
+    return mean_C, torch.linalg.vecdot(centred_BCP, centred_BCP).sum(0) / _per_channel(x_BCE)
 
 
 def _combined(moments_RC: torch.Tensor, images: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,6 +25,7 @@ from torch.utils.data import TensorDataset
 import pipeline
 from pipeline.calibration.measure import CalibrationWarning, calibrate
 from pipeline.calibration.probes import PROBES, probe_rank, probing
+from pipeline.calibration.skeletons import skeleton_of
 from pipeline.cluster.devices import discover
 from pipeline.cluster.gang import run_gang
 from pipeline.errors import LostDeviceError
@@ -56,7 +57,7 @@ def test_real_steps_go_on_whether_or_not_strategies_keep_what_they_hold(
     client: Client, calibration: xr.Dataset, *, keeps: bool
 ) -> None:
     model = network("20:50")
-    task = probing(model, trace(model, torch.zeros(BATCH, 3, 32, 32)), calibration)
+    task = probing(skeleton_of(model), {}, trace(model, torch.zeros(BATCH, 3, 32, 32)), calibration)
     assert task.keeps
     found = run_gang(client, discover(client), probe_rank, [(replace(task, keeps=keeps),)] * 2, label="probe")
     for probe, steps, other in zip(PROBES, found[0].steps, found[1].steps, strict=True):

@@ -361,15 +361,15 @@ def test_what_shares_a_weight_or_cannot_travel_must_be_in_one_place() -> None:
 
 
 class Bound(nn.Module):
-    """A number from before the convolution is used after it, so that all of it is one segment."""
+    """The convolution works on parts of images, which cannot travel, so that all of it is one segment."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 10, 16)
+        self.conv = nn.Conv2d(1, 10, 16)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        width = x_BCHW.shape[3]
-        return (self.conv(x_BCHW) / width).flatten(1)
+        images, channels, *size = x_BCHW.shape
+        return self.conv(x_BCHW.reshape(images * channels, 1, *size)).reshape(images, -1)
 
 
 def test_a_convolution_that_is_no_segment_of_its_own_is_no_other_network() -> None:

@@ -12,6 +12,7 @@ from pipeline.graph.trace import trace
 from pipeline.networks import network
 from pipeline.plan.strategies import plan_network
 from pipeline.run.execution import Execution
+from pipeline.run.parts import parts_of
 
 
 def test_an_execution_gives_its_weights_back_when_nobody_needs_it_any_more() -> None:
@@ -22,7 +23,7 @@ def test_an_execution_gives_its_weights_back_when_nobody_needs_it_any_more() -> 
     here = RankContext(
         rank=0, size=2, device=Device("cpu"), torch_device=torch.device("cpu"), group=None, generation="here"
     )
-    execution = Execution(here, model, graph, plan)
+    execution = Execution(here, parts_of(model, graph), graph, plan)
     shard = weakref.ref(execution.parameters.work["conv2.weight"])
     assert shard() is not None
     del execution

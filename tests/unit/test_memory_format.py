@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pipeline.run.memory_format import arrange_module, arranged, empty, flat, in_memory_order, shaped_as
+from pipeline.run.memory_format import arrange, arranged, empty, flat, in_memory_order, shaped_as
 
 
 def test_numbers_keep_their_places_in_either_order() -> None:
@@ -27,11 +27,11 @@ def test_numbers_keep_their_places_in_either_order() -> None:
 def test_a_module_goes_to_and_fro_with_its_parameters_in_place() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
     weight, before = model[0].weight, model[0].weight.detach().clone()
-    arrange_module(model, channels_last=True)
+    arrange(model.parameters(), channels_last=True)
     assert weight is model[0].weight
     assert not weight.is_contiguous()
     assert weight.is_contiguous(memory_format=torch.channels_last)
-    arrange_module(model, channels_last=False)
+    arrange(model.parameters(), channels_last=False)
     assert weight.is_contiguous()
     assert torch.equal(weight, before)
 
@@ -41,6 +41,6 @@ def test_a_depthwise_weight_has_the_strides_of_its_order() -> None:
     layer = nn.Conv2d(8, 8, 5, padding=2, groups=8)
     before = layer.weight.detach().clone()
     for last, strides in ((True, (25, 1, 5, 1)), (False, (25, 25, 5, 1))):
-        arrange_module(layer, channels_last=last)
+        arrange(layer.parameters(), channels_last=last)
         assert layer.weight.stride() == strides
         assert torch.equal(layer.weight, before)

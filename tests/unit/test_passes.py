@@ -16,6 +16,7 @@ from pipeline.networks import network
 from pipeline.plan.plan import Plan
 from pipeline.plan.strategies import plan_network
 from pipeline.run.execution import Execution
+from pipeline.run.parts import parts_of
 
 IMAGES = 4
 
@@ -29,7 +30,7 @@ def _execution(graph: Graph, plan: Plan) -> Execution:
     here = RankContext(
         rank=0, size=plan.ranks, device=Device("cpu"), torch_device=torch.device("cpu"), group=None, generation="here"
     )
-    execution = Execution(here, network("6:10"), graph, plan)
+    execution = Execution(here, parts_of(network("6:10"), graph), graph, plan)
     initialise(execution.parameters.work.values())
     return execution
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from pipeline.calibration import attribution, links, probes
 from pipeline.calibration.probes import Probing
+from pipeline.calibration.skeletons import skeleton_of
 from pipeline.graph.trace import trace
 from pipeline.plan.costs import LAYOUTS, Costs
 from pipeline.plan.fitting import needed_memory
@@ -32,7 +33,7 @@ def _measured(model: nn.Module, *factors: float, **true: Any) -> tuple[xr.Datase
     """
     graph = trace(model, torch.zeros(2, 3, 32, 32))
     calibration = synthetic.calibration_of(graph, ["cpu", "cpu@0.5"]).drop_vars(("probe_step_time", "probe_busy_time"))
-    task = probes.probing(model, graph, calibration)
+    task = probes.probing(skeleton_of(model), {}, graph, calibration)
     so = calibration.assign(
         stretch=(("device", "layout"), true.get("stretch", np.ones((2, len(LAYOUTS))))),
         turn_growth=("company", [true.get(company, 0.0) for company in COMPANIES]),
@@ -110,7 +111,7 @@ def test_what_does_not_fit_into_memory_is_not_tried(model: nn.Module) -> None:
     graph = trace(model, torch.zeros(2, 3, 32, 32))
     calibration = synthetic.calibration_of(graph, ["cpu", "cpu"])
     calibration["memory_limit"] = calibration.process_memory + 1e5
-    task = probes.probing(model, graph, calibration)
+    task = probes.probing(skeleton_of(model), {}, graph, calibration)
     assert task.plans == {}
     assert attribution.fitted(calibration, task).summing_time == 0
 
@@ -120,7 +121,9 @@ def test_what_all_strategies_hold_is_kept_only_if_it_takes_less_than_half_of_the
     calibration = synthetic.calibration_of(graph, ["cpu", "cpu"])
 
     def task_with(room: float) -> Probing:
-        return probes.probing(model, graph, calibration.assign(memory_limit=calibration.process_memory + room))
+        return probes.probing(
+            skeleton_of(model), {}, graph, calibration.assign(memory_limit=calibration.process_memory + room)
+        )
 
     task = task_with(np.inf)
     needed = [needed_memory(graph, plan, itemsize=task.itemsize).sum() for plan in task.plans.values()]
@@ -177,7 +180,7 @@ def test_steps_of_one_device_are_taken_until_two_agree(monkeypatch: pytest.Monke
 def test_what_one_device_takes_longer_holds_for_any_layout(model: nn.Module) -> None:
     graph = trace(model, torch.zeros(2, 3, 32, 32))
     calibration = synthetic.calibration_of(graph, ["cpu"]).drop_vars(("probe_step_time", "probe_busy_time"))
-    task = probes.probing(model, graph, calibration)
+    task = probes.probing(skeleton_of(model), {}, graph, calibration)
     assert list(task.plans) == ["single"]
     took = [1.3 * attribution._Steps(task).busy("single", Costs.of(calibration))[0], *[np.nan] * len(probes.PROBES[1:])]
     steps = xr.DataArray(took, {"probe": ["single", *(one for one in probes.PROBES if one != "single")]}, "probe")

@@ -223,9 +223,9 @@ def test_what_the_model_does_in_place_is_done_so_within_a_segment(in_place: bool
         for one in segment.steps
     ]
     found = {one.operation: one.in_place for one in steps}
-    # Split by kernels, what `iadd` writes to is a segment's input: another segment made it.
+    # Split by kernels, what `+=` writes to is a segment's input: another segment made it.
     assert found == {
-        "conv1": False, "relu": in_place, "conv2": False, "iadd": not kernel, "relu_1": in_place, "mean": False
+        "conv1": False, "relu": in_place, "conv2": False, "add": not kernel, "relu_1": in_place, "mean": False
     }  # fmt: skip
 
 

@@ -182,7 +182,7 @@ def test_a_convolution_that_gives_less_than_it_takes_is_split_by_its_input_over_
     plan = fastest_plan(graph, costs, batch_size=4, labels=["a", "b"])
     narrow = plan["_2"]
     assert (narrow.input.kind, narrow.output.kind) == ("K", "P")
-    assert plan.split_convolutions(graph) == pytest.approx(1.0)
+    assert plan.split == pytest.approx(1.0)
     assert plan.convolution_shares(graph) == pytest.approx((0.5, 0.5), abs=0.02)
     time = float(predict_step(graph, plan, costs, batch_size=4)[0])
     assert min(predicted(graph, costs, strategy, 4) for strategy in ("single", "kernel", "batch")) > 1.1 * time

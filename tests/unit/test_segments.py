@@ -16,7 +16,7 @@ from pipeline.networks import network
 def _works(model: nn.Module) -> list[tuple[str, str]]:
     graph = trace(model, torch.zeros(2, 3, 32, 32))
     plan = split_plan(graph, 0.5)
-    return [(chain.name, geometry(graph, model, plan, chain)) for chain in chains_of(graph)]
+    return [(chain.name, geometry(graph, plan, chain)) for chain in chains_of(graph)]
 
 
 def _stack(*strides: int) -> nn.Sequential:
@@ -53,7 +53,7 @@ def test_the_blocks_of_a_resnet_are_alike() -> None:
 def test_a_narrow_layer_is_measured_at_no_number_of_kernels_twice_nor_at_none() -> None:
     graph = trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 16, 3)), torch.zeros(2, 3, 9, 9))
     task = Task(
-        model=nn.Identity(), graph=graph, cuts=frozenset(), chains=tuple(chains_of(graph)), weights=(1, 1, 1),
+        model=None, modules={}, graph=graph, cuts=frozenset(), chains=tuple(chains_of(graph)), weights=(1, 1, 1),
         images=(1, 4), fractions=FRACTIONS, repetitions=1, passes=0, alone=(),
     )  # fmt: skip
     narrow, _, wide = task.kernels()
@@ -73,8 +73,8 @@ def test_more_work_per_image_is_measured_with_fewer_images() -> None:
 
 def test_the_same_layers_in_numbers_of_another_type_are_other_work() -> None:
     def works(dtype: torch.dtype) -> list[str]:
-        graph, model = trace(_stack(1), torch.zeros(2, 3, 32, 32)), _stack(1).to(dtype)
-        return [geometry(graph, model, split_plan(graph, 0.5), chain) for chain in chains_of(graph)]
+        graph = trace(_stack(1).to(dtype), torch.zeros(2, 3, 32, 32))
+        return [geometry(graph, split_plan(graph, 0.5), chain) for chain in chains_of(graph)]
 
     assert works(torch.float32) == works(torch.float32)
     assert not set(works(torch.float32)) & set(works(torch.float64))
