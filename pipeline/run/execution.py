@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from pipeline.cluster.gang import RankContext
+from pipeline.data.batches import moved
 from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph, model_dtype
 from pipeline.graph.tracing import EVALUATION, modes, traced
@@ -57,7 +58,7 @@ class Execution:
         self._modes = {training: _modes_by_name(model, graph_module, training=training) for training in (True, False)}
         self._nodes = {node.name: node for node in graph_module.graph.nodes}
         self._returned = next(node for node in graph_module.graph.nodes if node.op == "output").args[0]
-        self.parameters = Parameters(model, graph_module, graph, plan, self.transport)
+        self.parameters = Parameters(graph_module, graph, plan, self.transport)
         self.dtype = model_dtype(model)
         self.program = functools.lru_cache(maxsize=8)(functools.partial(compile_program, graph, plan))
         """The program for a batch size; the last batch of an epoch is often smaller."""
@@ -71,7 +72,7 @@ class Execution:
         self._masks = Masks(graph, 0)
         self._attached: dict[int, list[Any]] = {}
         self._pending: list[_Pending] = []
-        self._target: torch.Tensor | None = None
+        self._target: Any = None
         self._loss: torch.Tensor | None = None
         self._recipe: Recipe | None = None
         self._whole: nn.Module | None = None
@@ -83,13 +84,13 @@ class Execution:
         self.parameters.load()
         self._masks = Masks(self.graph, seed)
         self._recipe = recipe.on(self.transport.device)
-        self.updater = Updater(recipe, self.parameters, self.context)
+        self.updater = Updater(self._recipe, self.parameters, self.context)
 
     def train_step(
         self,
         batch_size: int,
         x_BCHW: torch.Tensor | None,
-        y_B: torch.Tensor | None,
+        target: Any,
         clock: Clock,
         turn: Turn,
     ) -> float | None:
@@ -99,7 +100,7 @@ class Execution:
         self._weight = turn.weight
         if turn.first:
             self.parameters.clear_gradients()
-        self._target = None if y_B is None else y_B.to(self.transport.device)
+        self._target = moved(target, self.transport.device)
         for place, instruction in zip(self._places(batch_size), program.instructions, strict=True):
             if not turn.last and _only_last(instruction):
                 continue
@@ -107,7 +108,8 @@ class Execution:
                 self._complete(instruction, clock)
             if turn.last and instruction is program.update and self.updater is not None:
                 self.updater.clip()
-            if self.context.rank in instruction.ranks:
+            trains_loss = instruction is program.update and self.updater is not None and self.updater.trains_loss
+            if self.context.rank in instruction.ranks or trains_loss:
                 with clock.instruction(place):
                     self._run(instruction, program, place)
                     self._synchronise()
@@ -215,7 +217,6 @@ class Execution:
     def _forward(self, instruction: Compute, gradients: frozenset[Placed]) -> None:
         if instruction.name == LOSS:
             assert self._recipe is not None
-            assert self._target is not None
             self._loss = self._recipe.loss(self._output(), self._target)
             return
         # By layout as well as by name: a segment may use one tensor both whole and split.

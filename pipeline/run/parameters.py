@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx, nn
 
-from pipeline.errors import InputError
 from pipeline.graph.effects import Effect
 from pipeline.graph.trace import Graph, Operation, Parameter, model_dtype
 from pipeline.plan.instructions import Exchange, Placed
@@ -18,9 +16,6 @@ from pipeline.plan.plan import ParameterPlan, Plan, parameters_of
 from pipeline.plan.program import parameter_spec
 from pipeline.run.memory_format import arrange_module, empty, flat, shaped_as
 from pipeline.run.transport import Transport
-
-ParameterGroups = Callable[[nn.Module], Iterable[dict[str, Any]]]
-"""Makes parameter groups of a model, as one would give them to an optimiser of that model."""
 
 
 class Parameters:
@@ -31,9 +26,8 @@ class Parameters:
     model and ``gather`` brings them back.
     """
 
-    def __init__(self, root: nn.Module, model: fx.GraphModule, graph: Graph, plan: Plan, transport: Transport) -> None:
-        """``root`` is the model itself, and ``model`` what tracing made of it."""
-        self._root = root
+    def __init__(self, model: fx.GraphModule, graph: Graph, plan: Plan, transport: Transport) -> None:
+        """``model`` is what tracing made of it."""
         self._model, self._graph, self._plan, self._transport = model, graph, plan, transport
         self._rank, self._device = transport.rank, transport.device
         self._plans = {one.parameter.name: one for _, one in parameters_of(graph, plan)}
@@ -77,30 +71,6 @@ class Parameters:
         """Forget all gradients before a step."""
         for tensor in (*self.work.values(), *self.home.values()):
             tensor.grad = None
-
-    def groups(self, select: ParameterGroups | None) -> list[dict[str, Any]] | list[nn.Parameter]:
-        """What to give an optimiser: the trained tensors whose home is here, in groups where the user wants some.
-
-        ``select`` makes groups of the parameters of a model, as for an optimiser of that model; groups of which nothing
-        is here stay, empty. Raises ``InputError`` if a group names what is no parameter of the model.
-        """
-        if select is None:
-            return self.trained
-        known = {id(parameter) for parameter in self._root.parameters()}
-        names = {id(parameter): name for name, parameter in self._model.named_parameters(remove_duplicate=False)}
-        mine = {id(tensor) for tensor in self.trained}
-        found = []
-        for group in select(self._root):
-            given = group["params"]
-            chosen = [given] if isinstance(given, torch.Tensor) else list(given)
-            unknown = next((one for one in chosen if id(one) not in known), None)
-            if unknown is not None:
-                raise InputError(
-                    f"a parameter group names a tensor of shape {tuple(unknown.shape)} that the model lacks"
-                )
-            here = [self.home.get(names.get(id(one), "")) for one in chosen]
-            found.append({**group, "params": [one for one in here if one is not None and id(one) in mine]})
-        return found
 
     @property
     def counted(self) -> list[torch.Tensor]:
