@@ -237,7 +237,7 @@ def _traced(model: nn.Module, example: Inputs, strategy: Strategy) -> Graph:
         raise InputError(
             f"a model of {len(example)} inputs cannot be split by '{strategy}': give it one, or take 'ddp'"
         )
-    return Graph(input="x", input_shape=(), operations=(), outputs=(), evaluable=True)
+    return Graph(input="x", input_shape=(1,), operations=(), outputs=(), evaluable=True)
 
 
 def _beside_processes(

@@ -7,11 +7,12 @@ import functools
 import time
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from distributed import Client
 from torch import nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedBuffer, is_lazy
 
 from pipeline.cluster.devices import Member
 from pipeline.data.batches import Inputs, call, prepared
@@ -56,7 +57,10 @@ def with_all_weights(model: nn.Module, inputs: Inputs, seed: int) -> nn.Module:
     """
     if not any(map(is_lazy, (*model.parameters(), *model.buffers()))):
         return model
-    ready = copy.deepcopy(model)
+    # torch cannot copy a buffer that has no size yet, only parameters.
+    unmade = (one for one in model.buffers() if is_lazy(one))
+    memo: dict[int, Any] = {id(one): UninitializedBuffer(device=one.device, dtype=one.dtype) for one in unmade}
+    ready = copy.deepcopy(model, memo)
     modes = {one: one.training for one in ready.modules()}
     dtype = model_dtype(model)
     device = next((one.device for one in model.parameters()), torch.device("cpu"))

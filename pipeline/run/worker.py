@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from pipeline._torchvision import Importable
 from pipeline.cluster.gang import RankContext
+from pipeline.cluster.randomness import leave_to_the_rank
 from pipeline.data.batches import call, prepared
 from pipeline.data.randomness import seed_all
 from pipeline.errors import RunError
@@ -124,6 +125,7 @@ def run_rank(context: RankContext, job: Job) -> Account:
     images: list[int] = []
     metrics: dict[str, list[float]] = {}
     start, stolen, monitor = time.monotonic(), stolen_seconds(), job.recipe.monitor
+    leave_to_the_rank()
     seed_all(job.seed)  # behind all that is made ready: a plain loop draws nothing for it
     for number, epoch in enumerate(runner.batches.epochs(), 1):
         began, done = time.monotonic(), len(losses)
