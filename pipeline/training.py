@@ -21,6 +21,7 @@ from pipeline.checkpoint import check_checkpoint, write_weights
 from pipeline.cluster.deployment import local_cluster
 from pipeline.cluster.devices import Member, discover
 from pipeline.cluster.processes import check_loader_processes
+from pipeline.compiled import without_compiler
 from pipeline.data.batches import Inputs, shapes_of
 from pipeline.data.loading import check_data, check_length, check_loader, is_stream, length_of, validation_options
 from pipeline.errors import InputError
@@ -33,7 +34,7 @@ from pipeline.plan.strategies import Shares
 from pipeline.results.contracts import describe
 from pipeline.run.batches import order
 from pipeline.run.callbacks import Callback
-from pipeline.run.given import warn_of_slow_numbers, with_all_weights, without_compiler
+from pipeline.run.given import warn_of_slow_numbers, with_all_weights
 from pipeline.run.groups import ParameterGroups, check_loss, named_groups
 from pipeline.run.launch import SGD, OnProgress, example_batch, held_memory, room_for, run_plan
 from pipeline.run.metrics import Metric, check_metrics

@@ -29,6 +29,7 @@ from pipeline.calibration.segments import Chain, chains_of, geometry
 from pipeline.calibration.worker import Measurement, Task, measure_rank, split_plan
 from pipeline.cluster.devices import Member, discover
 from pipeline.cluster.gang import run_gang
+from pipeline.compiled import without_compiler
 from pipeline.errors import InputError, LostDeviceError, RunError, first_line
 from pipeline.graph.trace import Graph, trace
 from pipeline.plan.costs import LAYOUTS
@@ -82,6 +83,7 @@ def calibrate(
     Raises ``InputError`` if the model does not take such images and ``RunError`` when a device is lost.
     """
     chosen = tuple(members or discover(client))
+    model = without_compiler(model)
     graph = trace(model, example_input)
     chains = chains_of(graph)
     plan = split_plan(graph, 0.5)

@@ -1,4 +1,4 @@
-"""The model that a user gave, made ready: without what a compiler put around it, and with all its weights made."""
+"""The model that a user gave, made ready: with all its weights made, and a warning of a number type that is slow."""
 
 from __future__ import annotations
 
@@ -30,25 +30,6 @@ class SlowNumbersWarning(UserWarning):
     """A device computes in the model's number type far slower than in float32."""
 
 
-def without_compiler(model: nn.Module) -> nn.Module:
-    """The model inside what ``torch.compile`` made of it, or of parts of it; those are taken out of a copy."""
-    while (inner := _inner(model)) is not None:
-        model = inner
-    wrapped = [one for one in model.modules() if _inner(one) is not None]
-    if not wrapped:
-        return model
-    # deepcopy takes from its memo what it would otherwise copy.
-    memo: dict[int, nn.Module] = {}
-    for one in reversed(wrapped):
-        memo[id(one)] = copy.deepcopy(_inner(one), memo)  # type: ignore[assignment]
-    return copy.deepcopy(model, memo)
-
-
-def _inner(model: nn.Module) -> nn.Module | None:
-    # By name: the class is in a part of torch that takes a second to load.
-    return model._modules.get("_orig_mod") if type(model).__name__ == "OptimizedModule" else None
-
-
 def with_all_weights(model: nn.Module, inputs: Inputs, seed: int) -> nn.Module:
     """The model, or where it has lazy layers a copy that has seen ``inputs``, in evaluation: no statistics move.
 
@@ -59,7 +40,8 @@ def with_all_weights(model: nn.Module, inputs: Inputs, seed: int) -> nn.Module:
         return model
     # torch cannot copy a buffer that has no size yet, only parameters.
     unmade = (one for one in model.buffers() if is_lazy(one))
-    memo: dict[int, Any] = {id(one): UninitializedBuffer(device=one.device, dtype=one.dtype) for one in unmade}
+    made: Any = UninitializedBuffer
+    memo = {id(one): made(device=one.device, dtype=one.dtype) for one in unmade}
     ready = copy.deepcopy(model, memo)
     modes = {one: one.training for one in ready.modules()}
     dtype = model_dtype(model)

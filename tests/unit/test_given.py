@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.compiled import without_compiler
 from pipeline.errors import InputError
-from pipeline.run.given import slow_numbers, slowdown, with_all_weights, without_compiler
+from pipeline.run.given import slow_numbers, slowdown, with_all_weights
 from pipeline.run.groups import check_loss, grouped, named_groups
 
 
