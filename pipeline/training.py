@@ -131,9 +131,9 @@ def fit(
     check_loader(dataset, options, batch_size)
     given, model = model, without_compiler(model)
     recipe = Recipe(
-        loss=loss or CrossEntropy(), optimizer=optimizer, groups=named_groups(parameter_groups, given, loss),
-        scheduler=scheduler, scheduled_by=scheduled_by, clip_norm=clip_norm, clip_value=clip_value,
-        accumulate=accumulate, monitor=monitor,
+        loss=CrossEntropy() if loss is None else loss, optimizer=optimizer,
+        groups=named_groups(parameter_groups, given, loss), scheduler=scheduler, scheduled_by=scheduled_by,
+        clip_norm=clip_norm, clip_value=clip_value, accumulate=accumulate, monitor=monitor,
     )  # fmt: skip
     check_recipe(recipe)
     check_loss(model, recipe.loss)

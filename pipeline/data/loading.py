@@ -95,7 +95,8 @@ def check_length(
     for name, value in (("batch size", batch_size), ("epochs", epochs), ("max_steps", max_steps)):
         if value is not None and value < 1:
             raise InputError(f"{name} {value} must be at least 1")
-    sampler = options.get("batch_sampler") or options.get("sampler")
+    given = (options.get("batch_sampler"), options.get("sampler"))
+    sampler = next((one for one in given if one is not None), None)
     source = dataset if sampler is None else sampler
     count = length_of(source)
     if count is None:

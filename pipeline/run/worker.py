@@ -143,6 +143,8 @@ def run_rank(context: RankContext, job: Job) -> Account:
         found = runner.metrics() if job.feed.validates else {}
         for name, value in found.items():
             metrics.setdefault(name, []).append(value)
+        if job.validation is not None and monitor not in (None, "loss", *found):
+            raise RunError(f"monitor '{monitor}' cannot be told of these outputs and labels: give metrics of your own")
         mean = runner.mean_loss(losses[done:], images[done:])
         runner.updater.end_epoch(mean if monitor in (None, "loss") else found.get(str(monitor)))
         if job.callbacks and _ended_by(context, job.callbacks, number, mean, found, time.monotonic() - began):

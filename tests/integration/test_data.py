@@ -333,6 +333,14 @@ def test_random_numbers_of_the_data_are_those_of_a_plain_loop(client: Client) ->
     check(fit(client, net(), Noisy(), "kernel"), (losses, model.state_dict()))
 
 
+def test_a_schedule_that_follows_an_accuracy_of_values_is_told_so(client: Client) -> None:
+    x, _ = data().tensors
+    values = TensorDataset(x, torch.full((IMAGES, 1), 3.0, dtype=torch.float64))
+    with pytest.raises(pipeline.RunError, match="monitor 'accuracy' cannot be told of these outputs and labels"):
+        fit(client, net(1), values, "kernel", loss=nn.MSELoss(), validation=values, monitor="accuracy")
+    assert "accuracy" not in fit(client, net(1), values, "kernel", loss=nn.MSELoss(), validation=values).history
+
+
 def test_what_was_timed_can_be_written_as_netcdf(client: Client, tmp_path: Path) -> None:
     result = fit(client, net(), data(), "kernel", validation=data())
     result.timing.to_netcdf(tmp_path / "timing.nc", engine="scipy")

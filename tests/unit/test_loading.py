@@ -78,6 +78,7 @@ class Nameless(SequentialSampler):
     [
         (Stream(), {}, "Stream has no length: give max_steps"),
         (DATA, {"sampler": Nameless(DATA)}, "Nameless has no length: give max_steps"),
+        (DATA, {"batch_sampler": Nameless(DATA)}, "Nameless has no length: give max_steps"),
         (DATA, {"sampler": WeightedRandomSampler([1.0] * 10, 3)}, "larger than WeightedRandomSampler, which gives 3"),
     ],
 )
