@@ -36,10 +36,8 @@ from pipeline.image_sources import (
 from pipeline.processor import usable_cores
 from pipeline.results.provenance import provenance
 from pipeline.results.stores import PathLike, write_zip
-from pipeline.stored_images import Float64, ImageArrays, UInt8
+from pipeline.stored_images import ImageArrays, channel_statistics
 from pipeline.torchvision_sources import is_torchvision, read_torchvision
-
-_IMAGES_PER_COUNT = 4096
 
 
 class DataWarning(UserWarning):
@@ -146,23 +144,9 @@ def _checked_size(image_size: int | tuple[int, int] | None) -> tuple[int, int] |
 
 
 def _normalised(raw: RawImages, warning: str | None = None) -> Images:
-    mean_C, std_C = _statistics(raw.train[0])
+    mean_C, std_C = channel_statistics(raw.train[0])
     train, test = (ImageArrays(images, labels, mean_C, std_C) for images, labels in (raw.train, raw.test))
     return Images(name=raw.name, train=train, test=test, classes=raw.classes, source=raw.source, warning=warning)
-
-
-def _statistics(images_NCHW: UInt8) -> tuple[Float64, Float64]:
-    """Mean and standard deviation per channel of pixel values taken as 0 to 1; 1 for a channel that is constant."""
-    counts_CV = np.zeros((images_NCHW.shape[1], 256))
-    for start in range(0, len(images_NCHW), _IMAGES_PER_COUNT):
-        for channel in range(len(counts_CV)):
-            values = images_NCHW[start : start + _IMAGES_PER_COUNT, channel].ravel()
-            counts_CV[channel] += np.bincount(values, minlength=256)
-    values_V = np.arange(256) / 255
-    share_CV = counts_CV / counts_CV.sum(axis=1, keepdims=True)
-    mean_C = share_CV @ values_V
-    std_C = np.sqrt((share_CV * (values_V - mean_C[:, None]) ** 2).sum(axis=1))
-    return mean_C, np.where(std_C > 0, std_C, 1.0)
 
 
 def _store(images: Images, choice: dict[str, Any]) -> xr.Dataset:

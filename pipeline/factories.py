@@ -69,12 +69,32 @@ def find_factory(name: str) -> Callable[..., Any]:
     return found
 
 
+def channels(name: str, classes: int) -> int | None:
+    """How many channels the first convolution of what that factory makes takes; None where it does not say.
+
+    Raises:
+        InputError: As `find_factory`, or the factory raises or returns no module.
+    """
+    convolutions = (one for one in _made(name, classes).modules() if isinstance(one, nn.modules.conv._ConvNd))
+    first = next(convolutions, None)
+    return None if first is None or not first.in_channels else first.in_channels
+
+
 def build(name: str, classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
     """Call the factory of that name, with the number of classes where it takes it.
 
     Raises:
         InputError: As `find_factory`; the factory raises or returns no module; or the images or classes do not fit.
     """
+    model = _made(name, classes)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError(f"Network '{name}' has no parameters to train.")
+    _check_images(name, model.cpu(), classes, image_shape)
+    return model.train()
+
+
+def _made(name: str, classes: int) -> nn.Module:
+    """What the factory of that name returns."""
     factory = find_factory(name)
     taken = [parameter.name for parameter in _parameters(factory) if parameter.name in _CLASS_ARGUMENTS]
     try:
@@ -83,10 +103,7 @@ def build(name: str, classes: int, image_shape: tuple[int, int, int]) -> nn.Modu
         raise InputError(f"Network '{name}' cannot be built: {_reason(error)}.") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"Network '{name}' returns {type(model).__name__} instead of a torch.nn.Module.")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise InputError(f"Network '{name}' has no parameters to train.")
-    _check_images(name, model.cpu(), classes, image_shape)
-    return model.train()
+    return model
 
 
 def check_workers(client: Client, members: Sequence[Member], name: str) -> None:

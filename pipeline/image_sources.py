@@ -22,9 +22,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from pipeline._torchvision import make_importable
+from pipeline.data.pictures import check_picture, is_picture, opened_picture
 from pipeline.errors import InputError
 from pipeline.processor import usable_cores
 from pipeline.stored_images import Int64, UInt8
@@ -144,7 +145,7 @@ def read_folder(folder: Path, choices: Choices) -> RawImages:
 
     paths = [*train.paths, *test.paths]
     images_NCHW = decoded(
-        [str(path) for path in paths], lambda index: _opened_image(paths[index]), str(folder), choices
+        [str(path) for path in paths], lambda index: opened_picture(paths[index]), str(folder), choices
     )
     count = len(train.paths)
     return RawImages(
@@ -182,14 +183,28 @@ def _split_folders(folder: Path) -> tuple[Path, Path | None]:
 
 
 def _listed(folder: Path, classes: Sequence[str]) -> _Listing:
+    """All files of the class folders; raises ``InputError`` for one that is no image, or an image outside of them."""
     make_importable()
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+    from torchvision.datasets.folder import make_dataset
 
+    astray = next(
+        (one for one in sorted(folder.iterdir()) if one.is_file() and _is_visible(one) and is_picture(one)), None
+    )
+    if astray is not None:
+        raise InputError(f"Image {astray} lies beside the class folders: put it into that of its class, or remove it.")
     positions = {name: position for position, name in enumerate(classes)}
-    samples = make_dataset(str(folder), positions, extensions=IMG_EXTENSIONS, allow_empty=True)
-    # Some systems leave hidden companions such as ._0001.jpg, which are not images.
-    visible = [(Path(path), label) for path, label in samples if not Path(path).name.startswith(".")]
+    samples = make_dataset(str(folder), positions, is_valid_file=lambda _: True, allow_empty=True)
+    visible = [(Path(path), label) for path, label in samples if _is_visible(Path(path))]
+    for path, _ in visible:
+        if not is_picture(path):
+            with opened_picture(path):  # tells what is wrong with it before anything is counted
+                pass
     return _Listing([path for path, _ in visible], np.array([label for _, label in visible], np.int64))
+
+
+def _is_visible(path: Path) -> bool:
+    """Some systems leave hidden companions such as ._0001.jpg, which are not images."""
+    return not path.name.startswith(".")
 
 
 def _test_listing(folder: Path, training_folder: Path, classes: Sequence[str]) -> _Listing:
@@ -263,23 +278,8 @@ def decoded(
     return images_NCHW
 
 
-@contextmanager
-def _opened_image(path: Path) -> Iterator[Image.Image]:
-    """The image, with whatever goes wrong while it is open told as a problem of this file."""
-    try:
-        with Image.open(path) as image:
-            yield image
-    except InputError:
-        raise
-    except UnidentifiedImageError as error:
-        raise InputError(f"Image {path} cannot be read: it is not an image, or of a format unknown here.") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"Image {path} cannot be read ({error}): replace or remove it.") from error
-
-
 def _pixels(image: Image.Image, name: str, size_WH: tuple[int, int], *, resize: bool, reference: str) -> UInt8:
-    if image.mode.startswith(("I", "F")):
-        raise InputError(f"Image {name} has more than 8 bits per channel: save it with 8.")
+    check_picture(image, name)
     if image.size != size_WH:
         if not resize:
             raise InputError(

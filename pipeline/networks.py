@@ -62,6 +62,18 @@ def network(
         return _torchvision_network(name, classes, image_shape)
 
 
+def takes_grey(name: str, classes: int) -> bool:
+    """Whether the network of that name is a user's own whose first convolution takes one channel.
+
+    Raises:
+        InputError: As `network`, where it cannot be made.
+    """
+    if not factories.is_factory(name.strip()):
+        return False
+    with torch.random.fork_rng(devices=[]):
+        return factories.channels(name.strip(), classes) == 1
+
+
 def check_name(name: str) -> None:
     """Raise InputError, as `network` does, where no network has the name; builds nothing."""
     name = name.strip()

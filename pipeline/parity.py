@@ -17,12 +17,13 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import TensorDataset
 
 from pipeline.cluster.devices import Member
-from pipeline.graph.copies import copied, tensors_of, unwrapped
+from pipeline.compiled import without_compiler
+from pipeline.data.randomness import seed_all
+from pipeline.graph.copies import copied, tensors_of
 from pipeline.graph.trace import Opaque, trace
 from pipeline.plan.plan import Strategy
 from pipeline.plan.strategies import plan_network
 from pipeline.run.launch import SGD, run_plan
-from pipeline.run.noise import seed_everything
 from pipeline.run.recipe import Recipe
 
 TOLERANCE = 1e-9
@@ -96,7 +97,7 @@ def check_parity(
     sum of the cross-entropies of all. The last batch has one image less than the others. Raises ``InputError`` if the
     model does not take such images, and ``RunError`` when a run fails.
     """
-    model = copied(unwrapped(model)).double().train()
+    model = copied(without_compiler(model)).double().train()
     count = batch_size * steps - 1
     generator = torch.Generator().manual_seed(_SEED)
     dataset = TensorDataset(
@@ -137,7 +138,7 @@ def check_parity(
 def _train_whole(model: nn.Module, dataset: TensorDataset, batches: Sequence[Sequence[int]]) -> _Trained:
     """A plain torch loop."""
     model = copied(model)
-    seed_everything(_SEED)
+    seed_all(_SEED)
     optimizer = SGD([parameter for parameter in model.parameters() if parameter.requires_grad])
     x_BCHW, y_B = dataset.tensors
     losses = []

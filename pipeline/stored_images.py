@@ -7,6 +7,7 @@ Shape suffixes: N images, C channels, H rows, W columns.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -23,11 +24,28 @@ import zarr
 from torch.utils.data import Dataset
 from zarr.storage import ZipStore
 
+from pipeline.data.pictures import grey
 from pipeline.errors import InputError
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 UInt8 = npt.NDArray[np.uint8]
+
+_IMAGES_PER_COUNT = 4096
+
+
+def channel_statistics(images_NCHW: UInt8) -> tuple[Float64, Float64]:
+    """Mean and standard deviation per channel of pixel values taken as 0 to 1; 1 for a channel that is constant."""
+    counts_CV = np.zeros((images_NCHW.shape[1], 256))
+    for start in range(0, len(images_NCHW), _IMAGES_PER_COUNT):
+        for channel in range(len(counts_CV)):
+            values = images_NCHW[start : start + _IMAGES_PER_COUNT, channel].ravel()
+            counts_CV[channel] += np.bincount(values, minlength=256)
+    values_V = np.arange(256) / 255
+    share_CV = counts_CV / counts_CV.sum(axis=1, keepdims=True)
+    mean_C = share_CV @ values_V
+    std_C = np.sqrt((share_CV * (values_V - mean_C[:, None]) ** 2).sum(axis=1))
+    return mean_C, np.where(std_C > 0, std_C, 1.0)
 
 
 class ImageArrays(Dataset[tuple[torch.Tensor, int]]):
@@ -97,11 +115,23 @@ class StoredImages(Dataset[tuple[torch.Tensor, int]]):
             self.source_name = str(store.attrs["data"])
             self.warning = str(store.attrs["warning"]) or None
         self._length: int = count if limit is None else min(limit, count)
+        self._grey: tuple[Float64, Float64] | None = None
+
+    def in_grey(self) -> StoredImages:
+        """The same images with one channel, normalised by what is grey in the training images."""
+        found = copy.copy(self)
+        found.__dict__.pop("_arrays", None)
+        found.image_shape = (1, *self.image_shape[1:])
+        with _opened(self.path) as store:
+            found._grey = channel_statistics(grey(store["train_image"][:]))
+        return found
 
     @cached_property
     def _arrays(self) -> ImageArrays:
         with _opened(self.path) as store:
             images, labels = (store[f"{self.split}_{part}"][: self._length] for part in ("image", "label"))
+            if self._grey is not None:
+                return ImageArrays(grey(images), labels, *self._grey)
             return ImageArrays(images, labels, store["mean"][:], store["std"][:])
 
     def __getstate__(self) -> dict[str, Any]:

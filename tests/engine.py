@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import TensorDataset
 
 from pipeline.run.batches import batch_indices
-from pipeline.run.parameters import ParameterGroups
+from pipeline.run.groups import ParameterGroups
 from pipeline.run.recipe import Loss, OptimizerFactory, SchedulerFactory
 
 IMAGES = 22

@@ -12,9 +12,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 import xarray as xr
 from distributed import Client
 from numpy.typing import NDArray
@@ -29,8 +29,9 @@ from pipeline.calibration.skeletons import skeleton_of
 from pipeline.calibration.worker import Measurement, Task, measure_rank, split_plan
 from pipeline.cluster.devices import Member, discover
 from pipeline.cluster.gang import run_gang
+from pipeline.compiled import without_compiler
 from pipeline.errors import InputError, LostDeviceError, RunError, first_line
-from pipeline.graph.copies import unwrapped
+from pipeline.graph.copies import Inputs
 from pipeline.graph.trace import Graph, trace
 from pipeline.plan.costs import LAYOUTS
 from pipeline.plan.instructions import COMPANIES
@@ -58,7 +59,7 @@ class CalibrationWarning(UserWarning):
 
 def calibrate(
     model: nn.Module,
-    example_input: torch.Tensor,
+    example_input: Any,
     client: Client,
     *,
     members: Sequence[Member] | None = None,
@@ -83,7 +84,7 @@ def calibrate(
     Raises ``InputError`` if the model does not take such images and ``RunError`` when a device is lost.
     """
     chosen = tuple(members or discover(client))
-    model = unwrapped(model)
+    model = without_compiler(model)
     graph = trace(model, example_input)
     chains = chains_of(graph)
     plan = split_plan(graph, 0.5)
@@ -98,7 +99,7 @@ def calibrate(
         cuts=frozenset(chain.operations[0] for chain in chains),
         chains=tuple(chains[index] for index in first),
         weights=tuple(alike.count(index) for index in first),
-        images=calibration_images(graph, batch_size or len(example_input)),
+        images=calibration_images(graph, batch_size or Inputs.of(example_input).images),
         fractions=tuple(sorted(set(fractions) | {1.0})),
         repetitions=repetitions,
         passes=_PASSES,

@@ -290,7 +290,7 @@ class _Split:
         here = replace(context, rank=0, size=1, group=None) if plan.ranks == 1 else context
         parts = parts_with_some_weights(task.graph, task.modules) if here.rank == 0 else None
         self._execution, self._images = Execution(here, parts, task.graph, plan), task.images
-        self._execution.prepare(_RECIPE, seed=0)
+        self._execution.prepare(_RECIPE)
         self._inputs: Any = _inputs(task, task.images) if here.rank == 0 else None
         self._y_B = torch.zeros(task.images, dtype=torch.long) if here.rank == 0 else None
 

@@ -18,7 +18,7 @@ from pipeline.run.parts import Parts, made_up
 def skeleton_of(module: nn.Module) -> bytes | None:
     """A module on the meta device, made to travel; None of one that cannot."""
     try:
-        return cloudpickle.dumps(copied(module).to("meta"))
+        return bytes(cloudpickle.dumps(copied(module).to("meta")))
     except Exception:  # noqa: BLE001 - what it holds may be anything, and a run will tell
         return None
 

@@ -69,7 +69,7 @@ def accuracy(
             raise InputError(f"{option} {twice[0]} is given twice: give each once")
     check_name(network)
     with (
-        prepared_images(data, image_size, train_images, test_images) as (train, test),
+        prepared_images(data, image_size, train_images, test_images, network=network) as (train, test),
         cluster(devices, scheduler, network) as (client, members),
     ):
         first = build(network, classes=len(train.classes), image_shape=train.image_shape)

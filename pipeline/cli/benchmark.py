@@ -74,7 +74,7 @@ def benchmark(
     link = canonical_link(link)
     optimizer = optimizer_of(learning_rate, momentum)
     check_name(network)
-    with prepared_images(data, image_size) as (images, _):
+    with prepared_images(data, image_size, network=network) as (images, _):
         model = build(network, classes=len(images.classes), image_shape=images.image_shape, seed=seed)
         with cluster(devices, scheduler, network) as (client, members):
             bench = Bench(

@@ -48,7 +48,10 @@ def calibrate(
     from pipeline.run.launch import example_batch
 
     check_name(network)
-    with prepared_images(data, image_size) as (images, _), cluster(devices, scheduler, network) as (client, members):
+    with (
+        prepared_images(data, image_size, network=network) as (images, _),
+        cluster(devices, scheduler, network) as (client, members),
+    ):
         model = build(network, classes=len(images.classes), image_shape=images.image_shape)
         with Progress(f"calibrate {network}", None) as progress:
             calibration = measure(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -37,14 +37,22 @@ class EpochLines:
         self._shown: set[int] = set()
         self._lock = threading.Lock()
 
-    def show(self, number: int, loss: float, accuracy: float | None, seconds: float) -> None:
+    def show(
+        self,
+        number: int,
+        loss: float,
+        accuracy: float | None,
+        seconds: float,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
         """Print the epoch unless it has been printed."""
         with self._lock:
             if number in self._shown:
                 return
             self._shown.add(number)
             classified = "" if accuracy is None else f", test accuracy {100 * accuracy:.1f} %"
-            print(f"Epoch {number}: loss {loss:.4f}{classified} ({seconds:.3g} s)", flush=True)
+            others = "".join(f", {name} {value:.4g}" for name, value in (metrics or {}).items() if name != "accuracy")
+            print(f"Epoch {number}: loss {loss:.4f}{classified}{others} ({seconds:.3g} s)", flush=True)
 
     def show_all(self, epochs: Iterable[Epoch]) -> None:
         """Print those that have not been printed."""

@@ -16,10 +16,19 @@ if TYPE_CHECKING:
 
 @contextmanager
 def prepared_images(
-    data: str, image_size: int | None = None, train_limit: int | None = None, test_limit: int | None = None
+    data: str,
+    image_size: int | None = None,
+    train_limit: int | None = None,
+    test_limit: int | None = None,
+    *,
+    network: str | None = None,
 ) -> Iterator[tuple[StoredImages, StoredImages]]:
-    """Training and test images, at most so many: of a prepared file, or prepared for the length of the block."""
+    """Training and test images, at most so many: of a prepared file, or prepared for the length of the block.
+
+    They are grey where the ``network`` of that name takes one channel.
+    """
     from pipeline.datasets import prepare
+    from pipeline.networks import takes_grey
     from pipeline.stored_images import StoredImages
 
     with tempfile.TemporaryDirectory(prefix="pipeline-") as folder:
@@ -27,7 +36,10 @@ def prepared_images(
         if not path.is_file():
             path = Path(folder, "images.zarr.zip")
             prepare(data, path, root=download_folder(), image_size=image_size, progress=sys.stderr.isatty())
-        yield StoredImages(path, "train", train_limit), StoredImages(path, "test", test_limit)
+        train, test = StoredImages(path, "train", train_limit), StoredImages(path, "test", test_limit)
+        if network is not None and train.image_shape[0] != 1 and takes_grey(network, len(train.classes)):
+            train, test = train.in_grey(), test.in_grey()
+        yield train, test
 
 
 def download_folder() -> Path:

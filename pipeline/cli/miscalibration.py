@@ -69,7 +69,7 @@ def miscalibration(
     errors = sorted(set(error if error is not None else _ERRORS))
     optimizer = optimizer_of(learning_rate, momentum)
     check_name(network)
-    with prepared_images(data, image_size) as (images, _):
+    with prepared_images(data, image_size, network=network) as (images, _):
         model = build(network, classes=len(images.classes), image_shape=images.image_shape, seed=seed)
         with cluster(devices, scheduler, network) as (client, members):
             right = costs_of(calibration, network, model, images, client, members, batch_size)

@@ -70,7 +70,7 @@ def plan(
     check_name(network)
     if output is not None and (output.is_dir() or not output.resolve().parent.is_dir()):
         raise InputError(f"the plan cannot be written to {output}: name a file in a folder that exists")
-    with prepared_images(data, image_size) as (images, _):
+    with prepared_images(data, image_size, network=network) as (images, _):
         model = build(network, classes=len(images.classes), image_shape=images.image_shape)
         if calibration is not None and devices is None and scheduler is None:
             measured = open_zip(calibration, validate_calibration)  # of devices that need not be here

@@ -116,7 +116,7 @@ def train(
     check_name(network)
     if checkpoint is not None:
         check_checkpoint(checkpoint)
-    with prepared_images(data, image_size) as (images, test_images):
+    with prepared_images(data, image_size, network=network) as (images, test_images):
         model = build(network, classes=len(images.classes), image_shape=images.image_shape, seed=seed)
         graph = trace(model, example_batch(images))
         steps = epochs * -(-len(images) // batch_size)

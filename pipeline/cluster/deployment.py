@@ -39,6 +39,9 @@ _CONFIGURATION: dict[str, Any] = {
     "distributed.admin.tick.interval": "1s",
     "distributed.admin.system-monitor.interval": "5s",
     "distributed.worker.memory.monitor-interval": "2s",
+    # The processes of a DataLoader are children of a worker, which a daemonic process may not have. A worker still ends
+    # with its nanny, and they with it.
+    "distributed.worker.daemon": False,
     # Tensors are not Dask's to spill; a rank that is paused would stop its gang. Only the last fence stays.
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,

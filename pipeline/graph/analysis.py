@@ -111,8 +111,8 @@ class Analysis:
             if node.name in self._counters:
                 continue
             alone = node.name not in self._varying and node.name not in self._touched
-            drawn = node.name in self._drawn_names() and self._in_order
-            if alone and not node.writes and not drawn and node.name not in returned:
+            draws = node.name in self._drawn_names() and self._in_order
+            if alone and not node.writes and not draws and node.name not in returned:
                 continue
             operations.append(self._operation(node))
         outputs = [self._names[one] for one in _values(captured.returned)]
@@ -129,7 +129,7 @@ class Analysis:
                 self._in_names(one)
                 for one in self._closure([node for node in self._drawing if node.name in self._sources])
             ),
-            drawn=tuple(drawn),
+            drawn=tuple(drawn_names),
             constants=captured.constants,
             inputs=tuple(self._keys),
         )

@@ -228,7 +228,7 @@ def _multiplied(call: Shapes) -> list[Axes] | None:
     if min(len(one.form.shape), len(other.form.shape)) < 2:
         return None
     left, right = aligned(one.form, call.result), aligned(other.form, call.result)
-    found = [
+    found: list[Axes] = [
         {axis: place for axis, place in left.items() if place < dims - 1 and axis < len(one.form.shape) - 1},
         {axis: place for axis, place in right.items() if place != dims - 2 and axis != len(other.form.shape) - 2},
     ]
@@ -290,7 +290,7 @@ def _weighted_rectified(call: Shapes) -> list[Axes]:
     return [every, {0: 1} if weight.form.shape != (1,) else {}]
 
 
-def _sampled(call: Shapes) -> list[Axes]:
+def _sampled(_: Shapes) -> list[Axes]:
     return [{0: 0, 1: 1}, {0: 0}]
 
 
@@ -312,10 +312,11 @@ def _indexed(call: Shapes) -> list[Axes] | None:
 
 def _gathered(call: Shapes) -> list[Axes]:
     dropped = _dims(call) or [0]
-    return [
-        {axis: place for axis, place in _all_but(one.form, dropped).items() if one.form.shape[axis] == call.result.shape[axis]}
-        for one in call.operands
-    ]  # fmt: skip
+
+    def as_long(form: Form, axes: Axes) -> Axes:
+        return {axis: place for axis, place in axes.items() if form.shape[axis] == call.result.shape[axis]}
+
+    return [as_long(one.form, _all_but(one.form, dropped)) for one in call.operands]
 
 
 def _unfolded(call: Shapes) -> list[Axes]:
@@ -370,8 +371,8 @@ _RULES: dict[str, Rule] = {
     ),
     **_each(
         _spatial(2), "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "reflection_pad2d",
-        "replication_pad2d", "upsample_bilinear2d", "upsample_nearest2d", "upsample_bicubic2d", "max_pool2d_with_indices",
-        "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "fractional_max_pool2d",
+        "replication_pad2d", "upsample_bilinear2d", "upsample_nearest2d", "upsample_bicubic2d",
+        "max_pool2d_with_indices", "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "fractional_max_pool2d",
         "_adaptive_avg_pool2d",
     ),
     **_each(

@@ -315,7 +315,7 @@ class _Conversion:
 
     def _size(self, node: fx.Node, known: dict[fx.Node, Any], value: Any, path: str) -> Any:
         """A number made of shapes."""
-        if isinstance(value, int | float) and not isinstance(value, torch.SymInt):
+        if not isinstance(value, torch.SymInt) and isinstance(value, int | float):
             return value
         if isinstance(value, torch.SymInt):
             linear = _linear(value.node.expr)

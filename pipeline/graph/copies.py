@@ -14,14 +14,6 @@ from torch import nn
 from pipeline.errors import InputError, first_line
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model that ``torch.compile`` was given, if it was, else the model itself."""
-    inner = model
-    while "_orig_mod" in inner._modules:
-        inner = inner.get_submodule("_orig_mod")
-    return inner
-
-
 def copied(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:
     """A copy with buffers and all other attributes of its own, and parameters of its own or the model's.
 
@@ -115,6 +107,11 @@ class Inputs:
         """Of each, its position or its keyword."""
         return [*range(len(self.args)), *self.kwargs]
 
+    @property
+    def images(self) -> int:
+        """How many images there are."""
+        return len(self.tensors[0])
+
     def with_images(self, images: int) -> Inputs:
         """So many images, the same ones again where there are fewer."""
 
@@ -124,10 +121,11 @@ class Inputs:
         return Inputs(tuple(chosen(one) for one in self.args), {name: chosen(one) for name, one in self.kwargs.items()})
 
     def to(self, dtype: torch.dtype) -> Inputs:
-        """The same with floating-point tensors of that type, on the CPU."""
+        """The same on the CPU: floating-point tensors of that type, and a single one in any case."""
+        images = len(self.args) == 1 and not self.kwargs
 
         def converted(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+            return tensor.to("cpu", dtype if images or tensor.is_floating_point() else tensor.dtype)
 
         return Inputs(
             tuple(converted(one) for one in self.args), {name: converted(one) for name, one in self.kwargs.items()}

@@ -159,7 +159,12 @@ def mapped(structure: Any, function: Callable[[Any], Any]) -> Any:
 def leaves(structure: Any) -> Iterator[Any]:
     """All in a structure that is no tuple, list, dictionary or dataclass, in order."""
     found: list[Any] = []
-    mapped(structure, lambda one: found.append(one) or one)  # type: ignore[func-returns-value]
+
+    def take(leaf: Any) -> Any:
+        found.append(leaf)
+        return leaf
+
+    mapped(structure, take)
     yield from found
 
 
@@ -191,7 +196,7 @@ def number(given: Images | Size | Any, images: int) -> Any:
     return given
 
 
-def _power(base: float, exponent: float) -> float:
+def _power(base: Any, exponent: Any) -> Any:
     return base**exponent
 
 

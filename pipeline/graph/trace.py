@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.compiled import without_compiler
 from pipeline.errors import InputError
 from pipeline.graph import check, opaque
 from pipeline.graph.analysis import Analysis
 from pipeline.graph.capture import Captured, Uncapturable, capture
 from pipeline.graph.check import Behaviour, Facts, difference, filled, reason_of
-from pipeline.graph.copies import Inputs, copied, gradients_kept, set_mode, tensors_of, unwrapped
+from pipeline.graph.copies import Inputs, copied, gradients_kept, set_mode, tensors_of
 from pipeline.graph.evaluation import evaluated
 from pipeline.graph.interpret import run_all
 from pipeline.graph.nodes import MODULE, Form, Images, Node, Value
@@ -45,7 +46,7 @@ def trace(model: nn.Module, example_input: Any) -> Graph:
 
     Raises ``InputError`` if the model does not take such images.
     """
-    model = unwrapped(model)
+    model = without_compiler(model)
     return _Attempts(model, Inputs.of(example_input)).graph()
 
 

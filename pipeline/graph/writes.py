@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pipeline.graph.capture import Captured, Uncapturable
-from pipeline.graph.nodes import Form, Node, Value, Weight, mapped, resolved
+from pipeline.graph.nodes import Form, Node, Value, Weight, leaves, mapped, resolved
 
 _FILLS = ("bernoulli_", "uniform_", "normal_", "exponential_", "random_", "log_normal_", "cauchy_", "geometric_")
 """What writes random numbers whatever was there before."""
@@ -201,8 +201,8 @@ class _Rewriting:
         if step.operator in ("view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten"):
             return self._made(write, "aten.reshape.default", (Value(changed), list(form.shape)), form).name
         if step.operator in ("transpose", "t"):
-            axes = step.args[1:] or (0, 1)
-            return self._made(write, "aten.transpose.int", (Value(changed), *axes), form).name
+            swapped = step.args[1:] or (0, 1)
+            return self._made(write, "aten.transpose.int", (Value(changed), *swapped), form).name
         if step.operator == "permute":
             axes = [axis % len(form.shape) for axis in step.args[1]]
             back = [axes.index(axis) for axis in range(len(axes))]
@@ -265,8 +265,7 @@ def _ordinary(node: Node) -> Node:
 
 def _used(nodes: Sequence[Node], returned: Any) -> list[Node]:
     """Without the calls whose results nobody takes, unless they write or draw random numbers."""
-    wanted: set[str] = set()
-    mapped(returned, lambda leaf: wanted.add(leaf.name) if isinstance(leaf, Value) else None)  # type: ignore[func-returns-value]
+    wanted = {leaf.name for leaf in leaves(returned) if isinstance(leaf, Value)}
     kept = []
     for node in reversed(nodes):
         if node.name in wanted or node.writes or node.submodule is not None or draws(node) or _keeps_statistics(node):
@@ -291,5 +290,5 @@ def draws(node: Node) -> bool:
     if "dropout" in node.operator:
         return bool(node.argument("train", True)) and node.argument("p", 0.5) != 0
     if node.operator == "scaled_dot_product_attention":
-        return node.argument("dropout_p", 0.0) != 0
+        return bool(node.argument("dropout_p", 0.0) != 0)
     return True

@@ -10,6 +10,7 @@ import torch
 import xarray as xr
 from torch import nn
 
+from pipeline.compiled import without_compiler
 from pipeline.errors import InputError
 from pipeline.graph.trace import Graph, model_dtype, trace
 from pipeline.plan.checks import check_calibration, image_shape_of
@@ -31,6 +32,7 @@ def make_plan(model: nn.Module, calibration: xr.Dataset, *, batch_size: int, str
     Raises ``InputError`` for several calibrations or one of another network, an unknown strategy or a batch size below
     1.
     """
+    model = without_compiler(model)
     graph = trace(model, torch.zeros(2, *image_shape_of(calibration)))
     labels = [str(label) for label in calibration.device_label.values]
     itemsize = model_dtype(model).itemsize

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 
@@ -15,8 +16,10 @@ class Epoch:
     loss: float
     """Mean over its images."""
     accuracy: float | None
-    """On the validation images; None without any."""
+    """On the validation images; None without any, or where other metrics are wanted."""
     seconds: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Everything that was measured on the validation images, by name."""
 
 
 class Callback(Protocol):

@@ -13,14 +13,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pipeline.cluster.gang import RankContext
-from pipeline.graph.copies import Inputs, set_mode
-from pipeline.graph.nodes import mapped
+from pipeline.data.batches import Inputs, call, moved, prepared
+from pipeline.graph.copies import set_mode
 from pipeline.graph.trace import model_dtype
 from pipeline.links import Link
 from pipeline.run.clock import Clock
 from pipeline.run.emulation import Throttle
+from pipeline.run.groups import grouped, loss_parameters
 from pipeline.run.link_emulation import sleep_until
-from pipeline.run.recipe import Recipe, Turn
+from pipeline.run.recipe import Loss, Recipe, Turn, from_master, state_of
 
 
 class DataParallel:
@@ -32,31 +33,33 @@ class DataParallel:
         self.model = model.to(self.device)
         self.throttle = Throttle(context.device)
         ids = [self.device.index] if self.device.type == "cuda" else None
-        self._parallel = DistributedDataParallel(self.model, device_ids=ids) if context.size > 1 else self.model
+        step = _WithLoss(self.model, self._recipe.loss)
+        self._parallel: nn.Module = DistributedDataParallel(step, device_ids=ids) if context.size > 1 else step
         if link is not None and isinstance(self._parallel, DistributedDataParallel):
             self._parallel.register_comm_hook(_Ring(context, link, self.throttle), _over_link)
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
-        self._optimizer = recipe.optimizer(list(recipe.groups(self.model)) if recipe.groups else self._trained)
+        by_name = dict(self.model.named_parameters(remove_duplicate=False))
+        groups = grouped(recipe.groups, self._trained, by_name, loss_parameters(self._recipe.loss))
+        self._optimizer = recipe.optimizer(groups)
         self._scheduler = recipe.scheduler(self._optimizer) if recipe.scheduler else None
         self.dtype = model_dtype(model)
 
-    def train_step(self, part: float, inputs: Any, target: Any, clock: Clock, turn: Turn) -> float:
+    def train_step(self, part: float, inputs: Inputs, target: Any, clock: Clock, turn: Turn) -> float:
         """One step on this rank's images, which are ``part`` of the whole batch; the mean loss over them.
 
         DistributedDataParallel averages gradients over ranks. Where the batch does not divide evenly the loss is
         weighted, so that every image still counts the same.
         """
-        set_mode(self._parallel, training=True)
+        set_mode(self.model, training=True)
         with self._summing(turn.last):
             return self._step(part, inputs, target, clock, turn)
 
-    def _step(self, part: float, inputs: Any, target: Any, clock: Clock, turn: Turn) -> float:
+    def _step(self, part: float, inputs: Inputs, target: Any, clock: Clock, turn: Turn) -> float:
         if turn.first:
             self._optimizer.zero_grad()
-        args, kwargs = self.arguments(inputs)
-        target = mapped(target, lambda one: one.to(self.device) if isinstance(one, torch.Tensor) else one)
+        inputs, target = prepared(inputs, self.device, self.dtype), moved(target, self.device)
         with clock.instruction(0), self.throttle.work():
-            loss = self._recipe.loss(self._parallel(*args, **kwargs), target)
+            loss = self._parallel(inputs, target)
             self._synchronise()
         with clock.instruction(1), self.throttle.work():
             (loss * (part * self.context.size * turn.weight)).backward()
@@ -67,20 +70,19 @@ class DataParallel:
                 self._synchronise()
         return float(loss.detach())
 
-    def arguments(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the model is called with, on the device."""
-        given = Inputs.of(inputs)
-        return given.rebuilt([
-            one.to(self.device, self.dtype if one.is_floating_point() else one.dtype) for one in given.tensors
-        ])  # fmt: skip
+    def loss_state(self) -> dict[str, torch.Tensor] | None:
+        """The state dict of a loss that is a module."""
+        return state_of(self._recipe.loss)
 
-    def end_epoch(self, loss: float | None) -> None:
-        """Go on in a schedule by epochs; ``loss`` is the mean over the images of all ranks."""
+    def end_epoch(self, value: float | None) -> None:
+        """Go on in a schedule by epochs; the master gives the ``value`` of the epoch, which some schedules go by.
+
+        Every rank must call this.
+        """
         if self._scheduler is None or self._recipe.scheduled_by != "epoch":
             return
         if isinstance(self._scheduler, ReduceLROnPlateau):
-            assert loss is not None
-            self._scheduler.step(loss)
+            self._scheduler.step(from_master(value, self.context))
         else:
             self._scheduler.step()
 
@@ -102,6 +104,18 @@ class DataParallel:
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+class _WithLoss(nn.Module):
+    """A model and its loss as one module, so that the gradients of a loss with weights of its own are averaged, too."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, inputs: Inputs, target: Any) -> torch.Tensor:
+        """The loss of a batch."""
+        return self.loss(call(self.model, inputs), target)
 
 
 class _Ring:

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from pipeline.cluster.gang import RankContext
+from pipeline.data.batches import Inputs, call, moved, prepared
 from pipeline.graph.check import filled
-from pipeline.graph.copies import Inputs, set_mode, take_over
+from pipeline.graph.copies import Inputs as Given
+from pipeline.graph.copies import set_mode, take_over
 from pipeline.graph.effects import Effect
 from pipeline.graph.nodes import Weight, leaves, mapped
 from pipeline.graph.trace import Graph, Operation
@@ -35,7 +37,7 @@ from pipeline.run.calls import Calls, Part
 from pipeline.run.clock import Clock
 from pipeline.run.emulation import Throttle
 from pipeline.run.memory_format import arranged, empty
-from pipeline.run.noise import Draws, seed_everything
+from pipeline.run.noise import Draws
 from pipeline.run.parameters import Parameters
 from pipeline.run.parts import Parts
 from pipeline.run.recipe import Recipe, Turn, Updater
@@ -96,17 +98,16 @@ class Execution:
         """On the master, the model to evaluate where the graph cannot do it."""
         self.updater: Updater | None = None
 
-    def prepare(self, recipe: Recipe, seed: int) -> None:
+    def prepare(self, recipe: Recipe) -> None:
         """Move the parameters to their homes and make an optimiser for those that live here."""
         self.parameters.load()
         self._recipe = recipe.on(self.transport.device)
-        self.updater = Updater(recipe, self.parameters, self.context)
-        seed_everything(seed)
+        self.updater = Updater(self._recipe, self.parameters, self.context)
 
     def train_step(
         self,
         batch_size: int,
-        inputs: Any,
+        inputs: Inputs | None,
         target: Any,
         clock: Clock,
         turn: Turn,
@@ -121,7 +122,7 @@ class Execution:
         self._weight = turn.weight
         if turn.first:
             self.parameters.clear_gradients()
-        self._target = mapped(target, self._here)
+        self._target = moved(target, self.transport.device)
         for place, instruction in zip(self._places(batch_size), program.instructions, strict=True):
             if not turn.last and _only_last(instruction):
                 continue
@@ -129,7 +130,8 @@ class Execution:
                 self._complete(instruction, clock)
             if turn.last and instruction is program.update and self.updater is not None:
                 self.updater.clip()
-            if self.context.rank in instruction.ranks:
+            trains_loss = instruction is program.update and self.updater is not None and self.updater.trains_loss
+            if self.context.rank in instruction.ranks or trains_loss:
                 with clock.instruction(place):
                     self._run(instruction, program, place)
                     self._synchronise()
@@ -151,7 +153,7 @@ class Execution:
             take_over(whole, tensors)  # its own code may go by torch's usual order in memory
             self._whole = whole.to(self.transport.device).eval()
 
-    def predict(self, batch_size: int, inputs: Any) -> Any:
+    def predict(self, batch_size: int, inputs: Inputs | None) -> Any:
         """What the network returns for a batch, on the master; the model is in evaluation mode."""
         if not self.graph.evaluable:
             return self._predict_whole(inputs)
@@ -165,13 +167,11 @@ class Execution:
         self.forget()
         return output
 
-    def _predict_whole(self, inputs: Any) -> Any:
+    def _predict_whole(self, inputs: Inputs | None) -> Any:
         if self._whole is None or inputs is None:
             return None
         with torch.no_grad():
-            given = Inputs.of(inputs)
-            args, kwargs = given.rebuilt([self._of_model(one) for one in given.tensors])
-            return self._whole(*args, **kwargs)
+            return call(self._whole, prepared(inputs, self.transport.device, self.dtype))
 
     def gather(self) -> dict[str, torch.Tensor] | None:
         """The parameters and buffers of the graph on the CPU by name, on the master; None elsewhere."""
@@ -187,7 +187,7 @@ class Execution:
         with self.throttle.work():
             (self._forward if instruction.direction == "forward" else self._backward)(instruction, gradients)
 
-    def begin(self, batch_size: int, inputs: Any, *, training: bool) -> None:
+    def begin(self, batch_size: int, inputs: Inputs | None, *, training: bool) -> None:
         """Forget what was in flight, and take up a batch; the master gives the images."""
         self._batch_size = batch_size
         if training is not self._is_training:
@@ -196,19 +196,11 @@ class Execution:
                 _set_modes(module, self._modes[name], training=training)
         self.forget()
         if inputs is not None:
-            given = Inputs.of(inputs)
-            first, *others = (self._of_model(one) for one in given.tensors)
+            first, *others = Given.of(prepared(inputs, self.transport.device, self.dtype)).tensors
             source = Placed(self.graph.input, master(self.plan.ranks))
             self.values[source] = arranged(first, channels_last=self.plan.channels_last)
             self._inputs = dict(zip(self.graph.further_inputs, others, strict=True))
         self._draws.draw(batch_size, self._weight_of, training=training)
-
-    def _of_model(self, tensor: torch.Tensor) -> torch.Tensor:
-        """An input on the device, in the model's number type."""
-        return tensor.to(self.transport.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
-
-    def _here(self, leaf: Any) -> Any:
-        return leaf.to(self.transport.device) if isinstance(leaf, torch.Tensor) else leaf
 
     def _weight_of(self, name: str) -> Any:
         """A weight or constant, or this rank's part of it; None for a bias that another rank adds."""
@@ -250,7 +242,6 @@ class Execution:
     def _forward(self, instruction: Compute, gradients: frozenset[Placed]) -> None:
         if instruction.name == LOSS:
             assert self._recipe is not None
-            assert self._target is not None
             self._loss = self._recipe.loss(self._output(), self._target)
             return
         # By layout as well as by name: a segment may use one tensor both whole and split.

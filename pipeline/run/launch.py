@@ -15,21 +15,25 @@ from torch.utils.data import Dataset
 
 from pipeline.cluster.devices import Member
 from pipeline.cluster.gang import run_gang
-from pipeline.errors import InputError
+from pipeline.data.loading import example_batch
 from pipeline.graph.trace import Graph
 from pipeline.links import Link
 from pipeline.plan.fitting import Room
 from pipeline.plan.plan import Plan
 from pipeline.run.callbacks import Callback
+from pipeline.run.feeding import feed_of
 from pipeline.run.memory import bytes_of
+from pipeline.run.metrics import Metric
 from pipeline.run.parts import check_portable, parts_of
-from pipeline.run.recipe import OptimizerFactory, Recipe, states_of
+from pipeline.run.recipe import CrossEntropy, OptimizerFactory, Recipe, states_of
 from pipeline.run.worker import Account, Job, process_memory, run_rank
 
 SGD: OptimizerFactory = functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)
-PLAIN = Recipe(loss=nn.CrossEntropyLoss(), optimizer=SGD)
+PLAIN = Recipe(loss=CrossEntropy(), optimizer=SGD)
 
 OnProgress = Callable[[int, dict[str, float]], None]
+
+__all__ = ["PLAIN", "SGD", "OnProgress", "example_batch", "held_memory", "image_bytes", "room_for", "run_plan"]
 
 
 def run_plan(
@@ -44,7 +48,10 @@ def run_plan(
     recipe: Recipe | None = None,
     loader: Mapping[str, Any] | None = None,
     callbacks: Sequence[Callback] = (),
-    indices: list[list[list[int]]],
+    metrics: Mapping[str, Metric] | None = None,
+    indices: list[list[list[Any]]],
+    stream: tuple[int, int | None] | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
     seed: int,
     label: str,
     link: Link | None = None,
@@ -57,8 +64,10 @@ def run_plan(
 ) -> list[Account]:
     """Run ``plan`` on the devices it names, one long task per rank; the account of every rank.
 
-    ``members`` are the devices that the plan was made for; ``link`` is emulated between them. Raises ``RunError`` when
-    a rank fails or is lost.
+    ``members`` are the devices that the plan was made for; ``link`` is emulated between them. ``indices`` are those of
+    the samples by epoch and step; where they are empty, ``stream`` says how often a stream is read, and after how many
+    steps at most it ends. ``shapes`` are those of one image, which a batch of another is told apart by. Raises
+    ``RunError`` when a rank fails or is lost.
     """
     ranks = [members[device] for device in plan.devices]
     data_parallel = plan.strategy == "ddp"
@@ -66,12 +75,11 @@ def run_plan(
     own_code = data_parallel or (validation is not None and not graph.evaluable)
     if own_code:
         check_portable(model, f"{type(model).__name__} runs by its own code here, and")
+    feed = feed_of(dataset, validation, plan, loader or {}, indices=indices, stream=stream, shapes=shapes, seed=seed)
     common = {
-        "graph": graph, "plan": plan, "recipe": recipe or PLAIN, "indices": indices, "loader": loader or {},
-        "callbacks": tuple(callbacks),
-        "seed": seed, "link": link, "synchronised": synchronised, "profiled": profiled, "keep_weights": keep_weights,
-        "keep_gradients": keep_gradients, "keep_steps": keep_steps,
-        "validation_images": len(validation) if validation is not None else 0,  # type: ignore[arg-type]
+        "graph": graph, "plan": plan, "recipe": recipe or PLAIN, "feed": feed, "callbacks": tuple(callbacks),
+        "metrics": metrics, "seed": seed, "link": link, "synchronised": synchronised, "profiled": profiled,
+        "keep_weights": keep_weights, "keep_gradients": keep_gradients, "keep_steps": keep_steps,
     }  # fmt: skip
     arguments = []
     for rank in range(len(ranks)):
@@ -122,18 +130,3 @@ def held_memory(client: Client, members: Sequence[Member]) -> NDArray[np.float64
     """What the process of each member holds before it trains, (member) in bytes; raises ``RunError`` if one is lost."""
     held = run_gang(client, members, process_memory, [()] * len(members), label="a look at the memory")
     return np.array(held, dtype=float)
-
-
-def example_batch(dataset: Dataset[Any], images: int = 2) -> torch.Tensor:
-    """The first ``images`` images of a data set as ``x_BCHW``, the same one again where it has fewer.
-
-    Raises ``InputError`` unless it gives pairs of an image and a label.
-    """
-    item = dataset[0]
-    if not isinstance(item, tuple | list) or len(item) != 2 or not isinstance(item[0], torch.Tensor):
-        raise InputError(
-            f"{type(dataset).__name__}[0] is {type(item).__name__}: a data set must give pairs of an image tensor "
-            "(C, H, W) and a label"
-        )
-    last = len(dataset) - 1  # type: ignore[arg-type]
-    return torch.stack([dataset[min(index, last)][0] for index in range(images)])

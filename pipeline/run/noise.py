@@ -8,11 +8,9 @@ that begins with ``torch.manual_seed`` meets the same masks.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
 from pipeline.graph.interpret import Caller
@@ -23,14 +21,6 @@ from pipeline.plan.layouts import Box, Range
 
 # Dropout that keeps mean and variance of SELU's output sets what it drops to the least value SELU can have.
 _SELU_LIMIT = 1.7580993408473766
-_NUMPY_SEEDS = 2**32
-
-
-def seed_everything(seed: int) -> None:
-    """Begin the random numbers of torch, numpy and Python with ``seed``, as a plain loop would."""
-    random.seed(seed)
-    np.random.seed(seed % _NUMPY_SEEDS)  # noqa: NPY002 - what users' models draw from
-    torch.manual_seed(seed)
 
 
 class Draws:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,9 +15,6 @@ from pipeline.plan.program import parameter_spec
 from pipeline.run.memory_format import arrange, empty, flat, shaped_as
 from pipeline.run.parts import Parts
 from pipeline.run.transport import Transport
-
-ParameterGroups = Sequence[dict[str, Any]]
-"""Groups as an optimiser takes them, with names in the place of the parameters."""
 
 
 class Parameters:
@@ -77,20 +73,6 @@ class Parameters:
         """Forget all gradients before a step."""
         for tensor in (*self.work.values(), *self.home.values()):
             tensor.grad = None
-
-    def groups(self, select: ParameterGroups | None) -> list[dict[str, Any]] | list[nn.Parameter]:
-        """What to give an optimiser: the trained tensors whose home is here, in groups where the user wants some.
-
-        Groups of which nothing is here stay, empty.
-        """
-        if select is None:
-            return self.trained
-        mine = {id(tensor) for tensor in self.trained}
-        found = []
-        for group in select:
-            here = [self.home.get(name) for name in group["params"]]
-            found.append({**group, "params": [one for one in here if one is not None and id(one) in mine]})
-        return found
 
     @property
     def counted(self) -> list[torch.Tensor]:

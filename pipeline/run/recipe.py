@@ -15,12 +15,22 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from pipeline.cluster.rank import RankContext
 from pipeline.errors import InputError, first_line
 from pipeline.plan.memory import SGD_STATES
-from pipeline.run.parameters import ParameterGroups, Parameters
+from pipeline.run.groups import NamedGroup, grouped, loss_parameters
+from pipeline.run.parameters import Parameters
 
-Loss = Callable[[Any, torch.Tensor], torch.Tensor]
+Loss = Callable[[Any, Any], torch.Tensor]
 OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
 """Makes a learning-rate scheduler, such as ``functools.partial(StepLR, step_size=30)``."""
+
+
+class CrossEntropy(nn.CrossEntropyLoss):
+    """torch's, for class indices of any whole numbers: its own takes only some kinds of them."""
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name
+        """The mean over a batch."""
+        is_index = not target.is_floating_point() and not target.is_complex()
+        return super().forward(input, target.long() if is_index else target)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,16 +39,18 @@ class Recipe:
 
     loss: Loss
     optimizer: OptimizerFactory
-    groups: ParameterGroups | None = None
+    groups: tuple[NamedGroup, ...] | None = None
     scheduler: SchedulerFactory | None = None
     scheduled_by: str = "epoch"
     """``epoch`` or ``step``: when the scheduler goes on."""
     clip_norm: float | None = None
-    """Largest norm of all gradients together."""
+    """Largest norm of all gradients of the model together."""
     clip_value: float | None = None
     """Largest absolute value of an element of a gradient."""
     accumulate: int = 1
     """Batches whose gradients are averaged for one update."""
+    monitor: str | None = None
+    """The metric that a schedule follows; None for the mean training loss."""
 
     def on(self, device: torch.device) -> Recipe:
         """The recipe with the loss's own tensors, such as weights of classes, on a device."""
@@ -60,8 +72,10 @@ class Updater:
 
     def __init__(self, recipe: Recipe, parameters: Parameters, context: RankContext) -> None:
         self._recipe, self._parameters, self._context = recipe, parameters, context
-        groups = parameters.groups(recipe.groups)
-        self._optimizer = recipe.optimizer(groups) if parameters.trained and _holds(groups) else None
+        self._loss = recipe.loss if context.rank == 0 else None  # the master alone works it out, and trains its weights
+        self._of_loss = loss_parameters(self._loss)
+        groups = grouped(recipe.groups, parameters.trained, parameters.home, self._of_loss)
+        self._optimizer = recipe.optimizer(groups) if _holds(groups) else None
         self._scheduler = None
         if self._optimizer is not None and recipe.scheduler is not None:
             self._scheduler = recipe.scheduler(self._optimizer)
@@ -90,23 +104,47 @@ class Updater:
         if self._optimizer is None:
             return
         self._optimizer.step()
+        for one in self._of_loss.values():
+            one.grad = None
         if self._scheduler is not None and self._recipe.scheduled_by == "step":
             self._scheduler.step()
 
-    def end_epoch(self, loss: float | None) -> None:
-        """Go on in a schedule by epochs; the master gives the mean ``loss`` of the epoch, which some schedules go by.
+    @property
+    def trains_loss(self) -> bool:
+        """Whether weights of the loss are trained here."""
+        return bool(self._of_loss)
+
+    def loss_state(self) -> dict[str, torch.Tensor] | None:
+        """The state dict of a loss that is a module, on the master."""
+        return state_of(self._loss)
+
+    def end_epoch(self, value: float | None) -> None:
+        """Go on in a schedule by epochs; the master gives the ``value`` of the epoch, which some schedules go by.
 
         Every rank must call this.
         """
         if self._recipe.scheduler is None or self._recipe.scheduled_by != "epoch":
             return
-        mean = torch.tensor(0.0 if loss is None else loss, dtype=torch.float64)
-        if self._context.group is not None:
-            dist.broadcast(mean, 0, group=self._context.group)
+        followed = from_master(value, self._context)
         if isinstance(self._scheduler, ReduceLROnPlateau):
-            self._scheduler.step(float(mean))
+            self._scheduler.step(followed)
         elif self._scheduler is not None:
             self._scheduler.step()
+
+
+def from_master(value: float | None, context: RankContext) -> float:
+    """The number that the master gives, on every rank."""
+    told = torch.tensor(0.0 if value is None else value, dtype=torch.float64)
+    if context.group is not None:
+        dist.broadcast(told, 0, group=context.group)
+    return float(told)
+
+
+def state_of(loss: Any) -> dict[str, torch.Tensor] | None:
+    """The state dict of a loss that is a module, as copies on the CPU."""
+    if not isinstance(loss, nn.Module):
+        return None
+    return {name: tensor.detach().cpu().clone() for name, tensor in loss.state_dict().items()}
 
 
 def _holds(groups: list[Any]) -> bool:
@@ -126,8 +164,10 @@ def check_recipe(recipe: Recipe) -> None:
         raise InputError(f"accumulate {recipe.accumulate} must be at least 1 batch")
     if recipe.scheduled_by not in ("epoch", "step"):
         raise InputError(f"scheduled_by '{recipe.scheduled_by}' must be epoch or step")
-    if recipe.scheduled_by == "step" and getattr(recipe.scheduler, "func", recipe.scheduler) is ReduceLROnPlateau:
-        raise InputError("ReduceLROnPlateau goes by the loss of an epoch: it needs scheduled_by='epoch'")
+    if isinstance(recipe.loss, type):
+        raise InputError(
+            f"the loss is the class {recipe.loss.__name__}: give an object of it, {recipe.loss.__name__}()"
+        )
     try:
         whole, parts = _trial(recipe.optimizer, 1), _trial(recipe.optimizer, 2)
     except Exception as error:
@@ -136,6 +176,33 @@ def check_recipe(recipe: Recipe) -> None:
         raise InputError(
             f"the optimiser {_name(recipe.optimizer)} mixes elements of a weight, and devices hold parts of weights; "
             "use one that updates element by element, such as SGD, Adam, AdamW, RMSprop or Adagrad"
+        )
+    _check_scheduler(recipe)
+
+
+def _check_scheduler(recipe: Recipe) -> None:
+    """Make the optimiser and its scheduler once, with a small weight for each group."""
+    made: list[Any] = [nn.Parameter(torch.zeros(1))]
+    if recipe.groups is not None:
+        made = [{**group.options, "params": [nn.Parameter(torch.zeros(1))]} for group in recipe.groups]
+    try:
+        optimizer = recipe.optimizer(made)
+    except Exception as error:
+        raise InputError(f"the optimiser cannot be used with these groups: {first_line(error)}") from error
+    if recipe.scheduler is None:
+        return
+    try:
+        scheduler = recipe.scheduler(optimizer)
+    except Exception as error:
+        raise InputError(f"the scheduler cannot be used: {first_line(error)}") from error
+    if not isinstance(scheduler, ReduceLROnPlateau):
+        return
+    if recipe.scheduled_by == "step":
+        raise InputError("ReduceLROnPlateau goes by the loss of an epoch: it needs scheduled_by='epoch'")
+    if scheduler.mode == "max" and recipe.monitor in (None, "loss"):
+        raise InputError(
+            "ReduceLROnPlateau of mode='max' would follow the training loss, which is to fall: give "
+            "monitor='accuracy', or another metric that is to rise"
         )
 
 

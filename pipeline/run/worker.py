@@ -13,11 +13,13 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
 
 from pipeline._torchvision import Importable
 from pipeline.cluster.gang import RankContext
+from pipeline.cluster.randomness import leave_to_the_rank
+from pipeline.data.batches import call, prepared
+from pipeline.data.randomness import seed_all
 from pipeline.errors import RunError
 from pipeline.graph.copies import tensors_of
 from pipeline.graph.trace import Graph
@@ -25,13 +27,14 @@ from pipeline.links import Link
 from pipeline.plan.labels import DDP_LABELS
 from pipeline.plan.plan import Plan
 from pipeline.processor import stolen_seconds, usable_cores
-from pipeline.run.batches import Batch, batches, part_of
 from pipeline.run.callbacks import Callback, Epoch
 from pipeline.run.clock import Clock, clock_offset
 from pipeline.run.convolution_timer import ConvolutionTimer
 from pipeline.run.ddp import DataParallel
 from pipeline.run.execution import Execution
+from pipeline.run.feeding import Fed, Feed, PartialBatches, ValidationBatches, WholeBatches
 from pipeline.run.memory import current_memory, peak_memory, reset_peak_memory
+from pipeline.run.metrics import Metric, Scores
 from pipeline.run.parts import Parts
 from pipeline.run.recipe import Recipe, Turn
 
@@ -51,15 +54,14 @@ class Job:
     """On the master, and under ``ddp`` on every rank."""
     validation: Dataset[Any] | None
     """Images to classify after each epoch, on the master."""
-    validation_images: int
     graph: Graph
     plan: Plan
     recipe: Recipe
-    indices: list[list[list[int]]]
-    """Image indices by epoch and step."""
+    feed: Feed
+    """Which samples make up which batch, and how they are loaded."""
     seed: int
-    loader: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of torch's ``DataLoader``."""
+    metrics: Mapping[str, Metric] | None = None
+    """What is told of the validation images; None for the accuracy."""
     callbacks: tuple[Callback, ...] = ()
     """What to call after each epoch, on the master; every rank has to know whether there is something."""
     link: Link | None = None
@@ -88,8 +90,10 @@ class Account:
     """Per step: of the batch on the master, under ``ddp`` of this rank's images."""
     images: list[int]
     """Per step, how many images ``losses`` averages over."""
-    accuracies: list[float]
-    """Per epoch, on the master."""
+    metrics: dict[str, list[float]]
+    """Of the validation images, by name and epoch, on the master."""
+    loss: dict[str, torch.Tensor] | None
+    """The state dict of a loss that is a module, from the master."""
     steps: NDArray[np.float64]
     """(step, 2): start and end in s on the clock all ranks share."""
     times: NDArray[np.float64]
@@ -118,33 +122,36 @@ def run_rank(context: RankContext, job: Job) -> Account:
 
     Raises ``RunError`` when the loss is no finite number.
     """
-    torch.manual_seed(job.seed)
     reset_peak_memory(context.torch_device)
     offset = clock_offset(context)
     runner = _DataParallelRun(context, job, offset) if job.plan.strategy == "ddp" else _ProgramRun(context, job, offset)
     losses: list[float] = []
     images: list[int] = []
-    accuracies: list[float] = []
-    start, stolen = time.monotonic(), stolen_seconds()
-    for number, epoch in enumerate(job.indices, 1):
+    metrics: dict[str, list[float]] = {}
+    start, stolen, monitor = time.monotonic(), stolen_seconds(), job.recipe.monitor
+    leave_to_the_rank()
+    seed_all(job.seed)  # behind all that is made ready: a plain loop draws nothing for it
+    for number, epoch in enumerate(runner.batches.epochs(), 1):
         began, done = time.monotonic(), len(losses)
-        turns = _turns(len(epoch), job.recipe.accumulate)
-        for turn, (batch_size, batch) in zip(turns, runner.batches(epoch), strict=True):
+        for fed in epoch:
             if job.synchronised:
                 context.barrier()
             with runner.clock.step():
-                loss = runner.step(batch_size, batch, turn)
+                loss = runner.step(fed)
             if loss is not None:
                 if not math.isfinite(loss):
                     raise RunError(f"the loss is {loss} at step {len(losses) + 1}; try a smaller learning rate")
                 losses.append(loss)
-                images.append(runner.images(batch_size))
+                images.append(fed.own)
             context.report(len(runner.clock.steps), loss=math.nan if loss is None else loss)
-        accuracy = runner.accuracy() if job.validation_images else None
-        accuracies += [] if accuracy is None else [accuracy]
+        found = runner.metrics() if job.feed.validates else {}
+        for name, value in found.items():
+            metrics.setdefault(name, []).append(value)
+        if job.validation is not None and monitor not in (None, "loss", *found):
+            raise RunError(f"monitor '{monitor}' cannot be told of these outputs and labels: give metrics of your own")
         mean = runner.mean_loss(losses[done:], images[done:])
-        runner.updater.end_epoch(mean)
-        if job.callbacks and _ended_by(context, job.callbacks, number, mean, accuracy, time.monotonic() - began):
+        runner.updater.end_epoch(mean if monitor in (None, "loss") else found.get(str(monitor)))
+        if job.callbacks and _ended_by(context, job.callbacks, number, mean, found, time.monotonic() - began):
             break
     stolen = (stolen_seconds() - stolen) / (usable_cores() * (time.monotonic() - start))
     convolutions = _convolution_times(context, runner, job)
@@ -153,7 +160,8 @@ def run_rank(context: RankContext, job: Job) -> Account:
         gradients=runner.gradients() if job.keep_gradients else None,
         losses=losses,
         images=images,
-        accuracies=accuracies,
+        metrics=metrics,
+        loss=runner.loss_state() if job.keep_weights else None,
         steps=np.array(runner.clock.steps).reshape(-1, 2),
         times=runner.clock.times,
         peak_memory=peak_memory(context.torch_device),
@@ -163,28 +171,21 @@ def run_rank(context: RankContext, job: Job) -> Account:
     )
 
 
-def _turns(batches: int, accumulate: int) -> list[Turn]:
-    """Each batch's place among those whose gradients are averaged for one update."""
-    found = []
-    for index in range(batches):
-        start = index - index % accumulate
-        size = min(accumulate, batches - start)
-        found.append(Turn(first=index == start, last=index == start + size - 1, weight=1 / size))
-    return found
-
-
 def _ended_by(
     context: RankContext,
     callbacks: Sequence[Callback],
     number: int,
     loss: float | None,
-    accuracy: float | None,
+    metrics: Mapping[str, float],
     seconds: float,
 ) -> bool:
     """Tell the callbacks of the end of an epoch; whether one of them ends the training."""
     stop = torch.zeros(1)
     if context.rank == 0:
-        epoch = Epoch(number=number, loss=math.nan if loss is None else loss, accuracy=accuracy, seconds=seconds)
+        told = math.nan if loss is None else loss
+        epoch = Epoch(
+            number=number, loss=told, accuracy=metrics.get("accuracy"), seconds=seconds, metrics=dict(metrics)
+        )
         stop += sum(bool(callback.on_epoch(epoch)) for callback in callbacks)
     if context.group is not None:
         dist.broadcast(stop, 0, group=context.group)
@@ -197,43 +198,37 @@ class _ProgramRun:
     def __init__(self, context: RankContext, job: Job, offset: float) -> None:
         self._job = job
         self._execution = Execution(context, job.parts, job.graph, job.plan, job.link)
-        self._execution.prepare(job.recipe, job.seed)
+        self._execution.prepare(job.recipe)
         assert self._execution.updater is not None
         self.updater = self._execution.updater
         full = self._execution.program(job.plan.batch_size)
         self.clock = Clock(len(full.instructions), offset=offset, keep=job.keep_steps)
 
-    def batches(self, epoch: Sequence[Sequence[int]]) -> Any:
-        """(images in the batch, the batch or None) for every step."""
-        if self._job.dataset is None:
-            return ((len(batch), None) for batch in epoch)
-        return zip(map(len, epoch), batches(self._job.dataset, epoch, self._job.loader), strict=True)
+        self.batches = WholeBatches(context, job.dataset, job.feed, job.recipe.accumulate)
+        self._validation = ValidationBatches(context, job.validation, job.feed)
 
-    def step(self, batch_size: int, batch: Batch | None, turn: Turn) -> float | None:
-        x_BCHW, y_B = batch or (None, None)
-        return self._execution.train_step(batch_size, x_BCHW, y_B, self.clock, turn)
-
-    def images(self, batch_size: int) -> int:
-        """How many images of a batch the loss of this rank averages over."""
-        return batch_size
+    def step(self, fed: Fed) -> float | None:
+        inputs, target = fed.batch or (None, None)
+        return self._execution.train_step(fed.size, inputs, target, self.clock, fed.turn)
 
     def mean_loss(self, losses: Sequence[float], images: Sequence[int]) -> float | None:
         """Mean over the images of an epoch; None but on the master."""
         return float(np.average(losses, weights=images)) if losses else None
 
-    def accuracy(self) -> float | None:
-        size, correct = len(self._job.indices[0][0]), 0
-        total = self._job.validation_images
-        parts = [list(range(start, min(start + size, total))) for start in range(0, total, size)]
-        source: Any = ((None, None) for _ in parts)
-        if self._job.validation is not None:
-            source = batches(self._job.validation, parts, self._job.loader)
+    def metrics(self) -> dict[str, float]:
+        """What the validation images tell; nothing but on the master."""
+        scores = Scores(self._job.metrics, self._job.recipe.loss)
         self._execution.begin_evaluation(self._job.model)
-        for part, (x_BCHW, y_B) in zip(parts, source, strict=True):
-            output = self._execution.predict(len(part), x_BCHW)
-            if output is not None and y_B is not None:
-                correct += _correct(output, y_B)
-        return correct / total if self._job.validation is not None else None
+        for size, batch in self._validation:
+            output = self._execution.predict(size, None if batch is None else batch[0])
+            if batch is not None:
+                scores.add(output, batch[1], size)
+        return scores.values() if self._job.validation is not None else {}
+
+    def loss_state(self) -> dict[str, torch.Tensor] | None:
+        """That of the loss, where it is a module, on the master."""
+        assert self._execution.updater is not None
+        return self._execution.updater.loss_state()
 
     def weights(self) -> dict[str, torch.Tensor] | None:
         return self._execution.gather()
@@ -252,20 +247,13 @@ class _DataParallelRun:
         self.updater = self._parallel
         self.clock = Clock(len(DDP_LABELS), offset=offset, keep=job.keep_steps)
 
-    def batches(self, epoch: Sequence[Sequence[int]]) -> Any:
-        rank, ranks = self._context.rank, self._context.size
-        assert self._job.dataset is not None
-        # A rank without an image of a small last batch still has to take part: with one image, which counts for
-        # nothing.
-        mine = [part_of(rank, ranks, batch) or batch[:1] for batch in epoch]
-        return zip(map(len, epoch), batches(self._job.dataset, mine, self._job.loader), strict=True)
+        assert job.dataset is not None
+        self.batches = PartialBatches(context, job.dataset, job.feed, job.recipe.accumulate)
+        self._validation = ValidationBatches(context, job.validation, job.feed, alone=True)
 
-    def step(self, batch_size: int, batch: Batch, turn: Turn) -> float:
-        return self._parallel.train_step(self.images(batch_size) / batch_size, *batch, self.clock, turn)
-
-    def images(self, batch_size: int) -> int:
-        """How many images of a batch the loss of this rank averages over."""
-        return len(part_of(self._context.rank, self._context.size, range(batch_size)))
+    def step(self, fed: Fed) -> float:
+        assert fed.batch is not None
+        return self._parallel.train_step(fed.own / fed.size, *fed.batch, self.clock, fed.turn)
 
     def mean_loss(self, losses: Sequence[float], images: Sequence[int]) -> float:
         """Mean over the images that all ranks had in an epoch."""
@@ -274,16 +262,22 @@ class _DataParallelRun:
             dist.all_reduce(sums, group=self._context.group)
         return float(sums[0] / sums[1])
 
-    def accuracy(self) -> float | None:
+    def metrics(self) -> dict[str, float]:
+        """What the validation images tell; nothing but on the master."""
         if self._job.validation is None:
-            return None
-        model, correct, size = self._parallel.model.eval(), 0, len(self._job.indices[0][0])
-        total = self._job.validation_images
-        parts = [list(range(start, min(start + size, total))) for start in range(0, total, size)]
+            return {}
+        scores, parallel = Scores(self._job.metrics, self._job.recipe.loss), self._parallel
+        model = parallel.model.eval()
         with torch.no_grad():
-            for x_BCHW, y_B in batches(self._job.validation, parts, self._job.loader):
-                correct += _correct(model(x_BCHW.to(self._parallel.device, self._parallel.dtype)), y_B)
-        return correct / total
+            for size, batch in self._validation:
+                assert batch is not None
+                output = call(model, prepared(batch[0], parallel.device, parallel.dtype))
+                scores.add(output, batch[1], size)
+        return scores.values()
+
+    def loss_state(self) -> dict[str, torch.Tensor] | None:
+        """That of the loss, where it is a module, on the master."""
+        return self._parallel.loss_state() if self._context.rank == 0 else None
 
     def weights(self) -> dict[str, torch.Tensor] | None:
         if self._context.rank != 0:
@@ -295,18 +289,15 @@ class _DataParallelRun:
         return {name: p.grad.detach().cpu().clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def _correct(output: Any, y_B: torch.Tensor) -> int:
-    """How many images are classified right; of several outputs the first one counts."""
-    return int((pytree.tree_leaves(output)[0].argmax(1).cpu() == y_B).sum())
-
-
 def _convolution_times(context: RankContext, runner: _ProgramRun | _DataParallelRun, job: Job) -> NDArray[np.float64]:
     """Time in convolutions, forward and backward, of each of the profiled steps in s, (step)."""
     times = []
-    last = job.indices[-1][len(job.indices[-1]) - job.profiled :]
-    for batch_size, batch in runner.batches(last):
+    if not job.profiled:
+        return np.array([])
+    last = job.feed.indices[-1][-job.profiled :]
+    for fed in runner.batches.epoch(last):
         timer = ConvolutionTimer(context.torch_device)
         with timer, runner.clock.step(recorded=False):
-            runner.step(batch_size, batch, Turn())
+            runner.step(fed._replace(turn=Turn()))
         times.append(timer.seconds)
     return np.array(times) / context.device.speed  # the timer does not see the sleep of an emulated device

@@ -132,6 +132,15 @@ def test_grey_palette_and_transparent_images_become_rgb(tmp_path):
     assert (reds(images.train) + reds(images.test)).count(7) == 3
 
 
+def test_the_first_frame_of_an_animation_is_read(tmp_path):
+    write_classes(tmp_path)
+    frames = [Image.new("RGB", (8, 6), (value, 0, 0)) for value in (70, 80, 90)]
+    frames[0].save(tmp_path / "cat" / "moving.gif", save_all=True, append_images=frames[1:])
+    images = load(tmp_path, root="unused")
+    found = reds(images.train) + reds(images.test)
+    assert (found.count(70), found.count(80)) == (1, 0)
+
+
 def test_hidden_files_and_folders_are_no_images(tmp_path):
     write_classes(tmp_path)
     (tmp_path / "cat" / "._0.png").write_text("left by another system")
@@ -171,7 +180,31 @@ def single_class(folder):
 def class_without_images(folder):
     write_classes(folder)
     (folder / "eel").mkdir()
-    (folder / "eel" / "notes.txt").write_text("no image")
+    return folder
+
+
+def file_that_is_no_image(folder):
+    write_classes(folder)
+    (folder / "cat" / "notes.txt").write_text("no image")
+    return folder
+
+
+def image_beside_the_classes(folder):
+    write_classes(folder)
+    write_image(folder / "astray.png")
+    return folder
+
+
+def sixteen_bit_colours(folder):
+    write_classes(folder)
+    (folder / "dog" / "deep.ppm").write_bytes(b"P6 8 6 65535\n" + bytes(8 * 6 * 6))
+    return folder
+
+
+def several_pages(folder):
+    write_classes(folder)
+    pages = [Image.new("L", (8, 6), value) for value in range(5)]
+    pages[0].save(folder / "dog" / "stack.tif", save_all=True, append_images=pages[1:])
     return folder
 
 
@@ -250,6 +283,10 @@ def different_sizes(folder):
         (not_an_image, r"Image .*dog/bad\.jpg cannot be read: it is not an image"),
         (truncated_image, r"Image .*dog/bad\.jpg cannot be read \(.*truncated.*\)"),
         (damaged_png, r"Image .*dog/bad\.png cannot be read"),
+        (file_that_is_no_image, r"Image .*cat/notes\.txt cannot be read: it is not an image"),
+        (image_beside_the_classes, r"Image .*astray\.png lies beside the class folders"),
+        (sixteen_bit_colours, r"Image .*dog/deep\.ppm has more than 8 bits per channel"),
+        (several_pages, r"Image .*dog/stack\.tif has 5 pages"),
         (sixteen_bits, r"Image .*dog/deep\.png has more than 8 bits per channel"),
         (different_sizes, r"dog/wide\.png is 9x6 pixels, .*cat/0\.png is 8x6; set image_size"),
     ],
@@ -326,6 +363,18 @@ def test_batches_of_any_kind_of_index_agree_with_single_samples(prepared):
     assert torch.equal(loaded_y, y_N)
     with pytest.raises(IndexError):
         stored[len(stored)]
+
+
+def test_stored_images_in_grey_have_one_channel_that_is_normalised_as_such(prepared):
+    path, images = prepared
+    stored = pickle.loads(pickle.dumps(StoredImages(path, "train").in_grey()))
+    assert stored.image_shape == (1, 6, 8)
+    x_NCHW, _ = stored.batch(range(len(stored)))
+    assert x_NCHW.shape == (len(stored), 1, 6, 8)
+    assert abs(float(x_NCHW.mean())) < 1e-5
+    assert float(x_NCHW.std(correction=0)) == pytest.approx(1, abs=1e-5)
+    expected = np.asarray(Image.fromarray(images.train.images_NCHW[3].transpose(1, 2, 0)).convert("L"))
+    np.testing.assert_array_equal(stored._arrays.images_NCHW[3, 0], expected)
 
 
 def test_limit_takes_the_first_images(prepared):

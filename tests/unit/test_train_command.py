@@ -90,7 +90,12 @@ def test_every_epoch_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
     lines.show(1, 2.5, 0.125, 3.0)
     lines.show_all([Epoch(number=1, loss=2.5, accuracy=0.125, seconds=3.0)])
     lines.show_all([Epoch(number=2, loss=2.0, accuracy=None, seconds=2.0)])
-    assert capsys.readouterr().out == "Epoch 1: loss 2.5000, test accuracy 12.5 % (3 s)\nEpoch 2: loss 2.0000 (2 s)\n"
+    lines.show_all([Epoch(number=3, loss=1.0, accuracy=None, seconds=2.0, metrics={"iou": 0.25})])
+    assert capsys.readouterr().out.splitlines() == [
+        "Epoch 1: loss 2.5000, test accuracy 12.5 % (3 s)",
+        "Epoch 2: loss 2.0000 (2 s)",
+        "Epoch 3: loss 1.0000, iou 0.25 (2 s)",
+    ]
 
 
 class Branching(nn.Module):

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from pipeline.errors import InputError
 from pipeline.parity import Parity
 from pipeline.run import batch_norm
-from pipeline.run.recipe import Recipe, check_recipe
+from pipeline.run.recipe import CrossEntropy, Recipe, check_recipe
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
@@ -106,11 +106,23 @@ def test_an_optimiser_by_element_is_taken(name: str) -> None:
         ({"accumulate": 0}, "accumulate 0"),
         ({"scheduled_by": "batch"}, "scheduled_by 'batch'"),
         ({"scheduler": functools.partial(ReduceLROnPlateau, factor=0.5), "scheduled_by": "step"}, "ReduceLROnPlateau"),
+        ({"scheduler": functools.partial(ReduceLROnPlateau, mode="max")}, "mode='max' would follow the training loss"),
+        ({"scheduler": lambda one: ReduceLROnPlateau(one, mode="max"), "monitor": "loss"}, "mode='max' would follow"),
+        ({"scheduler": functools.partial(StepLR, size=3)}, "the scheduler cannot be used: .*'size'"),
     ],
 )
 def test_a_recipe_that_cannot_work_is_refused(wrong: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=named):
         check_recipe(Recipe(loss=nn.CrossEntropyLoss(), optimizer=SGD, **wrong))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8])
+def test_cross_entropy_takes_class_indices_of_any_whole_numbers(dtype: torch.dtype) -> None:
+    output, target = torch.randn(3, 4), torch.tensor([1, 3, 0])
+    expected = nn.functional.cross_entropy(output, target)
+    assert CrossEntropy()(output, target.to(dtype)) == expected
+    soft = nn.functional.one_hot(target, 4).float()
+    torch.testing.assert_close(CrossEntropy()(output, soft), expected)
 
 
 @pytest.mark.parametrize(("weights", "exact"), [(1e-12, True), (1e-6, False), (math.nan, False), (math.inf, False)])

@@ -1,0 +1,1 @@
+"""What a training is fed with: batches, their loaders and order, random numbers, pictures."""
