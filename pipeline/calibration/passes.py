@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from pipeline.calibration.segments import Chain
+from pipeline.graph.nodes import leaves
 from pipeline.graph.trace import Graph
 from pipeline.plan.instructions import Compute, Exchange, Placed, TensorSpec
 from pipeline.plan.layouts import master
@@ -83,6 +84,7 @@ class Pass:
             if isinstance(one, Compute) and one.steps and one.operations[0] in number and 0 in one.ranks
         ]
         self._gradients = program.gradients
+        self._dtypes = {one.name: one.dtype for one in graph.operations}
         self._specs = {one.target: one.spec for one in program.forward if isinstance(one, Exchange)}
         self._made_up = torch.empty(0, dtype=execution.dtype, device=execution.transport.device)
 
@@ -112,9 +114,10 @@ class Pass:
                 forward = compute.direction == "forward"
                 for placed in compute.inputs if forward else compute.outputs:
                     if forward and placed not in values:
-                        values[placed] = self._tensor(placed).requires_grad_(placed in self._gradients)
-                    elif not forward and placed in self._gradients and values[placed].grad is None:
-                        values[placed].grad = self._numbers(values[placed].shape)
+                        made = self._tensor(placed)
+                        values[placed] = made.requires_grad_(placed in self._gradients and made.is_floating_point())
+                    elif not forward and placed in self._gradients:
+                        self._make_gradients(values[placed])
                 work = functools.partial(execution.compute, compute, self._gradients)
                 seconds = execution.throttle.busy_time(work, execution.transport.device)
                 own = max(seconds - self._call[not forward], _LEAST_PART * seconds)
@@ -127,12 +130,19 @@ class Pass:
     def _tensor(self, placed: Placed) -> torch.Tensor:
         """What another segment or an exchange would have brought."""
         spec: TensorSpec = self._specs.get(placed) or activation_spec(self._graph, placed.name, self._images)
-        return self._numbers(spec.local_shape(spec.boxes(placed.layout)[0]))
+        dtype = self._dtypes.get(placed.name, self._graph.dtype)
+        return self._numbers(spec.local_shape(spec.boxes(placed.layout)[0]), dtype)
 
-    def _numbers(self, shape: Sequence[int]) -> torch.Tensor:
+    def _make_gradients(self, value: Any) -> None:
+        """Give what has no gradient yet one; what a part of the network gives may be more than a tensor."""
+        for one in leaves(value):
+            if isinstance(one, torch.Tensor) and one.requires_grad and one.grad is None:
+                one.grad = self._numbers(one.shape, one.dtype)
+
+    def _numbers(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Some numbers between 0 and 1: copies of the same, as to draw new ones takes longer than many a segment."""
         last, kind = self._execution.plan.channels_last, self._made_up
-        tensor = empty(shape, channels_last=last, dtype=kind.dtype, device=kind.device)
+        tensor = empty(shape, channels_last=last, dtype=dtype, device=kind.device)
         if len(self._made_up) < tensor.numel():
             self._made_up = torch.rand(tensor.numel(), dtype=kind.dtype, device=kind.device)
         flat(tensor, channels_last=last).copy_(self._made_up[: tensor.numel()])

@@ -116,7 +116,7 @@ class Analysis:
                 continue
             operations.append(self._operation(node))
         outputs = [self._names[one] for one in _values(captured.returned)]
-        drawn = [self._name_of(node.name) for node in self._drawing if not self._in_order]
+        drawn_names = [self._name_of(node.name) for node in self._drawing if not self._in_order]
         return Graph(
             input=self._names[first],
             input_shape=_integers(captured.forms[0].shape[1:]),

@@ -372,8 +372,8 @@ _RULES: dict[str, Rule] = {
     **_each(
         _spatial(2), "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "reflection_pad2d",
         "replication_pad2d", "upsample_bilinear2d", "upsample_nearest2d", "upsample_bicubic2d",
-        "max_pool2d_with_indices", "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "fractional_max_pool2d",
-        "_adaptive_avg_pool2d",
+        "max_pool2d_with_indices", "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa",
+        "_upsample_bicubic2d_aa", "fractional_max_pool2d", "_adaptive_avg_pool2d",
     ),
     **_each(
         _spatial(3), "max_pool3d", "avg_pool3d", "adaptive_avg_pool3d", "adaptive_max_pool3d", "reflection_pad3d",

@@ -21,6 +21,7 @@ from pipeline.plan.ties import bound
 from pipeline.run.clock import Clock
 from pipeline.run.execution import Execution
 from pipeline.run.launch import PLAIN, SGD
+from pipeline.run.parts import parts_of
 from pipeline.run.recipe import Turn
 from tests.engine import largest_difference
 
@@ -114,9 +115,10 @@ def _train(
 ) -> list[tuple[list[float], dict[str, torch.Tensor]] | None]:
     found: list[tuple[list[float], dict[str, torch.Tensor]] | None] = []
     for plan in plans:
-        own = copy.deepcopy(model) if context.rank == 0 else copy.deepcopy(model).to("meta")
-        execution = Execution(context, own, graph, plan)
-        execution.prepare(PLAIN, 0)
+        parts = parts_of(copy.deepcopy(model), graph) if context.rank == 0 else None
+        execution = Execution(context, parts, graph, plan)
+        execution.prepare(PLAIN)
+        torch.manual_seed(0)
         clock = Clock(len(execution.program(BATCH).instructions), offset=0.0, keep=1)
         losses = []
         for x_BCHW, y_B in zip(x_SBCHW, y_SB, strict=True):

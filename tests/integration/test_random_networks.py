@@ -26,6 +26,7 @@ from pipeline.run.clock import Clock
 from pipeline.run.execution import Execution
 from pipeline.run.launch import SGD
 from pipeline.run.memory_format import may_have_channels_last
+from pipeline.run.parts import parts_of
 from pipeline.run.recipe import Recipe, Turn
 from tests.random_networks import CLASSES, random_network
 
@@ -134,7 +135,7 @@ def drawn_case(draw: random.Random, ranks: int) -> Case | None:
         graph, draw.choice(["kernel", "batch", "paper"]), batch_size=batch_size, labels=["cpu"] * ranks,
         shares=[one / sum(weights) for one in weights],
     )  # fmt: skip
-    plan = replace(plan, channels_last=draw.random() < 0.5 and may_have_channels_last(model))
+    plan = replace(plan, channels_last=draw.random() < 0.5 and may_have_channels_last(graph))
     return Case(model, graph, plan, batches, others, expected)
 
 
@@ -142,8 +143,9 @@ def _train(context: RankContext, cases: list[Case]) -> list[Trained | None]:
     """This rank's part of all cases; the master has the results."""
     found: list[Trained | None] = []
     for case in cases:
-        execution = Execution(context, case.model, case.graph, case.plan)
-        execution.prepare(RECIPE, 0)
+        parts = parts_of(case.model, case.graph) if context.rank == 0 else None
+        execution = Execution(context, parts, case.graph, case.plan)
+        execution.prepare(RECIPE)
         clock = Clock(len(execution.program(case.plan.batch_size).instructions), offset=0.0, keep=1)
         torch.manual_seed(0)  # what is whole on the master draws by itself
         losses = []
@@ -151,7 +153,7 @@ def _train(context: RankContext, cases: list[Case]) -> list[Trained | None]:
             given: tuple[Any, Any] = (x_BCHW, y_B) if context.rank == 0 else (None, None)
             with clock.step():
                 losses.append(execution.train_step(len(y_B), *given, clock, Turn()))
-        execution.begin_evaluation()
+        execution.begin_evaluation(copy.deepcopy(case.model) if context.rank == 0 else None)
         predicted = execution.predict(len(case.images), case.images if context.rank == 0 else None)
         state = execution.gather()
         found.append(None if state is None else Trained(losses, state, predicted))  # type: ignore[arg-type]
