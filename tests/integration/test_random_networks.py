@@ -19,6 +19,7 @@ from torch import nn
 
 from pipeline.cluster.devices import discover
 from pipeline.cluster.gang import RankContext, run_gang
+from pipeline.graph.copies import take_over
 from pipeline.graph.trace import Graph, trace
 from pipeline.plan.plan import Plan
 from pipeline.plan.strategies import plan_network
@@ -143,7 +144,7 @@ def _train(context: RankContext, cases: list[Case]) -> list[Trained | None]:
     """This rank's part of all cases; the master has the results."""
     found: list[Trained | None] = []
     for case in cases:
-        parts = parts_of(case.model, case.graph) if context.rank == 0 else None
+        parts = parts_of(copy.deepcopy(case.model), case.graph) if context.rank == 0 else None
         execution = Execution(context, parts, case.graph, case.plan)
         execution.prepare(RECIPE)
         clock = Clock(len(execution.program(case.plan.batch_size).instructions), offset=0.0, keep=1)
@@ -155,8 +156,12 @@ def _train(context: RankContext, cases: list[Case]) -> list[Trained | None]:
                 losses.append(execution.train_step(len(y_B), *given, clock, Turn()))
         execution.begin_evaluation(copy.deepcopy(case.model) if context.rank == 0 else None)
         predicted = execution.predict(len(case.images), case.images if context.rank == 0 else None)
-        state = execution.gather()
-        found.append(None if state is None else Trained(losses, state, predicted))  # type: ignore[arg-type]
+        tensors = execution.gather()
+        if tensors is None:
+            found.append(None)
+            continue
+        take_over(case.model, tensors)
+        found.append(Trained(losses, case.model.state_dict(), predicted))  # type: ignore[arg-type]
     return found
 
 
