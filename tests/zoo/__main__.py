@@ -87,7 +87,7 @@ def _records(names: Sequence[str], limit_s: float) -> Iterator[Record]:
     """A record of each network, from a process that is replaced when it hangs, dies or ends after a crash."""
     left = list(names)
     while left:
-        for record in _session_records(left, limit_s):
+        for record in _session_records(tuple(left), limit_s):
             yield record
             left.remove(record["network"])
 
@@ -99,7 +99,7 @@ def _session_records(names: Sequence[str], limit_s: float) -> Iterator[Record]:
     process = context.Process(target=train, args=(names, sender))
     process.start()
     sender.close()
-    extra_s = _START_S
+    extra_s, patience_s = _START_S, 0.0
     try:
         for name in names:
             try:
@@ -114,9 +114,10 @@ def _session_records(names: Sequence[str], limit_s: float) -> Iterator[Record]:
             yield record
             extra_s = 0.0
             if record["verdict"] == "crashed":
-                return
+                break
+        patience_s = _START_S
     finally:
-        _end(process)
+        _end(process, patience_s)
 
 
 def _received(receiver: Connection, limit_s: float) -> Record:
@@ -133,9 +134,9 @@ def _lost(specimen: Specimen, sentence: str) -> Record:
     }  # fmt: skip
 
 
-def _end(process: multiprocessing.process.BaseProcess) -> None:
-    """Let a process end by itself if it does; otherwise end it and all that it started."""
-    process.join(_START_S / 4)
+def _end(process: multiprocessing.process.BaseProcess, patience_s: float) -> None:
+    """Let a process end by itself if it does so in time; otherwise end it and all that it started."""
+    process.join(patience_s)
     if process.is_alive() and process.pid is not None:
         for ending in (signal.SIGTERM, signal.SIGKILL):
             try:

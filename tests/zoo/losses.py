@@ -48,12 +48,6 @@ def of_variational(output: Any, y: torch.Tensor) -> torch.Tensor:
     return F.mse_loss(image, y) + 0.1 * divergence
 
 
-def of_quantised(output: Any, y: torch.Tensor) -> torch.Tensor:
-    """A vector-quantised autoencoder's: the image, and what the network itself adds."""
-    image, added = output
-    return F.mse_loss(image, y) + added
-
-
 def _like(y: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     """Labels at the places of a map of scores, (B, K, ...)."""
     for axis, size in enumerate(scores.shape[2:], start=1):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from torch import nn
 
-from tests.zoo.losses import of_all, of_first, of_image, of_quantised, of_stack, of_variational
+from tests.zoo.losses import of_all, of_first, of_image, of_stack, of_variational
 from tests.zoo.specimen import CLASSES, Loss, Specimen, words
 
 _PICTURE = (32, 32)
 _VOLUME = (16, 16, 16)
-
 
 
 def _monai(
@@ -23,12 +23,12 @@ def _monai(
     label: str = "pixels",
     loss: Loss = of_all,
     variant: str = "",
+    module: str = "",
 ) -> Specimen:
     """A network of `monai.networks.nets`; `label` is pixels, class or image."""
 
     def make() -> nn.Module:
-        from monai.networks import nets
-
+        nets = import_module("monai.networks.nets" + (f".{module}" if module else ""))
         made: nn.Module = getattr(nets, kind)(**options)
         return made
 
@@ -54,6 +54,12 @@ def _classifies(kind: str, space: tuple[int, ...], **options: Any) -> Specimen:
     return _monai(kind, space, {"spatial_dims": len(space)} | options, label="class")
 
 
+def _paints(kind: str, space: tuple[int, ...], loss: Loss, **options: Any) -> Specimen:
+    """One that gives an image."""
+    return _monai(kind, space, {"spatial_dims": len(space)} | options, label="image", loss=loss)
+
+
+_CODER = {"channels": (8, 16, 32), "strides": (2, 2, 2)}
 _UNET = {"channels": (8, 16, 32), "strides": (2, 2)}
 _DYNUNET = {"kernel_size": (3, 3, 3), "strides": (1, 2, 2), "upsample_kernel_size": (2, 2), "filters": (8, 16, 32)}
 _BASIC = {"features": (8, 8, 16, 16, 32, 8)}
@@ -67,7 +73,7 @@ NETWORKS = (
     _maps("UNet", _VOLUME, **_UNET, num_res_units=2, norm="batch"),
     _maps("UNet", _VOLUME, **_UNET, variant="plain"),
     _maps("BasicUNet", _PICTURE, **_BASIC, dropout=0.1),
-    _maps("BasicUNet", (32, 32, 32), **_BASIC),
+    _maps("BasicUNet", (32, 16, 16), **_BASIC),
     _maps("BasicUNetPlusPlus", _PICTURE, **_BASIC, deep_supervision=True),
     _maps("SegResNet", _PICTURE, init_filters=8, dropout_prob=0.1),
     _maps("SegResNet", _VOLUME, init_filters=8, blocks_down=(1, 1, 1), blocks_up=(1, 1)),
@@ -76,27 +82,28 @@ NETWORKS = (
     _maps("DynUNet", _VOLUME, **_DYNUNET, res_block=True, norm_name="batch"),
     _maps("AttentionUnet", _PICTURE, **_UNET),
     _maps("AttentionUnet", _VOLUME, **_UNET),
-    _maps("VNet", _VOLUME),
     _maps("VNet", _PICTURE, dropout_dim=2),
     _maps("UNETR", _PICTURE, img_size=_PICTURE, feature_size=8, **_VIT),
     _maps("UNETR", _VOLUME, img_size=_VOLUME, feature_size=8, **_VIT),
     _maps("SwinUNETR", (64, 64), **_SWIN),
-    _maps("SwinUNETR", (32, 32, 32), **_SWIN),
+    _maps("SwinUNETR", (64, 32, 32), **_SWIN),
     _maps("HighResNet", _PICTURE, dropout_prob=0.1),
-    _maps("HighResNet", _VOLUME),
+    _maps("HighResNet", (8, 8, 8)),
     _maps("AHNet", _PICTURE, layers=(1, 1, 1, 1), psp_block_num=2),
     _maps("MedNeXt", _VOLUME, init_filters=8, kernel_size=3, blocks_down=(1, 1, 1, 1), blocks_up=(1, 1, 1, 1)),
     _maps("RegUNet", _VOLUME, num_channel_initial=8, depth=2),
-    _maps("Restormer", _PICTURE, dim=16, num_refinement_blocks=1),
+    _monai("Restormer", _PICTURE, {"spatial_dims": 2, **_FEW, "dim": 16, "num_refinement_blocks": 1},
+           module="restormer"),
     _monai("FlexibleUNet", _PICTURE, {**_FEW, "backbone": "efficientnet-b0"}),
     _monai("FlexibleUNet", _PICTURE, {**_FEW, "backbone": "resnet18"}, variant="resnet18"),
-    _monai("Quicknat", _PICTURE, {"num_classes": CLASSES, "num_filters": 8, "se_block": "CSSE"}),
+    _monai("Quicknat", _PICTURE, {"num_classes": CLASSES, "num_filters": 8}),
     # A class for each image.
     _classifies("DenseNet", _PICTURE, **_FEW, block_config=(2, 2, 2), dropout_prob=0.1),
     _classifies("DenseNet", _VOLUME, **_FEW, block_config=(2, 2, 2)),
     _classifies("SEResNet50", _PICTURE, in_channels=1, num_classes=CLASSES, layers=(1, 1, 1, 1)),
     _classifies("SEResNext50", (32, 32, 32), in_channels=1, num_classes=CLASSES, layers=(1, 1, 1, 1)),
-    _classifies("EfficientNetBN", (64, 64), model_name="efficientnet-b0", in_channels=1, num_classes=CLASSES),
+    _classifies("EfficientNetBN", (64, 64), model_name="efficientnet-b0", pretrained=False, in_channels=1,
+                num_classes=CLASSES),
     _classifies(
         "ResNet", _VOLUME, block="basic", layers=(1, 1, 1, 1), block_inplanes=(8, 16, 32, 64), n_input_channels=1,
         num_classes=CLASSES,
@@ -106,17 +113,14 @@ NETWORKS = (
         "num_classes": CLASSES, "num_layers": 2, "post_activation": "x", **_VIT}, label="class", loss=of_first,
     ),
     # An image again.
-    _monai("AutoEncoder", _PICTURE, {"spatial_dims": 2, "in_channels": 1, "out_channels": 1, **_UNET}, label="image",
-           loss=of_image),
-    _monai("VarAutoEncoder", _PICTURE, {"spatial_dims": 2, "in_shape": (1, *_PICTURE), "out_channels": 1,
-           "latent_size": 4, **_UNET}, label="image", loss=of_variational),
-    _monai("ViTAutoEnc", _VOLUME, {"in_channels": 1, "img_size": _VOLUME, "patch_size": (8, 8, 8), "num_layers": 2,
-           **_VIT}, label="image", loss=of_image),
-    _monai("AutoencoderKL", _PICTURE, {"spatial_dims": 2, "in_channels": 1, "out_channels": 1, "channels": (8, 16),
-           "num_res_blocks": 1, "attention_levels": (False, True), "latent_channels": 2, "norm_num_groups": 4},
-           label="image", loss=of_variational),
-    _monai("VQVAE", _PICTURE, {"spatial_dims": 2, "in_channels": 1, "out_channels": 1, "channels": (8, 16),
-           "num_res_layers": 1, "num_res_channels": (8, 16), "downsample_parameters": ((2, 4, 1, 1), (2, 4, 1, 1)),
-           "upsample_parameters": ((2, 4, 1, 1, 0), (2, 4, 1, 1, 0)), "num_embeddings": 16, "embedding_dim": 8},
-           label="image", loss=of_quantised),
-)
+    _paints("AutoEncoder", _PICTURE, of_image, out_channels=1, in_channels=1, **_CODER),
+    _paints("VarAutoEncoder", _PICTURE, of_variational, in_shape=(1, *_PICTURE), out_channels=1, latent_size=4,
+            **_CODER),
+    _paints(
+        "ViTAutoEnc", _VOLUME, of_image, in_channels=1, img_size=_VOLUME, patch_size=(4, 4, 4), num_layers=2, **_VIT
+    ),
+    _paints(
+        "AutoencoderKL", _PICTURE, of_variational, in_channels=1, out_channels=1, channels=(8, 16), num_res_blocks=1,
+        attention_levels=(False, True), latent_channels=2, norm_num_groups=4,
+    ),
+)  # fmt: skip

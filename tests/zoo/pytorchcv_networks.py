@@ -83,9 +83,15 @@ NETWORKS = (
     _cv_made("wrn10_2", "wrn_cifar", "get_wrn_cifar", blocks=10, width_factor=2),
     _cv_made("wrn14_2_1bit", "wrn1bit_cifar", "get_wrn1bit_cifar", blocks=14, width_factor=2),
     _cv_made(
-        "irevnet", "irevnet", "IRevNet", size=64, equal=0, init_block_channels=12, final_block_channels=3072,
+        "irevnet",
+        "irevnet",
+        "IRevNet",
+        size=64,
+        equal=0,
+        init_block_channels=12,
+        final_block_channels=3072,
         channels=[[24, 24], [96, 96], [384, 384], [1536, 1536]],
-    ),  # fmt: skip
+    ),
     # Dense and multi-branch ones.
     _cv("bninception"),
     _cv("condensenet74_c4_g4"),

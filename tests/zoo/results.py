@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.zoo.judging import AMPLIFIED, TOLERANCE, VERDICTS, Record
-from tests.zoo.training import STRATEGIES
+from tests.zoo.training import SHARES, STRATEGIES
 
 _COLUMNS = ("network", "package", "parameters", *STRATEGIES, "split", "opaque, and why", "capture", "verdict")
 _MOST_OPAQUE = 3
@@ -59,26 +59,25 @@ def table(records: Sequence[Record]) -> str:
     rows = ["| " + " | ".join(_row(record)) + " |" for record in records]
     head = "| " + " | ".join(_COLUMNS) + " |"
     packages = {f"{one['package']} {one['version']}" for one in records}
-    shares = "0.6 : 0.4"
-    return "\n".join([
-        "# Networks of other packages",
-        "",
-        summary(records),
-        "",
-        f"Each was trained for three steps of 6, 6 and 5 random images in float64, split {shares} over a CPU and one of",
-        "emulated half speed, by `kernel` and by `batch`, and in a plain loop: SGD with momentum, the same seeds. A",
-        "difference is the largest of the losses and of what is in the state dictionary, relative to the tensor's",
-        f"largest entry. Where it is beyond {TOLERANCE:g}, the one in brackets is that of the same plain loop from weights",
-        f"moved by one rounding, for the same tensor: up to {AMPLIFIED} times that is rounding that the network amplifies.",
-        "Split is the part of the convolutions' FLOPs that ran on both devices; capture is in seconds. Most networks are",
-        "cut down: small images, and few equal blocks in a row. `make zoo` makes this table anew; it was made with "
-        + ", ".join(sorted(packages)) + ".",
-        "",
-        head,
-        "|" + " --- |" * len(_COLUMNS),
-        *rows,
-        "",
-    ])  # fmt: skip
+    shares = " : ".join(map(str, SHARES))
+    made_with = ", ".join(sorted(packages))
+    return f"""# Networks of other packages
+
+{summary(records)}
+
+Each was trained for three steps of 6, 6 and 5 random images in float64, split {shares} over a CPU and one of emulated
+half speed, by `kernel` and by `batch`, and in a plain loop: SGD with momentum, the same seeds. A difference is the
+largest of the losses and of what is in the state dictionary, relative to the tensor's largest entry. Where it is
+beyond {TOLERANCE:g}, the one in brackets is that of the same plain loop from weights moved by one rounding, for the
+same tensor: up to {AMPLIFIED} times that is rounding that the network amplifies. Split is the part of the
+convolutions' FLOPs that ran on both devices; capture is in seconds. Most networks are cut down: small images, and few
+equal blocks in a row.
+`make zoo ZOO_ARGS=--fresh` makes this table anew; it was made with {made_with}.
+
+{head}
+|{" --- |" * len(_COLUMNS)}
+{chr(10).join(rows)}
+"""
 
 
 def summary(records: Sequence[Record]) -> str:

@@ -31,6 +31,7 @@ from tests.zoo.training import (
 def train(names: Sequence[str], records: Connection) -> None:
     """Send a record of each network, in order; stops after one that crashed, as the cluster may not be whole then."""
     os.setpgrp()
+    os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
