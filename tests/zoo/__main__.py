@@ -144,6 +144,7 @@ def _end(process: multiprocessing.process.BaseProcess, patience_s: float) -> Non
             except ProcessLookupError:
                 break
             time.sleep(1)
+        process.kill()  # where it has no group of its own yet
     process.join()
 
 

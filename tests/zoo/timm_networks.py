@@ -130,7 +130,7 @@ NETWORKS = (
     _timm("volo_d1_224", img_size=64),
     _timm("xcit_nano_12_p8_224"),
     _timm("cait_xxs24_224", img_size=64),
-    _timm("deit_tiny_patch16_224", img_size=64, depth=2),
+    _timm("deit3_small_patch16_224", img_size=64, depth=2),
     _timm("deit_tiny_distilled_patch16_224", img_size=64, depth=2),
     _timm("beit_base_patch16_224", img_size=64, depth=2, embed_dim=96, num_heads=4),
     _timm("eva02_tiny_patch14_224", 56, img_size=56, depth=2),
