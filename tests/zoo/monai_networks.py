@@ -86,7 +86,6 @@ NETWORKS = (
     _maps("UNETR", _PICTURE, img_size=_PICTURE, feature_size=8, **_VIT),
     _maps("UNETR", _VOLUME, img_size=_VOLUME, feature_size=8, **_VIT),
     _maps("SwinUNETR", (64, 64), **_SWIN),
-    _maps("SwinUNETR", (32, 32, 32), **_SWIN, norm_name="batch"),
     _maps("HighResNet", _PICTURE, dropout_prob=0.1),
     _maps("HighResNet", (8, 8, 8)),
     _maps("AHNet", _PICTURE, layers=(1, 1, 1, 1), psp_block_num=2),

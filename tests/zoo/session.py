@@ -12,6 +12,7 @@ import torch
 from distributed import Client
 
 import pipeline
+from pipeline._torchvision import make_importable
 from pipeline.errors import InputError, first_line
 from tests.zoo.judging import TOLERANCE, Record, farthest, judge, worse, worst
 from tests.zoo.networks import NETWORKS
@@ -32,6 +33,7 @@ def train(names: Sequence[str], records: Connection) -> None:
     """Send a record of each network, in order; stops after one that crashed, as the cluster may not be whole then."""
     os.setpgrp()
     os.environ["HF_HUB_OFFLINE"] = "1"
+    make_importable()  # timm imports torchvision
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -50,9 +52,11 @@ def record_of(specimen: Specimen, client: Client) -> Record:
         "network": specimen.name, "package": specimen.package, "version": specimen.version, "note": specimen.note,
         "difference": {}, "moved": {}, "split": {}, "farthest": {},
     }  # fmt: skip
+    by = "before the engine"
     try:
         record["parameters"] = sum(parameter.numel() for parameter in specimen.build().parameters())
         right = by_plain_loop(specimen)
+        by = "by the engine"
         graph, record["capture_s"] = captured(specimen)
         verdicts = []
         moved: dict[str, float] = {}
@@ -71,5 +75,5 @@ def record_of(specimen: Specimen, client: Client) -> Record:
     except InputError as error:
         record |= {"verdict": "refused", "sentence": str(error)}
     except Exception as error:  # noqa: BLE001 -- whatever a network meets is the finding
-        record |= {"verdict": "crashed", "sentence": f"{type(error).__name__}: {first_line(error)}"}
+        record |= {"verdict": "crashed", "sentence": f"{by}: {type(error).__name__}: {first_line(error)}"}
     return record
