@@ -12,7 +12,7 @@ from tests.zoo import results
 from tests.zoo.judging import is_fault, judge, worse
 from tests.zoo.networks import NETWORKS
 from tests.zoo.specimen import trimmed
-from tests.zoo.training import Trained
+from tests.zoo.training import Trained, move
 
 
 def test_differences_within_the_tolerance_are_exact():
@@ -43,6 +43,15 @@ def test_a_tensor_that_is_no_number_is_infinitely_far_off():
     right = Trained([1.0], {"weight": torch.ones(2)})
     assert Trained([1.0], {"weight": torch.tensor([1.0, math.nan])}).apart(right)["weight"] == math.inf
     assert Trained([1.0, 1.0], {"weight": torch.ones(2)}).apart(right) == {"what there is": math.inf}
+
+
+def test_a_moved_weight_is_one_rounding_off():
+    model = nn.Linear(3, 3).double()
+    before = model.weight.detach().clone()
+    move(model, 0)
+    off = (model.weight.detach() / before - 1).abs()
+    assert off.min() > 0
+    assert off.max() <= 2 * torch.finfo(torch.float64).eps
 
 
 def test_equal_blocks_in_a_row_are_dropped_and_different_ones_kept():

@@ -54,7 +54,7 @@ def by_plain_loop(specimen: Specimen, moved: int | None = None) -> Trained:
     """Train as any tutorial would; with `moved`, a seed, from weights that are off by one rounding up or down."""
     model = specimen.build()
     if moved is not None:
-        _move(model, moved)
+        move(model, moved)
     images, labels = specimen.dataset().tensors
     optimizer = SGD([parameter for parameter in model.parameters() if parameter.requires_grad])
     losses = []
@@ -104,9 +104,10 @@ def split_part(graph: pipeline.Graph, plan: pipeline.Plan) -> float:
     return float(plan.split if hasattr(plan, "split") else plan.split_convolutions(graph))
 
 
-def _move(model: nn.Module, seed: int) -> None:
+def move(model: nn.Module, seed: int) -> None:
+    """Multiply every weight by 1 plus or minus one rounding."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            signs = torch.randint(0, 2, parameter.shape, generator=generator, dtype=torch.int64) * 2 - 1
+            signs = torch.randint(0, 2, parameter.shape, generator=generator).to(parameter.dtype) * 2 - 1
             parameter.mul_(1 + signs * torch.finfo(parameter.dtype).eps)
