@@ -142,5 +142,5 @@ NETWORKS = (
     _cv("fastscnn_cityscapes", pixels=64),
     _cv("lednet_cityscapes", pixels=64),
     _cv("linknet_cityscapes", pixels=64),
-    _cv("unet_cityscapes", pixels=64),
+    _cv("unet_cityscapes", 32, pixels=32),
 )
