@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from pipeline.graph.nodes import Extent, Form, Images, Node, Value, Weight, resolved
+from pipeline.graph.nodes import Extent, Form, Images, Node, Value, Weight, leaves, resolved
 
 Axes = Mapping[int, int]
 """By axis of an operand, the axis of the result that it becomes."""
@@ -26,8 +25,8 @@ class Operand:
 
     name: str
     form: Form
-    place: int | None
-    """Its position among the arguments; None within a list or by keyword."""
+    is_weight: bool
+    """Whether it is the model's own, and no value of a call, which may have the same name."""
 
 
 @dataclass(frozen=True)
@@ -406,20 +405,11 @@ SHAPED = {
 """By operator, the argument that says which shape its result has."""
 
 
-def operands_of(node: Node, forms: Mapping[str, Form]) -> tuple[Operand, ...]:
-    """The tensors that a call takes, in order, each as often as it is taken."""
-    found: list[Operand] = []
-
-    def take(given: Any, place: int | None) -> None:
-        if isinstance(given, Value | Weight):
-            if given.name in forms:
-                found.append(Operand(given.name, forms[given.name], place))
-        elif isinstance(given, list | tuple):
-            for one in given:
-                take(one, None)
-
-    for place, one in enumerate(node.args):
-        take(one, place)
-    for one in node.kwargs.values():
-        take(one, None)
+def operands_of(node: Node, forms: Mapping[str, Form], weights: Mapping[str, Form]) -> tuple[Operand, ...]:
+    """The tensors that a call takes, in order, each as often as it is taken; the forms of values and of weights."""
+    found = []
+    for one in leaves((node.args, dict(node.kwargs))):
+        known = weights if isinstance(one, Weight) else forms
+        if isinstance(one, Value | Weight) and one.name in known:
+            found.append(Operand(one.name, known[one.name], isinstance(one, Weight)))
     return tuple(found)

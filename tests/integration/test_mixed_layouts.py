@@ -159,4 +159,6 @@ def test_any_layout_may_follow_any_other(client: Client) -> None:
         assert one is not None
         assert one[0] == pytest.approx(losses, rel=1e-9), f"plan {seed}: {plans[seed].table()}"
         state = expected.state_dict()
-        assert largest_difference({name: one[1][name] for name in state}, state) < 1e-9, f"plan {seed}: {plans[seed].table()}"
+        assert largest_difference({name: one[1][name] for name in state}, state) < 1e-9, (
+            f"plan {seed}: {plans[seed].table()}"
+        )

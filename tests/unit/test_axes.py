@@ -125,13 +125,13 @@ def _captured(name: str, inputs: Inputs) -> Captured:
     return without_examples(without_writes(capture(_All([name]), inputs, {})))
 
 
-def _forms(captured: Captured) -> dict[str, Form]:
+def _forms(captured: Captured) -> tuple[dict[str, Form], dict[str, Form]]:
     forms = dict(zip(captured.inputs, captured.forms, strict=True))
     forms.update({node.name: node.results[0] for node in captured.nodes if node.results})
-    forms.update(
-        {name: Form(tuple(one.shape), one.dtype, tuple(range(one.dim()))) for name, one in captured.constants.items()}
-    )
-    return forms
+    weights = {
+        name: Form(tuple(one.shape), one.dtype, tuple(range(one.dim()))) for name, one in captured.constants.items()
+    }
+    return forms, weights
 
 
 def test_what_is_said_to_be_kept_is_kept(inputs: Inputs) -> None:
@@ -141,7 +141,7 @@ def test_what_is_said_to_be_kept_is_kept(inputs: Inputs) -> None:
     run_all(captured.nodes, values, captured.constants, {}, IMAGES)
     checked = 0
     for node in captured.nodes:
-        operands = operands_of(node, forms)
+        operands = operands_of(node, *forms)
         kept = kept_axes(Shapes(node, operands, node.results[0])) if node.results else None
         for operand, axes in zip(operands, kept or (), strict=False):
             for axis, place in axes.items():
@@ -166,7 +166,7 @@ def _check(node: Node, operand: Operand, axis: int, place: int, values: dict[str
     changed = {**tensors, operand.name: after}
     if (
         node.values.count(operand.name)
-        and sum(one.name == operand.name for one in operands_of(node, _forms(captured))) > 1
+        and sum(one.name == operand.name for one in operands_of(node, *_forms(captured))) > 1
     ):
         return False
     found = _first(caller(changed.__getitem__, lambda name: changed[name], IMAGES))
@@ -183,5 +183,5 @@ def _first(result: Any) -> torch.Tensor:
 def test_where_images_meet_nothing_keeps_their_axis(name: str, inputs: Inputs) -> None:
     captured = _captured(name, inputs)
     last = captured.nodes[-1]
-    kept = kept_axes(Shapes(last, operands_of(last, _forms(captured)), last.results[0]))
+    kept = kept_axes(Shapes(last, operands_of(last, *_forms(captured)), last.results[0]))
     assert kept is None or not any(0 in axes for axes in kept)
