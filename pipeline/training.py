@@ -162,7 +162,9 @@ def fit(
         if calibration is not None:
             check_calibration(calibration, graph, labels)
         elif plan is None and shares is None and strategy not in ("ddp", "equal") and len(chosen) > 1:
-            calibration = calibrate(model, example, connected, members=chosen, batch_size=batch_size, cache=cache)
+            calibration = calibrate(
+                model, example, connected, members=chosen, batch_size=batch_size, cache=cache, graph=graph
+            )
         room = room_for(chosen, dataset, validation=validation, optimizer=optimizer)
         used = range(len(chosen)) if plan is None else plan.devices
         room = _beside_processes(room, connected, chosen, used, calibration, graph, batch_size, itemsize)

@@ -69,6 +69,7 @@ def calibrate(
     repetitions: int = 2,
     cache: str | Path | None = None,
     force: bool = False,
+    graph: Graph | None = None,
     on_progress: Callable[[int, dict[str, float]], None] | None = None,
 ) -> xr.Dataset:
     """Measure every segment of ``model`` on every device at several shares, and every link.
@@ -79,13 +80,13 @@ def calibrate(
     own of the whole with the smaller number only. Segments that do the same work are measured once; ``repetitions``
     hold for all, and what is uncertain by enough to matter gets more. ``cache`` is a folder in which calibrations are
     kept and looked for, also of other networks for segments that do the same work; ``force`` measures in any case, and
-    everything. Returns the calibration data set of ``pipeline.results.contracts``.
+    everything. ``graph`` is that of the model for such images, where it is known. Returns the calibration data set of ``pipeline.results.contracts``.
 
     Raises ``InputError`` if the model does not take such images and ``RunError`` when a device is lost.
     """
     chosen = tuple(members or discover(client))
     model = without_compiler(model)
-    graph = trace(model, example_input)
+    graph = graph or trace(model, example_input)
     chains = chains_of(graph)
     plan = split_plan(graph, 0.5)
     works = [geometry(graph, plan, chain) for chain in chains]

@@ -20,7 +20,6 @@ import pipeline
 from pipeline.cluster.devices import discover
 from pipeline.cluster.gang import RankContext, run_gang
 from pipeline.errors import InputError
-from pipeline.graph.effects import Effect
 from pipeline.graph.trace import trace
 from pipeline.plan.labels import DDP_LABELS
 from pipeline.run.callbacks import Epoch
@@ -102,7 +101,7 @@ def test_a_model_can_return_what_cannot_travel(client: Client, strategy: str) ->
 
 def test_only_the_submodule_that_cannot_be_traced_stays_whole() -> None:
     graph = trace(_made(Gated), torch.zeros(2, 3, 8, 8))
-    assert [one.name for one in graph.operations if one.effect is Effect.WHOLE] == ["gate"]
+    assert [one.name for one in graph.opaque] == ["gate"]
 
 
 @pytest.mark.parametrize("strategy", ["kernel", "batch"])
