@@ -80,7 +80,8 @@ def calibrate(
     own of the whole with the smaller number only. Segments that do the same work are measured once; ``repetitions``
     hold for all, and what is uncertain by enough to matter gets more. ``cache`` is a folder in which calibrations are
     kept and looked for, also of other networks for segments that do the same work; ``force`` measures in any case, and
-    everything. ``graph`` is that of the model for such images, where it is known. Returns the calibration data set of ``pipeline.results.contracts``.
+    everything. ``graph`` is that of the model for such images, where it is known. Returns the calibration data set of
+    ``pipeline.results.contracts``.
 
     Raises ``InputError`` if the model does not take such images and ``RunError`` when a device is lost.
     """

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from pipeline.cluster.gang import RankContext
@@ -200,7 +201,16 @@ class Execution:
             source = Placed(self.graph.input, master(self.plan.ranks))
             self.values[source] = arranged(first, channels_last=self.plan.channels_last)
             self._inputs = dict(zip(self.graph.further_inputs, others, strict=True))
+        self._agree_on_random_numbers()
         self._draws.draw(batch_size, self._weight_of, training=training)
+
+    def _agree_on_random_numbers(self) -> None:
+        """Take up the master's generator, from which its images, the loss or a metric may have drawn since."""
+        if not self.graph.drawn or self.context.group is None or self.context.size == 1:
+            return
+        state = torch.get_rng_state()
+        dist.broadcast(state, 0, group=self.context.group)
+        torch.set_rng_state(state)
 
     def _weight_of(self, name: str) -> Any:
         """A weight or constant, or this rank's part of it; None for a bias that another rank adds."""
