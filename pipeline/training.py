@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from pipeline.run.recipe import CrossEntropy, Loss, OptimizerFactory, Recipe, Sc
 from pipeline.run.timeline import merged_losses, timing_dataset
 from pipeline.run.worker import Account
 
+_LOG = logging.getLogger(__name__)
 _LARGE_PROCESS = 2 * 2**30
 """No process of a worker holds so many bytes without a network: about 300 MiB are usual."""
 
@@ -152,6 +154,8 @@ def fit(
     example = example_batch(dataset, collate=options.get("collate_fn"), indices=_first(indices, options))
     model = with_all_weights(model, example, seed)
     graph = trace(model, example)
+    for part in graph.opaque:
+        _LOG.warning("runs as it is, on one device: %s", part)
     with _cluster(client) as connected:
         chosen = tuple(members or discover(connected))
         check_loader_processes(connected, chosen, options)

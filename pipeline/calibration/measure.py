@@ -38,6 +38,7 @@ from pipeline.plan.instructions import COMPANIES
 from pipeline.plan.measurements import check_numbers
 from pipeline.results.contracts import describe, validate_calibration
 from pipeline.results.provenance import provenance
+from pipeline.run.parts import check_portable
 
 FRACTIONS = (1 / 32, 0.125, 0.25, 0.5, 1.0)
 _FLOPS_PER_STEP = 3e10
@@ -96,7 +97,7 @@ def calibrate(
     kinds = [(member.device.label, member.host) for member in chosen]
     task = Task(
         model=skeleton_of(model),
-        modules={part: skeleton_of(model.get_submodule(part)) for part in graph.submodules},
+        modules={part: _portable_skeleton(model, part) for part in graph.submodules},
         graph=graph,
         cuts=frozenset(chain.operations[0] for chain in chains),
         chains=tuple(chains[index] for index in first),
@@ -135,6 +136,16 @@ def calibrate(
         )
     # Of a network that does the same work the cache may have a calibration, but not what this one is called.
     return found.assign_coords(network=name).assign_attrs(network_digest=graph.digest)
+
+
+def _portable_skeleton(model: nn.Module, part: str) -> bytes:
+    """The skeleton of a part that runs as it is; raises ``InputError`` where nothing can carry it."""
+    module = model.get_submodule(part)
+    check_portable(module, f"{part or 'the model'} ({type(module).__name__}) has to run as it is, and")
+    found = skeleton_of(module)
+    if found is None:
+        raise InputError(f"{part or 'the model'} ({type(module).__name__}) cannot be copied without its weights")
+    return found
 
 
 def _known(curves: Curves, works: Sequence[str], order: int) -> frozenset[int]:

@@ -92,7 +92,7 @@ def _row(name: str, one: Parity) -> str:
     devices = " : ".join(f"{share:g}" for share in one.shares)
     differences = (f"{value:.1e}" for value in (one.loss, one.gradients, one.weights, one.statistics))
     split = "none" if math.isnan(one.split) else f"{100 * one.split:.1f} %"
-    left = "; ".join(f"{part.name or 'the model'} ({part.reason})" for part in one.opaque[:3]) or "none"
+    left = "; ".join(map(str, one.opaque[:3])) or "none"
     more = f"; {len(one.opaque) - 3} more" if len(one.opaque) > 3 else ""
     return "| " + " | ".join([name, one.strategy, devices, *differences, split, left + more]) + " |"
 

@@ -112,6 +112,8 @@ def show(made: Plan, summary: Summary) -> None:
         exchange = [f"{sent / 1e6:.2f}", f"{1e3 * row.exchange_seconds:.2f}"] if sent else ["", ""]
         table.add_row(*map(Text, (row.operation, row.layouts, *own, *(exchange if made.ranks > 1 else ()))))
     console.print(table)
+    for part in made.opaque:
+        console.print(f"As it is, on one device: {part}.", soft_wrap=not terminal)
     for line in _sentences(made, summary):
         console.print(line, soft_wrap=not terminal)
 

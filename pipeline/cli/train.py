@@ -174,7 +174,7 @@ def plan_headline(plan: Plan, graph: Graph) -> str:
     )
     if plan.strategy in ("single", "ddp") or not left:
         return f"{split}."
-    named = "; ".join(f"{one.name or 'the model'} ({one.reason})" for one in left[:_NAMES_SHOWN])
+    named = "; ".join(map(str, left[:_NAMES_SHOWN]))
     more = "; ..." if len(left) > _NAMES_SHOWN else ""
     return f"{split}; as they are, on one device, run {len(left)} of its parts: {named}{more}."
 

@@ -133,6 +133,9 @@ class Opaque:
     """``""`` is the model itself."""
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.name or 'the model'} ({self.reason})"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:

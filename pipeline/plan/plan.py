@@ -129,7 +129,12 @@ class Plan:
             return f"{header}\n  every rank runs the whole network on an equal part of the batch"
         width = max(len(operation.name) for operation in self.operations)
         lines = [f"  {one.name:{width}}  {one.input!s:>14} -> {one.output!s}" for one in self.operations]
-        return "\n".join([header, *lines])
+        return "\n".join([header, *lines, *(f"  as it is, on one device: {one}" for one in self.opaque)])
+
+    @property
+    def opaque(self) -> tuple[str, ...]:
+        """The parts of the network that run as they are, each with the reason; of a plan that knows its network."""
+        return () if self.graph is None else tuple(map(str, self.graph.opaque))
 
 
 def parameter_plans(operation: Operation, plan: OperationPlan) -> tuple[ParameterPlan, ...]:
