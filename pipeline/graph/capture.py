@@ -41,6 +41,8 @@ _ASSERTIONS = (
 )  # fmt: skip
 _BACKENDS = ("cudnn_enabled", "cudnn_enable")
 """Arguments that say whether cuDNN may be used, which an export switches off for its own time."""
+_LEAST, _MOST = 2, 2**31
+"""Numbers of images between which calls have to be the same; one image is tried."""
 _PROBES = (2, 3, 5, 7)
 """Numbers of images on which a size has to lie on a line."""
 
@@ -124,6 +126,8 @@ def capture(model: nn.Module, inputs: Inputs, whole: Mapping[str, opaque.Record]
     dims = [{0: images} if one.dim() else {} for one in inputs.tensors]
     with opaque.replaced(model, whole) as stubs:
         program, returned = exported(model, inputs.tensors, inputs.rebuilt, dims)
+    if any(one.lower > _LEAST or one.upper < _MOST for one in program.range_constraints.values()):
+        raise Uncapturable("it does something else for other numbers of images")
     return _Conversion(program, returned, names, stubs).captured()
 
 

@@ -7,6 +7,7 @@ Python's random numbers. What a model keeps from call to call shows in the secon
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
@@ -52,7 +53,8 @@ def behaviour(
 ) -> Behaviour:
     """What ``call`` does, repeatedly; ``tensors`` are the parameters and buffers it goes by, without gradients."""
     done = Behaviour()
-    with seeded():
+    with seeded(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a training tells them, once
         for _ in range(calls):
             result = call()
             if backward:

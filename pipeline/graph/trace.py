@@ -118,8 +118,11 @@ class _Attempts:
             return None, reason
         return _Agreed(captured, facts, frozenset(found.gradients)), ""
 
-    def _behaviour(self, captured: Captured, facts: Facts, *, training: bool = True) -> Behaviour:
-        """What captured calls do."""
+    def _behaviour(
+        self, captured: Captured, facts: Facts, *, training: bool = True, inputs: Inputs | None = None
+    ) -> Behaviour:
+        """What captured calls do, with other ``inputs`` than usual if these are given."""
+        given = inputs or self._inputs
         trial = copied(self._model, share_parameters=True)
         set_mode(trial, training=training)
         tensors = tensors_of(trial)
@@ -127,12 +130,10 @@ class _Attempts:
         modules = {one.submodule: trial.get_submodule(one.submodule) for one in captured.nodes if one.submodule}
 
         def call() -> Any:
-            values: dict[str, Any] = dict(
-                zip(captured.inputs, (one.clone() for one in self._inputs.tensors), strict=True)
-            )
+            values: dict[str, Any] = dict(zip(captured.inputs, (one.clone() for one in given.tensors), strict=True))
             facts.begin()
-            run_all(captured.nodes, values, weights, modules, _IMAGES, facts.note)
-            return filled(captured.returned, values, _IMAGES)
+            run_all(captured.nodes, values, weights, modules, given.images, facts.note)
+            return filled(captured.returned, values, given.images)
 
         with gradients_kept(trial), torch.set_grad_enabled(training):
             try:
@@ -156,14 +157,21 @@ class _Attempts:
 
     def _is_evaluable(self, captured: Captured) -> bool:
         """Whether the calls, told that it is evaluation, give what the model gives then."""
-        try:
-            wanted, _ = check.model_behaviour(self._model, self._inputs, training=False)
-        except Exception:  # noqa: BLE001 - whatever the model's own code raises: a run will tell
-            return False
         found = evaluated(captured.nodes)
         nodes = tuple(one for node in captured.nodes if (one := found.get(node.name, node)) is not None)
+        same = self._is_same_in_evaluation(replace(captured, nodes=nodes), self._inputs)
+        if same and self._is_same_in_evaluation(replace(captured, nodes=nodes), self._inputs.with_images(1)) is False:
+            raise Uncapturable("it does something else for a single image")
+        return bool(same)
+
+    def _is_same_in_evaluation(self, captured: Captured, inputs: Inputs) -> bool | None:
+        """Whether calls give what the model gives in evaluation; None where the model itself fails."""
         try:
-            done = self._behaviour(replace(captured, nodes=nodes), Facts(), training=False)
+            wanted, _ = check.model_behaviour(self._model, inputs, training=False)
+        except Exception:  # noqa: BLE001 - whatever the model's own code raises: a run will tell
+            return None
+        try:
+            done = self._behaviour(captured, Facts(), training=False, inputs=inputs)
         except Uncapturable:
             return False
         return difference(done, wanted) is None

@@ -119,13 +119,15 @@ class _Rewriting:
             self._anew[name, source] = made.name
         return self._anew[name, source]
 
-    def _write(self, node: Node, written: Sequence[int]) -> None:
-        if list(written) != [0] or not isinstance(node.args[0], Value | Weight):
+    def _write(self, node: Node, written: Sequence[str]) -> None:
+        target = node.argument(written[0])
+        if len(written) > 1 or not isinstance(target, Value | Weight):
             raise Uncapturable(f"{node.target} writes to several tensors", node.module)
-        target = node.args[0]
         if isinstance(target, Weight) or target.name in self._own:
             self._write_own(node, target)
             return
+        if "out" in node.kwargs:
+            raise Uncapturable(f"{node.target} writes to a tensor beside its arguments", node.module)
         if not node.gradients and target.name in self._with_gradients:
             raise Uncapturable("a write under torch.no_grad(), which leaves gradients as they were", node.module)
         view = self._views.get(target.name, _View(target.name, ()))
@@ -219,14 +221,12 @@ class _Rewriting:
 
 
 @lru_cache(maxsize=4096)
-def _effects(target: str) -> tuple[tuple[int, ...], bool]:
-    """The positions of the arguments that are written to; and whether the result is in the first one's memory."""
+def _effects(target: str) -> tuple[tuple[str, ...], bool]:
+    """The names of the arguments that are written to; and whether the result is in the first one's memory."""
     if not target.startswith("aten."):
         return (), target == "getitem"
     schema = resolved(target)._schema  # type: ignore[attr-defined]
-    written = tuple(
-        place for place, one in enumerate(schema.arguments) if one.alias_info is not None and one.alias_info.is_write
-    )
+    written = tuple(one.name for one in schema.arguments if one.alias_info is not None and one.alias_info.is_write)
     shared = any(one.alias_info is not None and not one.alias_info.is_write for one in schema.arguments[:1])
     if target.startswith("aten.batch_norm") or "native_batch_norm" in target:
         return (), False
