@@ -20,7 +20,8 @@ from pipeline.cluster.devices import Member
 from pipeline.compiled import without_compiler
 from pipeline.data.randomness import seed_all
 from pipeline.graph.copies import copied, tensors_of
-from pipeline.graph.trace import Opaque, trace
+from pipeline.graph.operations import Opaque
+from pipeline.graph.trace import trace
 from pipeline.plan.plan import Strategy
 from pipeline.plan.strategies import plan_network
 from pipeline.run.launch import SGD, run_plan

@@ -25,7 +25,8 @@ from pipeline.data.batches import shapes_of
 from pipeline.data.loading import check_data, check_length, check_loader, is_stream, length_of, validation_options
 from pipeline.errors import InputError
 from pipeline.graph.copies import copied, take_over
-from pipeline.graph.trace import Graph, trace
+from pipeline.graph.operations import Graph
+from pipeline.graph.trace import trace
 from pipeline.plan.checks import check_calibration, check_plan
 from pipeline.plan.fitting import Room, check_memory, is_scarce
 from pipeline.plan.plan import STRATEGIES, Plan, Strategy

@@ -32,7 +32,8 @@ from pipeline.cluster.gang import run_gang
 from pipeline.compiled import without_compiler
 from pipeline.errors import InputError, LostDeviceError, RunError, first_line
 from pipeline.graph.copies import Inputs
-from pipeline.graph.trace import Graph, trace
+from pipeline.graph.operations import Graph
+from pipeline.graph.trace import trace
 from pipeline.plan.costs import LAYOUTS
 from pipeline.plan.instructions import COMPANIES
 from pipeline.plan.measurements import check_numbers

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.calibration.segments import Chain
 from pipeline.graph.nodes import leaves
-from pipeline.graph.trace import Graph
+from pipeline.graph.operations import Graph
 from pipeline.plan.instructions import Compute, Exchange, Placed, TensorSpec
 from pipeline.plan.layouts import master
 from pipeline.plan.program import activation_spec, compile_program

@@ -24,7 +24,7 @@ from pipeline._torchvision import Importable
 from pipeline.calibration.skeletons import module_of, parts_with_some_weights
 from pipeline.cluster.gang import RankContext
 from pipeline.graph.nodes import leaves
-from pipeline.graph.trace import Graph
+from pipeline.graph.operations import Graph
 from pipeline.plan.costs import Costs, Shared
 from pipeline.plan.data_parallel import part_seconds
 from pipeline.plan.fitting import needed_memory

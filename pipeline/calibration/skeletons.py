@@ -11,7 +11,7 @@ from torch import nn
 
 from pipeline.calibration.passes import initialise
 from pipeline.graph.copies import copied
-from pipeline.graph.trace import Graph
+from pipeline.graph.operations import Graph
 from pipeline.run.parts import Parts, made_up
 
 

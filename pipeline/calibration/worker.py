@@ -26,7 +26,7 @@ from pipeline.calibration.segments import Chain
 from pipeline.calibration.skeletons import parts_with_some_weights
 from pipeline.cluster.gang import RankContext
 from pipeline.graph.effects import Effect
-from pipeline.graph.trace import Graph
+from pipeline.graph.operations import Graph
 from pipeline.plan.plan import Plan
 from pipeline.plan.strategies import Kind, Mixed, layers_of, plan_network
 from pipeline.plan.ties import Tie

@@ -37,7 +37,7 @@ from pipeline.cli.recipe import (
 from pipeline.errors import InputError
 
 if TYPE_CHECKING:
-    from pipeline.graph.trace import Graph
+    from pipeline.graph.operations import Graph
     from pipeline.plan.plan import Plan
 
 _NAMES_SHOWN = 8

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import conv_flop_count
 
 from pipeline.errors import first_line
 from pipeline.graph.copies import Inputs, copied, gradients_kept, set_mode, tensors_of
-from pipeline.graph.nodes import Node, Value, leaves, mapped, number
+from pipeline.graph.nodes import Node, leaves, mapped
 
 CALLS = 2
 _SEED = 20_171_206
@@ -217,11 +217,6 @@ def _close(found: torch.Tensor, wanted: torch.Tensor, largest: float) -> bool:
         )
     scale = max(float(there.abs().max()), _FLOORS.get(wanted.dtype, _FLOOR) * largest, 1e-30)
     return float((here - there).abs().max()) <= tolerance * scale
-
-
-def filled(template: Any, values: Mapping[str, Any], images: int = 0) -> Any:
-    """A structure with tensors in the places of their names, and numbers for so many images."""
-    return mapped(template, lambda leaf: values[leaf.name] if isinstance(leaf, Value) else number(leaf, images))
 
 
 @dataclass

@@ -14,6 +14,11 @@ from torch import nn
 from pipeline.errors import InputError, first_line
 
 
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """The number type of a model: that of its first floating-point parameter."""
+    return next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.get_default_dtype())
+
+
 def copied(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:
     """A copy with buffers and all other attributes of its own, and parameters of its own or the model's.
 

@@ -196,6 +196,11 @@ def number(given: Images | Size | Any, images: int) -> Any:
     return given
 
 
+def filled(template: Any, values: Mapping[str, Any], images: int = 0) -> Any:
+    """A structure with tensors in the places of their names, and numbers for so many images."""
+    return mapped(template, lambda leaf: values[leaf.name] if isinstance(leaf, Value) else number(leaf, images))
+
+
 def _power(base: Any, exponent: Any) -> Any:
     return base**exponent
 

@@ -12,9 +12,9 @@ from torch.export import Dim
 
 from pipeline.graph import check
 from pipeline.graph.capture import Uncapturable, exported
-from pipeline.graph.check import behaviour, difference, filled, reason_of
+from pipeline.graph.check import behaviour, difference, reason_of
 from pipeline.graph.copies import Inputs, copied, gradients_kept, set_mode, tensors_of
-from pipeline.graph.nodes import Value, mapped
+from pipeline.graph.nodes import Value, filled, mapped
 
 
 @dataclass

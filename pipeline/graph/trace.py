@@ -14,11 +14,11 @@ from pipeline.errors import InputError
 from pipeline.graph import check, opaque
 from pipeline.graph.analysis import Analysis
 from pipeline.graph.capture import Captured, Uncapturable, capture
-from pipeline.graph.check import Behaviour, Facts, difference, filled, reason_of
-from pipeline.graph.copies import Inputs, copied, gradients_kept, set_mode, tensors_of
+from pipeline.graph.check import Behaviour, Facts, difference, reason_of
+from pipeline.graph.copies import Inputs, copied, gradients_kept, model_dtype, set_mode, tensors_of
 from pipeline.graph.evaluation import evaluated
 from pipeline.graph.interpret import run_all
-from pipeline.graph.nodes import MODULE, Form, Images, Node, Value
+from pipeline.graph.nodes import MODULE, Form, Images, Node, Value, filled
 from pipeline.graph.operations import Graph, Opaque, Operation, Parameter
 from pipeline.graph.sources import without_examples
 from pipeline.graph.suspects import suspects
@@ -28,11 +28,6 @@ __all__ = ["Graph", "Opaque", "Operation", "Parameter", "model_dtype", "trace"]
 
 _IMAGES = 2
 """How many the model is tried on: one could not be told from a number, and BatchNorm needs two."""
-
-
-def model_dtype(model: nn.Module) -> torch.dtype:
-    """The number type of a model: that of its first floating-point parameter."""
-    return next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.get_default_dtype())
 
 
 def trace(model: nn.Module, example_input: Any) -> Graph:

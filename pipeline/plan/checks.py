@@ -11,7 +11,7 @@ import xarray as xr
 
 from pipeline.errors import InputError
 from pipeline.graph.effects import Effect
-from pipeline.graph.trace import Graph, Operation
+from pipeline.graph.operations import Graph, Operation
 from pipeline.plan.layouts import Layout, kernels, master
 from pipeline.plan.measurements import check_numbers
 from pipeline.plan.plan import OperationPlan, ParameterPlan, Plan, parameter_plans

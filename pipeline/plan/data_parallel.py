@@ -11,7 +11,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.graph.trace import Graph
+from pipeline.graph.operations import Graph
 from pipeline.plan.costs import LAYOUTS, Costs
 from pipeline.plan.link_cases import Links
 

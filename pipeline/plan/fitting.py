@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from pipeline.errors import InputError, TooLittleMemoryError
-from pipeline.graph.trace import Graph
+from pipeline.graph.operations import Graph
 from pipeline.plan.memory import SGD_STATES, Bytes, predict_memory
 from pipeline.plan.plan import Plan, Strategy
 from pipeline.plan.program import Program

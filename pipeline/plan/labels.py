@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pipeline.graph.trace import Graph
+from pipeline.graph.operations import Graph
 from pipeline.plan.instructions import Compute, Exchange, Instruction
 from pipeline.plan.plan import Plan
 from pipeline.plan.program import compile_program

@@ -7,7 +7,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.graph.trace import Graph
+from pipeline.graph.operations import Graph
 from pipeline.results.contracts import CALIBRATION
 
 _CURVES = ("forward_time", "backward_time")

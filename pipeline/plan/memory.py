@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.graph.effects import Effect
-from pipeline.graph.trace import Graph
+from pipeline.graph.operations import Graph
 from pipeline.plan.instructions import Compute, Exchange, Placed, TensorSpec
 from pipeline.plan.layouts import Layout, master
 from pipeline.plan.plan import Plan

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.graph.effects import Effect
-from pipeline.graph.trace import Graph, Operation, Parameter
+from pipeline.graph.operations import Graph, Operation, Parameter
 from pipeline.plan.layouts import Layout, master, replicated
 
 Strategy = Literal["auto", "single", "ddp", "equal", "paper", "kernel", "batch"]

@@ -12,7 +12,9 @@ from torch import nn
 
 from pipeline.compiled import without_compiler
 from pipeline.errors import InputError
-from pipeline.graph.trace import Graph, model_dtype, trace
+from pipeline.graph.copies import model_dtype
+from pipeline.graph.operations import Graph
+from pipeline.graph.trace import trace
 from pipeline.plan.checks import check_calibration, image_shape_of
 from pipeline.plan.costs import Costs
 from pipeline.plan.fitting import Room, able_alone, check_memory, is_scarce, most_within_memory

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.graph.effects import Effect
-from pipeline.graph.trace import Graph
+from pipeline.graph.operations import Graph
 from pipeline.plan.costs import CROWD, DIRECTIONS, LAYOUTS, Costs, Shared
 from pipeline.plan.data_parallel import predict_data_parallel
 from pipeline.plan.instructions import (

@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 
 from pipeline.graph.effects import Effect
-from pipeline.graph.trace import Graph, Operation
+from pipeline.graph.operations import Graph, Operation
 from pipeline.plan.instructions import LOSS, Compute, Exchange, Instruction, Part, Placed, Step, TensorSpec, Update
 from pipeline.plan.layouts import Layout, images, kernels, master, partial, replicated
 from pipeline.plan.plan import OperationPlan, ParameterPlan, Plan, parameter_plans

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.graph.effects import Effect
-from pipeline.graph.trace import Graph, Operation
+from pipeline.graph.operations import Graph, Operation
 from pipeline.plan.costs import Costs
 from pipeline.plan.fitting import PlanWith, Room, able_alone, check_memory, fits, is_scarce, most_within_memory
 from pipeline.plan.link_cases import Links

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.errors import InputError
 from pipeline.graph.effects import Effect
-from pipeline.graph.trace import Graph, Operation
+from pipeline.graph.operations import Graph, Operation
 from pipeline.plan.costs import Costs, on_grid
 from pipeline.plan.layouts import Layout, images, kernels, master, partial, replicated
 from pipeline.plan.plan import STRATEGIES, OperationPlan, Plan, Strategy, parameter_plans

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.graph.trace import Graph
+from pipeline.graph.operations import Graph
 from pipeline.plan.costs import Costs
 from pipeline.plan.data_parallel import part_seconds, parts_of
 from pipeline.plan.fitting import SAFETY, Room, fits

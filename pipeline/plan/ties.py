@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pipeline.graph.effects import Effect
-from pipeline.graph.trace import Graph, Operation
+from pipeline.graph.operations import Graph, Operation
 
 
 class _Union:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.graph.trace import Graph
+from pipeline.graph.operations import Graph
 from pipeline.plan.costs import Costs
 from pipeline.plan.fitting import Room, fits, is_scarce
 from pipeline.plan.link_cases import Links, Times

@@ -14,8 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pipeline.cluster.gang import RankContext
 from pipeline.data.batches import Inputs, call, moved, prepared
-from pipeline.graph.copies import set_mode
-from pipeline.graph.trace import model_dtype
+from pipeline.graph.copies import model_dtype, set_mode
 from pipeline.links import Link
 from pipeline.run.clock import Clock
 from pipeline.run.emulation import Throttle

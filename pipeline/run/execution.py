@@ -13,12 +13,11 @@ from torch import nn
 
 from pipeline.cluster.gang import RankContext
 from pipeline.data.batches import Inputs, call, moved, prepared
-from pipeline.graph.check import filled
 from pipeline.graph.copies import Inputs as Given
 from pipeline.graph.copies import set_mode, take_over
 from pipeline.graph.effects import Effect
-from pipeline.graph.nodes import Weight, leaves, mapped
-from pipeline.graph.trace import Graph, Operation
+from pipeline.graph.nodes import Weight, filled, leaves, mapped
+from pipeline.graph.operations import Graph, Operation
 from pipeline.links import Link
 from pipeline.plan.instructions import (
     LOSS,

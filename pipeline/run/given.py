@@ -18,7 +18,7 @@ from pipeline.cluster.devices import Member
 from pipeline.data.batches import Inputs, call, prepared
 from pipeline.data.randomness import seeded
 from pipeline.errors import InputError, first_line
-from pipeline.graph.trace import model_dtype
+from pipeline.graph.copies import model_dtype
 
 _HALF = (torch.bfloat16, torch.float16)
 _SLOW = 2.0

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from pipeline.cluster.devices import Member
 from pipeline.cluster.gang import run_gang
 from pipeline.data.loading import example_batch
-from pipeline.graph.trace import Graph
+from pipeline.graph.operations import Graph
 from pipeline.links import Link
 from pipeline.plan.fitting import Room
 from pipeline.plan.plan import Plan

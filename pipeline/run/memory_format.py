@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from pipeline.graph.trace import Graph
+from pipeline.graph.operations import Graph
 
 _AXES = 4
 

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.graph.interpret import Caller
 from pipeline.graph.nodes import Node
-from pipeline.graph.trace import Graph, Operation
+from pipeline.graph.operations import Graph, Operation
 from pipeline.plan.instructions import TensorSpec
 from pipeline.plan.layouts import Box, Range
 

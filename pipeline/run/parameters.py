@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from pipeline.graph.trace import Graph, Operation
+from pipeline.graph.operations import Graph, Operation
 from pipeline.plan.instructions import Exchange, Placed
 from pipeline.plan.layouts import master, replicated
 from pipeline.plan.plan import ParameterPlan, Plan, parameters_of

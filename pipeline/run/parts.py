@@ -11,7 +11,7 @@ from torch import nn
 
 from pipeline.errors import InputError, first_line
 from pipeline.graph.copies import tensors_of
-from pipeline.graph.trace import Graph
+from pipeline.graph.operations import Graph
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from pipeline.graph.trace import Graph
+from pipeline.graph.operations import Graph
 from pipeline.plan.labels import instruction_labels
 from pipeline.plan.plan import Plan
 from pipeline.results.contracts import describe

@@ -22,7 +22,7 @@ from pipeline.data.batches import call, prepared
 from pipeline.data.randomness import seed_all
 from pipeline.errors import RunError
 from pipeline.graph.copies import tensors_of
-from pipeline.graph.trace import Graph
+from pipeline.graph.operations import Graph
 from pipeline.links import Link
 from pipeline.plan.labels import DDP_LABELS
 from pipeline.plan.plan import Plan

@@ -17,7 +17,8 @@ from distributed import Client, as_completed
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.graph.trace import Graph, trace
+from pipeline.graph.operations import Graph
+from pipeline.graph.trace import trace
 from pipeline.links import Link, parse_link
 from pipeline.networks import network as build
 from pipeline.plan.checks import check_calibration, image_shape_of
