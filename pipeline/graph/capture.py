@@ -112,6 +112,8 @@ def exported(
             warnings.simplefilter("ignore")
             program = export(root, tuple(tensors), strict=False, dynamic_shapes=(tuple(map(dict, dims)),))
     except Exception as error:  # export fails in as many ways as there are models
+        if "Constraints violated" in str(error):
+            raise Uncapturable("the number of images is taken for a fixed one, as by len(x); use x.shape[0]") from error
         raise Uncapturable(f"torch.export: {_reason(error)}") from error
     return program, returned[-1]
 

@@ -16,7 +16,7 @@ from pipeline.data.batches import Inputs, call, moved, prepared
 from pipeline.graph.copies import Inputs as Given
 from pipeline.graph.copies import set_mode, take_over
 from pipeline.graph.effects import Effect
-from pipeline.graph.nodes import Weight, filled, leaves, mapped
+from pipeline.graph.nodes import INPUT, Weight, filled, leaves, mapped
 from pipeline.graph.operations import Graph, Operation
 from pipeline.links import Link
 from pipeline.plan.instructions import (
@@ -282,8 +282,8 @@ class Execution:
             return self._normalise_whole(operation, given[0])
         if operation.effect is Effect.FLATTEN:
             return given[0].flatten(1)
-        if operation.name in self._inputs:
-            return self._inputs[operation.name]
+        if operation.main.target == INPUT:
+            return self._input(operation)
         rank, spec = self.context.rank, None
         if operation.shape is not None:
             spec = activation_spec(self.graph, operation.name, self._batch_size)
@@ -294,6 +294,13 @@ class Execution:
             return self._draws.apply(operation, given[0], spec, box)
         values = {**self._draws.values, **dict(zip(operation.inputs, given, strict=True))}
         return self._calls_of(operation).run(Part(rank, step, self._batch_size, spec), values, self._weight_of)
+
+    def _input(self, operation: Operation) -> torch.Tensor:
+        """An input beside the first one; where only times matter there is none, and zeros do."""
+        if operation.name in self._inputs:
+            return self._inputs[operation.name]
+        shape = (self._batch_size, *(operation.shape or ()))
+        return torch.zeros(shape, dtype=operation.dtype, device=self.transport.device)
 
     def _box(self, spec: TensorSpec | None, step: Step) -> Box:
         """This rank's part of an output; of one that cannot travel by its images alone."""

@@ -70,8 +70,8 @@ class _Tokens(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.token.expand(len(x), -1, -1), tokens], 1) + self.places
-        kept = x.new_empty(len(x), 1, 1).bernoulli_(0.8) / 0.8 if self.training else 1.0
+        tokens = torch.cat([self.token.expand(x.shape[0], -1, -1), tokens], 1) + self.places
+        kept = x.new_empty(x.shape[0], 1, 1).bernoulli_(0.8) / 0.8 if self.training else 1.0
         y = self.norm(tokens)
         tokens = tokens + self.attention(y, y, y, need_weights=False)[0] * kept
         return tokens[:, 0]
