@@ -190,7 +190,8 @@ class _Rewriting:
         source = step.args[0]
         assert isinstance(source, Value)
         form = self._forms[source.name]
-        assert form is not None
+        if form is None:
+            raise Uncapturable(f"{write.operator} writes to one of several parts of a tensor", write.module)
         if step.operator in _SAME_SHAPE or _is_everything(step, form):
             return changed
         if step.operator in ("slice", "select", "diagonal"):
