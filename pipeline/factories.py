@@ -22,7 +22,6 @@ from pipeline.errors import InputError
 if TYPE_CHECKING:
     from distributed import Client
 
-    from pipeline.cluster.devices import Member
 
 _NAME = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*(?:\.[^\W\d]\w*)*)")
 _CLASS_ARGUMENTS = ("num_classes", "classes")
@@ -106,7 +105,7 @@ def _made(name: str, classes: int) -> nn.Module:
     return model
 
 
-def check_workers(client: Client, members: Sequence[Member], name: str) -> None:
+def check_workers(client: Client, members: Sequence[Any], name: str) -> None:
     """Raise InputError unless every worker can import the module of the factory: the network travels by its name."""
     if not is_factory(name.strip()):
         return
