@@ -42,8 +42,12 @@ class TensorSpec:
 
     @property
     def channels(self) -> int:
-        """Extent of the axis of the channels; 1 for a scalar."""
-        return self.shape[self.channel_axis] if self.shape else 1
+        """Extent of the axis of the channels; 1 for a scalar, and for one number per image."""
+        return self.shape[self.channel_axis] if self._has_channels else 1
+
+    @property
+    def _has_channels(self) -> bool:
+        return self.channel_axis < len(self.shape)
 
     @property
     def rest(self) -> int:
@@ -52,10 +56,9 @@ class TensorSpec:
 
     def local_shape(self, box: Box) -> tuple[int, ...]:
         """Shape of the part of the tensor in ``box``."""
-        if not self.shape:
-            return ()
         shape = list(self.shape)
-        shape[self.channel_axis] = len(box.channels)
+        if self._has_channels:
+            shape[self.channel_axis] = len(box.channels)
         if self.images_axis is not None:
             shape[self.images_axis] = len(box.images)
         return tuple(shape)
@@ -63,7 +66,7 @@ class TensorSpec:
     def slices(self, outer: Box, inner: Box) -> tuple[slice, ...]:
         """The index of ``inner`` in a local tensor that holds ``outer``."""
         index = [slice(None)] * len(self.shape)
-        if self.shape:
+        if self._has_channels:
             index[self.channel_axis] = inner.channels.within(outer.channels)
         if self.images_axis is not None:
             index[self.images_axis] = inner.images.within(outer.images)
