@@ -6,12 +6,15 @@ in a call of its own (``torch.no_grad``, ``torch.autocast``) is told by each cal
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TextIO
 
 import sympy
 import torch
@@ -432,10 +435,24 @@ _LONGEST = 120
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch logs of exports that fail, of which we tell ourselves."""
+    """Without what torch logs and prints of exports that fail, of which we tell ourselves."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        yield
+        with redirect_stderr(_OfOtherThreads(sys.stderr)):
+            yield
     finally:
         logging.disable(before)
+
+
+class _OfOtherThreads(io.TextIOBase):
+    """Passes on what other threads write: ``sys.stderr`` is theirs, too."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._silent = stream, threading.get_ident()
+
+    def write(self, text: str, /) -> int:
+        return len(text) if threading.get_ident() == self._silent else self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()

@@ -213,7 +213,7 @@ class Judge:
         ]
         ends = {axes.get(place.channels) for _, axes, place in varying}
         axis = next(iter(ends)) if len(ends) == 1 else None
-        target = self._placed(call.result, *images, axis if axis is not None else self._likely(varying))
+        target = self._placed(call.result, *images, axis if axis is not None else self._likely(call, varying))
         cuts = self._cuts(call, kept, images[0], None)
         noise = self._noise(node, target)
         imagewise = Judgement(Effect.IMAGEWISE, target, noise=noise, cuts=cuts)
@@ -262,10 +262,11 @@ class Judge:
             found[f"own {operand.name}"] = Cut(images=along_images, channels=along)
         return found
 
-    def _likely(self, varying: Sequence[tuple[Operand, Axes, Place]]) -> int:
+    def _likely(self, call: Shapes, varying: Sequence[tuple[Operand, Axes, Place]]) -> int:
         """The axis to take for the channels where they are mixed: where they would have been, or axis 1."""
         ends = (axes.get(place.channels) for _, axes, place in varying)
-        return next((axis for axis in ends if axis), 1)
+        stays = (place.channels for operand, _, place in varying if operand.form.shape == call.result.shape)
+        return next((axis for axis in (*ends, *stays) if axis), 1)
 
     def _is_flattening(self, call: Shapes, varying: Sequence[tuple[Operand, Axes, Place]]) -> bool:
         """``(B, C, H, W)`` to ``(B, C * H * W)``."""

@@ -56,17 +56,20 @@ def ties(graph: Graph) -> dict[str, Tie]:
     """The tie of every operation.
 
     Tensors that are added, or that a channelwise operation leads from one to the other, have one split, so that nothing
-    has to travel between them.
+    has to travel between them. What takes all channels together, as a GroupNorm of one group, is left out: a whole row
+    of residual blocks would not be split for its sake.
     """
     union = _Union(operation.name for operation in graph.operations)
     by_weight: dict[str, str] = {}
     for operation in graph.operations:
         if operation.shape is None:
             continue
-        passes = operation.effect in (Effect.CHANNELWISE, Effect.BATCHNORM)
+        passes = operation.effect in (Effect.CHANNELWISE, Effect.BATCHNORM) and not _takes_all(operation)
         in_groups = operation.effect is Effect.GROUPED and operation.unit == operation.input_unit
         for value in operation.inputs:
-            if (passes or in_groups) and value in union and _channels(graph, value) == operation.channels:
+            if not (passes or in_groups) or value not in union or _takes_all(graph[value]):
+                continue
+            if _channels(graph, value) == operation.channels:
                 union.join(operation.name, value)
         for parameter in operation.parameters:  # a weight that is used twice has one split
             if parameter.axis is None:
@@ -110,6 +113,11 @@ def on_master(graph: Graph) -> frozenset[str]:
     }
     together = bound(graph)
     return frozenset(name for one in own for name in together[one])
+
+
+def _takes_all(operation: Operation) -> bool:
+    """Whether it computes channel by channel in name only: all of them have to stay together."""
+    return operation.effect is Effect.CHANNELWISE and 1 < operation.channels <= operation.unit
 
 
 def _channels(graph: Graph, value: str) -> int:

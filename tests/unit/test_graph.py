@@ -253,6 +253,37 @@ def test_tensors_that_are_added_share_one_split_in_whole_groups() -> None:
     assert {one.name for one in tie.weighted} == {"conv", "other"}
 
 
+def test_a_norm_of_all_channels_does_not_keep_its_neighbours_whole() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.second = nn.Conv2d(4, 8, 1), nn.GroupNorm(1, 8), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.first(x)
+            z: torch.Tensor = y + F.avg_pool2d(self.norm(y), 1) + self.second(y)
+            return z
+
+    graph = _graph(Residual())
+    assert ties(graph)["norm"].unit == 8
+    assert ties(graph)["first"].unit == 1
+    plan = plan_network(graph, "kernel", batch_size=4, labels=["cpu"] * 2, shares=(0.5, 0.5))
+    assert plan.split == 1
+    assert len(plan["norm"].output.holders) == 1
+
+
+def test_channels_that_a_norm_mixes_stay_where_they_were() -> None:
+    """As in Swin: channels last for a LayerNorm, then back for a convolution."""
+    graph = _graph(_Model(lambda model, x: model.conv(F.layer_norm(x.permute(0, 2, 3, 1), (4,)).permute(0, 3, 1, 2))))
+    assert [one.channel_axis for one in graph.operations] == [3, 3, 1, 1]
+    assert graph["conv"].effect is Effect.KERNEL
+
+
+def test_an_export_that_fails_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    trace(_Model(lambda model, x: model.conv(x) * float(torch.rand(()))), torch.rand(2, *IMAGES))
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(
     ("convolution", "unit", "input_unit"),
     [
