@@ -21,6 +21,7 @@ import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind
+from torch.overrides import TorchFunctionMode
 
 from pipeline.graph import opaque
 from pipeline.graph.copies import Inputs, names_of
@@ -93,8 +94,18 @@ class _Root(nn.Module):
             found.append(leaf)
             return Value(str(len(found) - 1))
 
-        self._note(mapped(self.model(*args, **kwargs), placed))
+        with _Detached():
+            self._note(mapped(self.model(*args, **kwargs), placed))
         return tuple(found)
+
+
+class _Detached(TorchFunctionMode):
+    """Takes ``tensor.data``, which an export loses sight of, for ``tensor.detach()``."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+            return args[0].detach()
+        return func(*args, **(kwargs or {}))
 
 
 Rebuilt = Callable[[list[Any]], tuple[tuple[Any, ...], dict[str, Any]]]

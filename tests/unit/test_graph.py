@@ -284,6 +284,12 @@ def test_an_export_that_fails_prints_nothing(capfd: pytest.CaptureFixture[str]) 
     assert capfd.readouterr() == ("", "")
 
 
+def test_data_of_a_tensor_is_its_values_without_a_gradient() -> None:
+    graph = _graph(_Model(lambda model, x: torch.cat([model.conv(x).data, model.other(x)], 1)))
+    assert not graph.opaque
+    assert {p.name for one in graph.operations for p in one.parameters if p.trained} == {"other.weight", "other.bias"}
+
+
 @pytest.mark.parametrize(
     ("convolution", "unit", "input_unit"),
     [
