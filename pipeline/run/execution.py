@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -100,6 +101,8 @@ class Execution:
 
     def prepare(self, recipe: Recipe) -> None:
         """Move the parameters to their homes and make an optimiser for those that live here."""
+        # Said of activations with the channels last where a computation begins, which no optimiser reads.
+        warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
         self.parameters.load()
         self._recipe = recipe.on(self.transport.device)
         self.updater = Updater(self._recipe, self.parameters, self.context)
