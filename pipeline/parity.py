@@ -163,11 +163,11 @@ def _loss(output: object, y_B: torch.Tensor) -> torch.Tensor:
 
 def _difference(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:
     """The largest difference between tensors of one name, relative to the largest entry of each."""
-    wanted = {name: tensor.double() for name, tensor in expected.items() if tensor.numel()}
+    wanted = {name: tensor.detach().double() for name, tensor in expected.items() if tensor.numel()}
     sizes = {name: float(tensor.abs().max()) for name, tensor in wanted.items()}
     least = max(_FLOOR * max(sizes.values(), default=0.0), 1e-30)
     return _largest([
-        float((found[name].double() - tensor).abs().max()) / max(sizes[name], least) for name, tensor in wanted.items()
+        float((found[name].detach().double() - tensor).abs().max()) / max(sizes[name], least) for name, tensor in wanted.items()
     ])  # fmt: skip
 
 

@@ -167,7 +167,7 @@ def _train(context: RankContext, cases: list[Case]) -> list[Trained | None]:
 
 # A network is drawn from a seed, and no smaller seed makes a smaller network: there is nothing to shrink.
 @settings(
-    max_examples=6, phases=[Phase.generate], derandomize=True, database=None, deadline=None,
+    max_examples=4, phases=[Phase.generate], derandomize=True, database=None, deadline=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 @given(
