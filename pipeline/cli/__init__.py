@@ -21,6 +21,7 @@ from pipeline.cli import (
     miscalibration,
     parity,
     plan,
+    predict,
     results,
     simulate,
     train,
@@ -42,6 +43,8 @@ app.command()(data.data)
 app.command()(calibrate.calibrate)
 app.command()(plan.plan)
 app.command()(train.train)
+app.command()(predict.predict)
+app.command()(predict.evaluate)
 app.command()(simulate.simulate)
 app.command()(parity.parity)
 app.command()(benchmark.benchmark)
@@ -51,6 +54,9 @@ app.command()(results.combine)
 app.command()(results.figures)
 app.command()(results.report)
 app.command()(results.notebook)
+
+
+_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,10 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(error, 2)
         except PipelineError as error:
             return _fail(error, 1)
-        except KeyboardInterrupt:
-            print("Interrupted.", file=sys.stderr)
-            return 130
         except SystemExit as end:
+            if end.code == _INTERRUPTED:  # by Typer, which says nothing
+                print("Interrupted.", file=sys.stderr)
             return end.code if isinstance(end.code, int) else 0
     return 0
 

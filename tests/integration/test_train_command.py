@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -78,7 +79,9 @@ def test_a_factory_in_the_current_folder_trains_and_its_checkpoint_is_that_of_pl
     split = ["--devices", "2 x cpu", "--strategy", "kernel", "--shares", "0.6,0.4", "--checkpoint", "split.safetensors"]
     done = run(folder, "train", *common, "--learning-rate", "0.05", "--weight-decay", "0.001", *split)
     assert done.returncode == 0, done.stderr
-    accuracies = re.findall(r"^Epoch (\d): loss [\d.]+, test accuracy ([\d.]+) % \(", done.stdout, re.MULTILINE)
+    accuracies = re.findall(
+        r"^Epoch (\d) of 4: loss [\d.]+, test accuracy ([\d.]+) %, [\d.]+ images/s \(", done.stdout, re.MULTILINE
+    )
     assert [number for number, _ in accuracies] == ["1", "2", "3", "4"]
     assert "kernel over cpu, cpu, batch 16" in done.stdout
     assert "100 % of the convolution FLOPs are split." in done.stdout
@@ -101,6 +104,31 @@ def test_a_factory_in_the_current_folder_trains_and_its_checkpoint_is_that_of_pl
     whole = torch.load(folder / "single.pt", weights_only=True)
     for name, tensor in whole.items():
         torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_epochs_are_told_while_the_training_goes_on(folder: Path) -> None:
+    command = [sys.executable, "-m", "pipeline", "train", "--network", "mynets:tiny", "--data", "images"]
+    command += ["--devices", "cpu", "--strategy", "single", "--epochs", "100000", "--checkpoint", "weights.pt"]
+    command += ["--batch-size", "16"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    told: list[str] = []
+    with subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        # Lines that come only at the end do not come within the time that a test has.
+        for line in process.stdout:
+            told += [line] if line.startswith("Epoch ") else []
+            if len(told) == 3:
+                break
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+    assert len(told) == 3, errors
+    assert all(re.match(r"Epoch \d of 100000: loss [\d.]+, test accuracy [\d.]+ %, ", line) for line in told)
+    assert [line.split()[1] for line in told] == ["1", "2", "3"]
+    assert all(re.search(r" images/s \([\d.e-]+ s, [^,]+ left\)$", line) for line in told)
+    assert (process.returncode, errors.splitlines()[-1]) == (130, "Interrupted.")
+    assert not (folder / "weights.pt").exists()
 
 
 def test_workers_that_cannot_import_the_module_are_told_before_anything_runs(

@@ -13,11 +13,11 @@ import xarray as xr
 from PIL import Image
 
 from pipeline.cli import app, main
-from pipeline.cli.progress import Progress
 from pipeline.cli.results import figures
 from pipeline.cli.simulate import _emulated_sets, _usual_sets
 from pipeline.datasets import prepare
 from pipeline.errors import InputError
+from pipeline.progress import Progress
 from pipeline.results.stores import write_store, write_zip
 
 COMMANDS = sorted(command.callback.__name__ for command in app.registered_commands if command.callback)
