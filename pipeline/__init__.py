@@ -41,7 +41,8 @@ _HOMES = {
 }
 __all__ = [
     "Device", "FitResult", "InputError", "PipelineError", "Plan", "RunError",
-    "calibrate", "connect", "evaluate", "fit", "local_cluster", "make_plan", "predict", "read_plan", "simulate", "write_plan",
+    "calibrate", "connect", "evaluate", "fit", "local_cluster", "make_plan", "predict", "read_plan", "simulate",
+    "write_plan",
 ]  # fmt: skip
 
 

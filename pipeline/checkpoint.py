@@ -124,6 +124,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], Description
     path = Path(path)
     if not path.is_file():
         raise InputError(f"weights '{path}' do not exist: give a file that `train --checkpoint` wrote")
+    weights: Any
     try:
         if path.suffix == SAFETENSORS:
             from safetensors import safe_open

@@ -136,7 +136,7 @@ def predict(
     batch_size: int = 64,
     on_progress: Advance | None = None,
 ) -> xr.Dataset:
-    """Classify image files, or all of a folder: ``probability(image, class)``, and the best of them, ``predicted(image)``.
+    """Classify image files, or all of a folder: ``probability(image, class)``, and the best one, ``predicted(image)``.
 
     The weights say how images are prepared, and which network they belong to; what is given here counts instead. A
     ``model`` takes the place of a network by name, and gets the weights. ``device`` is "cpu" or "cuda:0", say; a GPU

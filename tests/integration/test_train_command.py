@@ -17,7 +17,10 @@ from distributed import Client
 from PIL import Image
 from safetensors.torch import load_file
 
+import pipeline.cluster.devices
+from pipeline import progress
 from pipeline.cli import main
+from pipeline.networks import network
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -155,3 +158,48 @@ def test_what_a_training_calibrates_is_kept_for_the_next_one(
         assert main(command) == 0
         assert ("taken from the cache" in capsys.readouterr().out) == taken
         assert len(list((folder.parent / "calibrations").iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt"])
+def test_what_was_trained_is_used_as_it_was_validated(
+    name: str, folder: Path, client: Client, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    common = ["--data", "images", "--image-size", "16", "--devices", "cpu", "--strategy", "single", "--epochs", "2"]
+    common += ["--network", "4:6", "--batch-size", "16", "--scheduler", client.scheduler.address]
+    assert main(["train", *common, "--checkpoint", name]) == 0
+    accuracies = re.findall(r"^Epoch \d of 2: .*, test accuracy ([\d.]+) %", capsys.readouterr().out, re.MULTILINE)
+    assert len(accuracies) == 2
+    assert main(["evaluate", "--data", "images", "--weights", name, "--device", "cpu"]) == 0
+    assert f"12 images, accuracy {accuracies[-1]} %" in capsys.readouterr().out
+    assert main(["predict", "images/red", "--weights", name, "--device", "cpu", "--output", "told.csv"]) == 0
+    rows = (folder / "told.csv").read_text().splitlines()
+    assert len(rows) == 21
+    assert rows[0] == "image,class,probability"
+    assert {row.split(",")[1] for row in rows[1:]} <= {"red", "green", "blue"}
+
+
+def test_fit_tells_what_it_does_where_that_is_wanted(
+    client: Client, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_LINE_INTERVAL_S", 0.0)
+    monkeypatch.setattr(progress, "_LOOK_S", 0.001)
+    images = torch.utils.data.TensorDataset(torch.randn(24, 3, 16, 16), torch.randint(0, 3, (24,)))
+    model = network("2:3", classes=3, image_shape=(3, 16, 16))
+    members = pipeline.cluster.devices.discover(client)[:2]
+    for shown in (True, False):
+        pipeline.fit(
+            model, images, client, members=members, batch_size=8, strategy="kernel", label="net", progress=shown
+        )
+        told = capsys.readouterr().err.splitlines()
+        if not shown:
+            assert told == []
+            continue
+        titles = [
+            title
+            for title in ("capture", "prepare", "calibrate", "plan", "train")
+            for line in told
+            if line.startswith(f"{title} net")
+        ]
+        assert list(dict.fromkeys(titles)) == ["capture", "prepare", "calibrate", "plan", "train"]
