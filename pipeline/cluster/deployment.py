@@ -63,6 +63,8 @@ class LocalClient(Client):
     def close(self, timeout: Any = _CLOSE_S) -> None:
         """End the cluster and its processes; harmless when it has ended."""
         ending, self._ending = self._ending, None
+        if ending is None and self.status == "closed":  # as at the end of the interpreter, where little works any more
+            return
         with _without_interrupts():
             try:
                 super().close(timeout=timeout)  # type: ignore[no-untyped-call]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +18,12 @@ from distributed import Client
 from PIL import Image
 from safetensors.torch import load_file
 
-import pipeline.cluster.devices
+import pipeline
 from pipeline import progress
 from pipeline.cli import main
+from pipeline.cluster.devices import discover
 from pipeline.networks import network
+from pipeline.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -180,26 +183,39 @@ def test_what_was_trained_is_used_as_it_was_validated(
     assert {row.split(",")[1] for row in rows[1:]} <= {"red", "green", "blue"}
 
 
+class Titles(Progress):
+    """Notes what is begun, and what is shown of it."""
+
+    def __init__(self) -> None:
+        super().__init__("nothing yet", shown=False)
+        self.begun: list[str] = []
+        self.told: list[tuple[str | None, int, int | None]] = []
+
+    def begin(self, title: str, total: int | None = None) -> None:
+        super().begin(title, total)
+        self.begun.append(title)
+
+    def show(self, done: int, total: int | None, note: str, title: str | None = None) -> None:
+        super().show(done, total, note, title)
+        self.told.append((title, done, total))
+
+
 def test_fit_tells_what_it_does_where_that_is_wanted(
     client: Client, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "_LINE_INTERVAL_S", 0.0)
     monkeypatch.setattr(progress, "_LOOK_S", 0.001)
     images = torch.utils.data.TensorDataset(torch.randn(24, 3, 16, 16), torch.randint(0, 3, (24,)))
-    model = network("2:3", classes=3, image_shape=(3, 16, 16))
-    members = pipeline.cluster.devices.discover(client)[:2]
-    for shown in (True, False):
-        pipeline.fit(
-            model, images, client, members=members, batch_size=8, strategy="kernel", label="net", progress=shown
-        )
-        told = capsys.readouterr().err.splitlines()
-        if not shown:
-            assert told == []
-            continue
-        titles = [
-            title
-            for title in ("capture", "prepare", "calibrate", "plan", "train")
-            for line in told
-            if line.startswith(f"{title} net")
-        ]
-        assert list(dict.fromkeys(titles)) == ["capture", "prepare", "calibrate", "plan", "train"]
+    given: dict[str, Any] = {
+        "model": network("2:3", classes=3, image_shape=(3, 16, 16)), "dataset": images, "client": client,
+        "members": discover(client)[:2], "batch_size": 8, "strategy": "kernel", "epochs": 2, "label": "net",
+    }  # fmt: skip
+    titles = Titles()
+    calibration = pipeline.fit(**given, progress=titles).calibration
+    assert titles.begun == ["capture net", "prepare net", "calibrate net", "plan net", "train net"]
+    assert titles.told[-1] == ("train net, epoch 2 of 2", 3, 3)
+    assert any(total is not None and title is None for title, _, total in titles.told), "the calibration reports"
+    pipeline.fit(**given, calibration=calibration, progress=True)
+    assert "train net, epoch 2 of 2: 3 of 3, loss " in capsys.readouterr().err
+    pipeline.fit(**given, calibration=calibration, progress=False)
+    assert capsys.readouterr().err == ""
