@@ -27,6 +27,7 @@ from pipeline.errors import InputError
 from pipeline.graph.copies import copied, take_over
 from pipeline.graph.operations import Graph
 from pipeline.graph.trace import trace
+from pipeline.html import table
 from pipeline.plan.checks import check_calibration, check_plan
 from pipeline.plan.fitting import Room, check_memory, is_scarce
 from pipeline.plan.plan import STRATEGIES, Plan, Strategy
@@ -66,6 +67,20 @@ class FitResult:
     """As they ended."""
     loss: Loss
     """What was trained by: where it is a module with weights or buffers of its own, a copy with what became of them."""
+
+    def _repr_html_(self) -> str:
+        """The result in a notebook: how the training went, and by which plan."""
+        losses, last = (
+            self.history.loss.values,
+            {name: one for name, one in self.history.items() if "epoch" in one.dims},
+        )
+        rows = [
+            ("model", type(self.model).__name__),
+            ("steps", f"{len(losses)}, {float(self.timing.step_time.median()):.3g} s each (median)"),
+            ("loss", f"{losses[0]:.4f} at first, {losses[-1]:.4f} at last"),
+            *((str(name), f"{float(values[-1]):.4g} after {values.size} epochs") for name, values in last.items()),
+        ]
+        return table("Training", ["", ""], rows) + self.plan._repr_html_()
 
 
 def fit(
