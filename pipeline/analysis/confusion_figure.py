@@ -12,6 +12,7 @@ from pipeline.analysis.wording import counted
 _NUMBERS_UP_TO = 20
 """In matrices of more classes numbers would be too small to read."""
 _CELL_IN = 0.42
+_LETTERS_ACROSS = 2
 _LEAST_IN, _MOST_IN = 3.0, 9.0
 
 
@@ -34,7 +35,8 @@ def confusion_figure(evaluated: xr.Dataset) -> Figure:
         axis.grid(visible=False)
         drawn = axis.imshow(rows_KK, cmap="Blues", vmin=0, vmax=1)
         axis.set(xlabel="told class", ylabel="true class")
-        axis.set_xticks(range(len(names)), names, rotation=45 if max(map(len, names)) > 2 else 0, ha="right")
+        turned = {"rotation": 45, "ha": "right"} if max(map(len, names)) > _LETTERS_ACROSS else {}
+        axis.set_xticks(range(len(names)), names, **turned)
         axis.set_yticks(range(len(names)), names)
         figure.colorbar(drawn, ax=axis, label="part of the true class", shrink=0.8)
         if len(names) <= _NUMBERS_UP_TO:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 FORMATS = ("csv", "json")
 _DIGITS = 6
 _CLASSES_SHOWN = 30
+_WIDE = 1000
 
 WeightsOption = Annotated[Path, typer.Option("--weights", help="File that `train --checkpoint` wrote.")]
 GivenNetworkOption = Annotated[
@@ -178,12 +179,14 @@ def _print_confusion(found: xr.Dataset) -> None:
 
     names = [str(name) for name in found["class"].values]
     shown = names if len(names) <= _CLASSES_SHOWN else []
-    table = Table("class", *shown, "recall in %", "precision in %", title="Rows: the true class; columns: the told one")
+    table = Table("class", *shown, "recall %", "precision %", title="Rows: the true class; columns: the told one")
     for place, name in enumerate(names):
         counts = [str(int(count)) for count in found.confusion.values[place]] if shown else []
         rates = (f"{100 * float(found[one].values[place]):.1f}" for one in ("recall", "precision"))
         table.add_row(name, *counts, *rates)
-    Console().print(table)
+    console = Console()
+    # A file has no width that names would have to be cut for.
+    (console if console.is_terminal else Console(width=_WIDE)).print(table)
 
 
 def _write_evaluation(found: xr.Dataset, folder: Path) -> None:
