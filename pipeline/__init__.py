@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pipeline.cluster.deployment import connect, local_cluster
     from pipeline.cluster.devices import Device
     from pipeline.errors import InputError, PipelineError, RunError
+    from pipeline.inference import evaluate, predict
     from pipeline.plan.files import read_plan, write_plan
     from pipeline.plan.plan import Plan
     from pipeline.plan.planner import make_plan
@@ -29,16 +30,19 @@ _HOMES = {
     "RunError": "pipeline.errors",
     "calibrate": "pipeline.calibration.measure",
     "connect": "pipeline.cluster.deployment",
+    "evaluate": "pipeline.inference",
     "fit": "pipeline.training",
     "local_cluster": "pipeline.cluster.deployment",
     "make_plan": "pipeline.plan.planner",
+    "predict": "pipeline.inference",
     "read_plan": "pipeline.plan.files",
     "simulate": "pipeline.simulation.step",
     "write_plan": "pipeline.plan.files",
 }
 __all__ = [
     "Device", "FitResult", "InputError", "PipelineError", "Plan", "RunError",
-    "calibrate", "connect", "fit", "local_cluster", "make_plan", "read_plan", "simulate", "write_plan",
+    "calibrate", "connect", "evaluate", "fit", "local_cluster", "make_plan", "predict", "read_plan", "simulate",
+    "write_plan",
 ]  # fmt: skip
 
 
@@ -47,3 +51,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'pipeline' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

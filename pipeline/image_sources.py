@@ -263,7 +263,7 @@ def decoded(
         end = min(start + _FILES_PER_TASK, len(names))
         for position in range(start, end):
             with opened(position) as image:
-                pixels_HWC = _pixels(
+                pixels_HWC = pixels_of(
                     image, names[position], size_WH, resize=choices.size_HW is not None, reference=names[0]
                 )
             images_NCHW[position] = pixels_HWC.transpose(2, 0, 1)
@@ -278,7 +278,11 @@ def decoded(
     return images_NCHW
 
 
-def _pixels(image: Image.Image, name: str, size_WH: tuple[int, int], *, resize: bool, reference: str) -> UInt8:
+def pixels_of(image: Image.Image, name: str, size_WH: tuple[int, int], *, resize: bool, reference: str) -> UInt8:
+    """An open image as 8-bit RGB (H, W, 3) of that size; ``InputError`` for one that cannot be, or must not be resized.
+
+    ``name`` and ``reference`` are what errors call it and the image whose size it should have.
+    """
     check_picture(image, name)
     if image.size != size_WH:
         if not resize:

@@ -8,9 +8,10 @@ Shape suffixes: N images, C channels, H rows, W columns.
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -99,6 +100,7 @@ class StoredImages(Dataset[tuple[torch.Tensor, int]]):
     classes: tuple[str, ...]
     image_shape: tuple[int, int, int]
     source_name: str
+    resized: bool
     warning: str | None
 
     def __init__(self, path: str | os.PathLike[str], split: Literal["train", "test"], limit: int | None = None) -> None:
@@ -114,25 +116,35 @@ class StoredImages(Dataset[tuple[torch.Tensor, int]]):
             self.classes = tuple(map(str, store["class_name"][:]))
             self.source_name = str(store.attrs["data"])
             self.warning = str(store.attrs["warning"]) or None
+            self.resized = _resized(store.attrs)
+            self._normalisation: tuple[Float64, Float64] = (store["mean"][:], store["std"][:])
+        self._is_grey = False
         self._length: int = count if limit is None else min(limit, count)
-        self._grey: tuple[Float64, Float64] | None = None
+
+    @property
+    def normalisation(self) -> tuple[Float64, Float64]:
+        """Mean and standard deviation per channel, of pixel values taken as 0 to 1."""
+        return self._normalisation
 
     def in_grey(self) -> StoredImages:
         """The same images with one channel, normalised by what is grey in the training images."""
+        with _opened(self.path) as store:
+            return self.normalised_by(*channel_statistics(grey(store["train_image"][:])), in_grey=True)
+
+    def normalised_by(self, mean_C: Float64, std_C: Float64, *, in_grey: bool = False) -> StoredImages:
+        """The same images normalised by other numbers than those of their training images."""
         found = copy.copy(self)
         found.__dict__.pop("_arrays", None)
-        found.image_shape = (1, *self.image_shape[1:])
-        with _opened(self.path) as store:
-            found._grey = channel_statistics(grey(store["train_image"][:]))
+        found._normalisation, found._is_grey = (mean_C, std_C), in_grey
+        if in_grey:
+            found.image_shape = (1, *self.image_shape[1:])
         return found
 
     @cached_property
     def _arrays(self) -> ImageArrays:
         with _opened(self.path) as store:
             images, labels = (store[f"{self.split}_{part}"][: self._length] for part in ("image", "label"))
-            if self._grey is not None:
-                return ImageArrays(grey(images), labels, *self._grey)
-            return ImageArrays(images, labels, store["mean"][:], store["std"][:])
+            return ImageArrays(grey(images) if self._is_grey else images, labels, *self._normalisation)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_arrays"}
@@ -155,6 +167,11 @@ class StoredImages(Dataset[tuple[torch.Tensor, int]]):
     def batch(self, indices: Sequence[int] | Int64 | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images float32 (len(indices), C, H, W) and labels int64 (len(indices),)."""
         return self._arrays.batch(indices)
+
+
+def _resized(attributes: Mapping[str, Any]) -> bool:
+    """Whether a size was asked for when the images were prepared."""
+    return json.loads(str(attributes.get("configuration", "{}"))).get("image_size") is not None
 
 
 @contextmanager

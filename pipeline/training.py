@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from pipeline.calibration.measure import calibrate
-from pipeline.checkpoint import check_checkpoint, write_weights
+from pipeline.checkpoint import Description, check_checkpoint, write_weights
 from pipeline.cluster.deployment import local_cluster
 from pipeline.cluster.devices import Member, discover
 from pipeline.cluster.processes import check_loader_processes
@@ -27,11 +27,13 @@ from pipeline.errors import InputError
 from pipeline.graph.copies import copied, take_over
 from pipeline.graph.operations import Graph
 from pipeline.graph.trace import trace
+from pipeline.html import table
 from pipeline.plan.checks import check_calibration, check_plan
 from pipeline.plan.fitting import Room, check_memory, is_scarce
 from pipeline.plan.plan import STRATEGIES, Plan, Strategy
 from pipeline.plan.planner import plan_graph
 from pipeline.plan.strategies import Shares
+from pipeline.progress import Progress, StepsShown, both
 from pipeline.results.contracts import describe
 from pipeline.run.batches import order
 from pipeline.run.callbacks import Callback
@@ -66,6 +68,20 @@ class FitResult:
     loss: Loss
     """What was trained by: where it is a module with weights or buffers of its own, a copy with what became of them."""
 
+    def _repr_html_(self) -> str:
+        """The result in a notebook: how the training went, and by which plan."""
+        losses, last = (
+            self.history.loss.values,
+            {name: one for name, one in self.history.items() if "epoch" in one.dims},
+        )
+        rows = [
+            ("model", type(self.model).__name__),
+            ("steps", f"{len(losses)}, {float(self.timing.step_time.median()):.3g} s each (median)"),
+            ("loss", f"{losses[0]:.4f} at first, {losses[-1]:.4f} at last"),
+            *((str(name), f"{float(values[-1]):.4g} after {values.size} epochs") for name, values in last.items()),
+        ]
+        return table("Training", ["", ""], rows) + self.plan._repr_html_()
+
 
 def fit(
     model: nn.Module,
@@ -99,6 +115,8 @@ def fit(
     plan: Plan | None = None,
     label: str | None = None,
     on_progress: OnProgress | None = None,
+    progress: bool | Progress | None = None,
+    network: str | None = None,
 ) -> FitResult:
     """Train ``model`` on ``dataset`` over the devices of ``client``, with the result that one device would give.
 
@@ -121,7 +139,10 @@ def fit(
     decides instead of ``strategy``: a calibration beside it only tells what the processes hold. ``cache`` is a folder
     in which calibrations are kept and looked for. ``checkpoint`` is a file for the trained weights: a ``.safetensors``
     file, or under any other name one for ``torch.load(..., weights_only=True)``. ``label`` names the run on the
-    dashboard.
+    dashboard. ``progress`` shows on standard error what is being done, how fast and how long it will take: True in any
+    case, False never, None only on a terminal. ``network`` is the name of the model as the command line takes it, which
+    the checkpoint then carries, so that ``predict`` can make it again; what the data set says of its classes and its
+    images it carries in any case.
 
     Raises ``InputError`` for input that cannot work, before anything runs, and ``RunError`` when a run fails.
     """
@@ -154,10 +175,12 @@ def fit(
             batch_size = max(len(batch) for epoch in indices for batch in epoch)
     example = example_batch(dataset, collate=options.get("collate_fn"), indices=_first(indices, options))
     model = with_all_weights(model, example, seed)
-    graph = trace(model, example)
+    name = network or label or type(given).__name__
+    with _shown(progress, f"capture {name}"):
+        graph = trace(model, example)
     for part in graph.opaque:
         _LOG.warning("runs as it is, on one device: %s", part)
-    with _cluster(client) as connected:
+    with _cluster(client) as connected, _shown(progress, f"prepare {name}") as shown:
         chosen = tuple(members or discover(connected))
         check_loader_processes(connected, chosen, options)
         warn_of_slow_numbers(model, connected, chosen)
@@ -167,9 +190,12 @@ def fit(
         if calibration is not None:
             check_calibration(calibration, graph, labels)
         elif plan is None and shares is None and strategy not in ("ddp", "equal") and len(chosen) > 1:
+            shown.begin(f"calibrate {name}")
             calibration = calibrate(
-                model, example, connected, members=chosen, batch_size=batch_size, cache=cache, graph=graph
-            )
+                model, example, connected, members=chosen, batch_size=batch_size, cache=cache, graph=graph,
+                on_progress=shown,
+            )  # fmt: skip
+            shown.begin(f"plan {name}")
         room = room_for(chosen, dataset, validation=validation, optimizer=optimizer)
         used = range(len(chosen)) if plan is None else plan.devices
         room = _beside_processes(room, connected, chosen, used, calibration, graph, batch_size, itemsize)
@@ -187,17 +213,19 @@ def fit(
                 itemsize=itemsize,
                 room=room,
             )
+        shown.begin(f"train {name}")
+        steps = StepsShown(shown, f"train {name}", [[len(batch) for batch in epoch] for epoch in indices])
         accounts = run_plan(
             connected, chosen, plan, graph, model, dataset,
             validation=validation, recipe=recipe, loader=options, callbacks=callbacks, metrics=metrics,
             indices=indices, stream=(epochs, max_steps), shapes=shapes_of(example), seed=seed,
-            label=label or f"{plan.strategy} {type(model).__name__}", on_progress=on_progress,
+            label=label or f"{plan.strategy} {type(model).__name__}", on_progress=both(steps, on_progress),
         )  # fmt: skip
     trained = copied(model).cpu()
     assert accounts[0].weights is not None
     take_over(trained, accounts[0].weights)
     if checkpoint is not None:
-        write_weights(trained.state_dict(), Path(checkpoint))
+        write_weights(trained.state_dict(), Path(checkpoint), Description.of(dataset, network, example))
     return FitResult(
         model=trained,
         history=_history(accounts),
@@ -258,6 +286,17 @@ def _beside_processes(
     held = np.zeros(len(members))
     held[list(used)] = held_memory(client, [members[device] for device in used])
     return room.beside(held)
+
+
+@contextmanager
+def _shown(progress: bool | Progress | None, title: str) -> Iterator[Progress]:
+    """The progress that was given, from now on under this title, or one of our own for the length of the block."""
+    if isinstance(progress, Progress):
+        progress.begin(title)
+        yield progress
+        return
+    with Progress(title, shown=progress) as own:
+        yield own
 
 
 @contextmanager

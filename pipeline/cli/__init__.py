@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import typer
 
@@ -21,11 +22,13 @@ from pipeline.cli import (
     miscalibration,
     parity,
     plan,
+    predict,
     results,
     simulate,
     train,
 )
 from pipeline.errors import InputError, PipelineError
+from pipeline.version import package_version
 from pipeline.workflow.session import end_with_snakemake
 from pipeline.workflow.usage import noted_usage
 
@@ -37,20 +40,45 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(devices.devices)
-app.command()(data.data)
-app.command()(calibrate.calibrate)
-app.command()(plan.plan)
-app.command()(train.train)
-app.command()(simulate.simulate)
-app.command()(parity.parity)
-app.command()(benchmark.benchmark)
-app.command()(accuracy.accuracy)
-app.command()(miscalibration.miscalibration)
-app.command()(results.combine)
-app.command()(results.figures)
-app.command()(results.report)
-app.command()(results.notebook)
+_COMMANDS: dict[Callable[..., Any], str] = {
+    devices.devices: "--scheduler cluster.json",
+    data.data: "/path/to/images --image-size 64 --output images.zarr.zip",
+    calibrate.calibrate: "--network resnet18 --devices '2 x cpu' --output resnet18.zarr.zip",
+    plan.plan: "--network resnet18 --calibration resnet18.zarr.zip --output plan.json",
+    train.train: "--network resnet18 --data /path/to/images --image-size 64 --epochs 9 --checkpoint weights.pt",
+    predict.predict: "photos/ cat.jpg --weights weights.safetensors --top 3 --output classes.csv",
+    predict.evaluate: "--data /path/to/images --weights weights.safetensors --output evaluation",
+    simulate.simulate: "--calibration resnet18.zarr.zip --devices '64 x cpu' --output simulation.zarr",
+    parity.parity: "mynets:build",
+    benchmark.benchmark: "--network 50:500 --devices '2 x cpu'",
+    accuracy.accuracy: "--network 16:64 --strategy single --strategy kernel --output accuracy.zarr",
+    miscalibration.miscalibration: "--network 50:500 --devices 'cpu + cpu@0.5' --output miscalibration.zarr",
+    results.combine: "cells/*.zarr.zip --output timing.zarr",
+    results.figures: "outputs",
+    results.report: "outputs",
+    results.notebook: "outputs",
+}
+"""Each command with the arguments of an example."""
+for _command, _example in _COMMANDS.items():
+    app.command(epilog=f"\b\nExample:\n  python -m pipeline {_command.__name__} {_example}")(_command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"pipeline {package_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version, and end.")
+    ] = False,
+) -> None:
+    pass
+
+
+_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,10 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(error, 2)
         except PipelineError as error:
             return _fail(error, 1)
-        except KeyboardInterrupt:
-            print("Interrupted.", file=sys.stderr)
-            return 130
         except SystemExit as end:
+            if end.code == _INTERRUPTED:  # by Typer, which says nothing
+                print("Interrupted.", file=sys.stderr)
             return end.code if isinstance(end.code, int) else 0
     return 0
 

@@ -21,9 +21,9 @@ from pipeline.cli.options import (
     NetworkOption,
     SchedulerOption,
 )
-from pipeline.cli.progress import Progress
 from pipeline.cli.ranks import checked_strategy, cluster, costs_of, device_set_of, optimizer_of
 from pipeline.errors import InputError
+from pipeline.progress import Progress
 
 if TYPE_CHECKING:
     import xarray as xr

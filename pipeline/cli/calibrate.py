@@ -16,8 +16,8 @@ from pipeline.cli.options import (
     NetworkOption,
     SchedulerOption,
 )
-from pipeline.cli.progress import Progress
 from pipeline.cli.ranks import cluster, device_set_of, say_if_cached
+from pipeline.progress import Progress
 
 
 def calibrate(

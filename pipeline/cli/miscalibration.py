@@ -22,8 +22,8 @@ from pipeline.cli.options import (
     SecondsOption,
     SeedOption,
 )
-from pipeline.cli.progress import Progress
 from pipeline.cli.ranks import checked_strategy, cluster, costs_of, device_set_of, optimizer_of
+from pipeline.progress import Progress
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.cli.progress import Progress
 from pipeline.errors import InputError
+from pipeline.progress import Progress
 
 if TYPE_CHECKING:
     import xarray as xr

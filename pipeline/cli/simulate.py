@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from pipeline.cli.options import SchedulerOption
-from pipeline.cli.progress import Progress
 from pipeline.cli.ranks import checked_strategy
 from pipeline.errors import InputError
+from pipeline.progress import Progress
 
 if TYPE_CHECKING:
     import xarray as xr

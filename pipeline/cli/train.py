@@ -19,7 +19,6 @@ from pipeline.cli.options import (
     SchedulerOption,
     SeedOption,
 )
-from pipeline.cli.progress import Progress
 from pipeline.cli.ranks import checked_strategy, cluster, costs_of, say_if_cached
 from pipeline.cli.recipe import (
     GammaOption,
@@ -35,6 +34,7 @@ from pipeline.cli.recipe import (
     updates_of,
 )
 from pipeline.errors import InputError
+from pipeline.progress import Progress
 
 if TYPE_CHECKING:
     from pipeline.graph.operations import Graph
@@ -118,13 +118,13 @@ def train(
         check_checkpoint(checkpoint)
     with prepared_images(data, image_size, network=network) as (images, test_images):
         model = build(network, classes=len(images.classes), image_shape=images.image_shape, seed=seed)
-        graph = trace(model, example_batch(images))
-        steps = epochs * -(-len(images) // batch_size)
+        with Progress(f"capture {network}"):
+            graph = trace(model, example_batch(images))
         updates = updates_of(len(images), batch_size, epochs=epochs, max_steps=max_steps, accumulate=accumulate)
         with (
             cluster(devices, scheduler, network) as (client, members),
-            Progress(f"train {network}", min(steps, max_steps or steps)) as progress,
-            shown_epochs(client) as (news, lines),
+            Progress(f"prepare {network}") as progress,
+            shown_epochs(client, _epochs_made(len(images), batch_size, epochs, max_steps)) as (news, lines),
         ):
             costs = None
             if calibration is not None:
@@ -149,7 +149,8 @@ def train(
                 validation=test_images,
                 callbacks=[news],
                 checkpoint=checkpoint,
-                on_progress=progress,
+                progress=progress,
+                network=network.strip(),
                 **schedule_named(schedule, epochs=epochs, updates=updates, step_size=step_size, gamma=gamma),
             )
             lines.show_all(told for one in result.callbacks if isinstance(one, EpochNews) for told in one.epochs)
@@ -177,6 +178,11 @@ def plan_headline(plan: Plan, graph: Graph) -> str:
     named = "; ".join(map(str, left[:_NAMES_SHOWN]))
     more = "; ..." if len(left) > _NAMES_SHOWN else ""
     return f"{split}; as they are, on one device, run {len(left)} of its parts: {named}{more}."
+
+
+def _epochs_made(images: int, batch_size: int, epochs: int, max_steps: int | None) -> int:
+    """How many epochs a training begins that ends after so many steps at most."""
+    return min(epochs, -(-max_steps // -(-images // batch_size))) if max_steps else epochs
 
 
 def _parsed_shares(text: str | None) -> list[float] | None:

@@ -1,7 +1,8 @@
-"""Clusters as context managers: one on this machine for the job at hand, or one that exists already."""
+"""Clusters to use in a `with` block: one on this machine for the job at hand, or one that exists already."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import logging
@@ -19,7 +20,7 @@ from distributed import Client, Nanny, Scheduler, SpecCluster
 from distributed.system import MEMORY_LIMIT
 from distributed.utils import get_mp_context
 
-from pipeline.cluster.devices import DEVICE_VARIABLE, Device, default_devices, device_to_json, visible_gpus
+from pipeline.cluster.devices import DEVICE_VARIABLE, Device, device_to_json, real_devices, visible_gpus
 from pipeline.errors import InputError
 
 LOOPBACK = "127.0.0.1"
@@ -54,17 +55,35 @@ ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MAL
 """Environment of a worker process, by which its memory is managed."""
 
 
-@contextlib.contextmanager
-def local_cluster(devices: Sequence[Device] | None = None, *, dashboard: bool = True) -> Iterator[Client]:
-    """A cluster on this machine, one worker process per device, for the length of a `with` block.
+class LocalClient(Client):
+    """The client of a cluster on this machine, which ends with it: by ``close()``, or at the end of a `with` block."""
+
+    _ending: contextlib.ExitStack | None = None
+
+    def close(self, timeout: Any = _CLOSE_S) -> None:
+        """End the cluster and its processes; harmless when it has ended."""
+        ending, self._ending = self._ending, None
+        if ending is None and self.status == "closed":  # as at the end of the interpreter, where little works any more
+            return
+        with _without_interrupts():
+            try:
+                super().close(timeout=timeout)  # type: ignore[no-untyped-call]
+            finally:
+                if ending is not None:
+                    atexit.unregister(self.close)
+                    ending.close()
+
+
+def local_cluster(devices: Sequence[Device] | None = None, *, dashboard: bool = True) -> LocalClient:
+    """A cluster on this machine, one worker process per device, until it is closed, as by the end of a `with` block.
 
     The workers are named `cpu:0`, `cpu:1`, `gpu:0`, carry the resource `CPU: 1` or `GPU: 1`, and everything listens on
     loopback only, on free ports. The dashboard's address is the client's `dashboard_link`. Without `devices` it takes
-    `default_devices()`. A script that calls this needs the `if __name__ == "__main__"` guard.
+    `real_devices()`. A script that calls this needs the `if __name__ == "__main__"` guard.
 
     Raises InputError where there is no device, or a GPU this machine does not have.
     """
-    chosen = tuple(default_devices() if devices is None else devices)
+    chosen = tuple(real_devices() if devices is None else devices)
     _check(chosen)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_quiet())
@@ -74,9 +93,10 @@ def local_cluster(devices: Sequence[Device] | None = None, *, dashboard: bool = 
         with _without_interrupts():
             cluster = _start(chosen, dashboard=dashboard)
             stack.callback(_close, cluster)
-            client = Client(cluster, timeout=_CLOSE_S, set_as_default=False)
-            stack.callback(_close, client)
-        yield client
+            client = LocalClient(cluster, timeout=_CLOSE_S, set_as_default=False)  # type: ignore[no-untyped-call]
+            client._ending = stack.pop_all()
+            atexit.register(client.close)
+        return client
 
 
 @contextlib.contextmanager

@@ -141,6 +141,14 @@ def default_devices(cpu_count: int = 4) -> tuple[Device, ...]:
     return gpus + (Device("cpu", speed=math.floor(0.9 * cores / cpu_count * 100) / 100),) * cpu_count
 
 
+def real_devices(most_cpus: int = 4) -> tuple[Device, ...]:
+    """Every visible GPU, then CPU devices that share all cores, none of them slowed down: one a core, up to so many."""
+    gpus, cores = default_devices(0), usable_cores()
+    count = min(most_cpus, cores)
+    threads, more = divmod(cores, count)
+    return gpus + tuple(Device("cpu", threads=threads + (place < more)) for place in range(count))
+
+
 def visible_gpus() -> int:
     """The number of CUDA devices this process sees, without creating a CUDA context."""
     import torch  # A second of import time that commands without GPUs in question should not pay.

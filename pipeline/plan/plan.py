@@ -9,6 +9,7 @@ from typing import Literal
 
 from pipeline.graph.effects import Effect
 from pipeline.graph.operations import Graph, Operation, Parameter
+from pipeline.html import table
 from pipeline.plan.layouts import Layout, master, replicated
 
 Strategy = Literal["auto", "single", "ddp", "equal", "paper", "kernel", "batch"]
@@ -130,6 +131,15 @@ class Plan:
         width = max(len(operation.name) for operation in self.operations)
         lines = [f"  {one.name:{width}}  {one.input!s:>14} -> {one.output!s}" for one in self.operations]
         return "\n".join([header, *lines, *(f"  as it is, on one device: {one}" for one in self.opaque)])
+
+    def _repr_html_(self) -> str:
+        """The plan in a notebook."""
+        header = f"{self.strategy} over {', '.join(self.labels)}, batch {self.batch_size}"
+        if self.strategy == "ddp":
+            return table(header, ["every rank"], [["runs the whole network on an equal part of the batch"]])
+        whole = [(one, "as it is, on one device", "") for one in self.opaque]
+        operations = [(one.name, one.input, one.output) for one in self.operations]
+        return table(header, ["operation", "input", "output"], [*operations, *whole])
 
     @property
     def opaque(self) -> tuple[str, ...]:

@@ -20,6 +20,10 @@ class Epoch:
     seconds: float
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Everything that was measured on the validation images, by name."""
+    images: int = 0
+    """How many were trained on."""
+    training_seconds: float = 0.0
+    """Of ``seconds``, without the validation."""
 
 
 class Callback(Protocol):

@@ -132,7 +132,7 @@ def run_rank(context: RankContext, job: Job) -> Account:
     leave_to_the_rank()
     seed_all(job.seed)  # behind all that is made ready: a plain loop draws nothing for it
     for number, epoch in enumerate(runner.batches.epochs(), 1):
-        began, done = time.monotonic(), len(losses)
+        began, done, seen = time.monotonic(), len(losses), 0
         for fed in epoch:
             if job.synchronised:
                 context.barrier()
@@ -143,7 +143,9 @@ def run_rank(context: RankContext, job: Job) -> Account:
                     raise RunError(f"the loss is {loss} at step {len(losses) + 1}; try a smaller learning rate")
                 losses.append(loss)
                 images.append(fed.own)
+            seen += fed.size
             context.report(len(runner.clock.steps), loss=math.nan if loss is None else loss)
+        trained = time.monotonic() - began
         found = runner.metrics() if job.feed.validates else {}
         for name, value in found.items():
             metrics.setdefault(name, []).append(value)
@@ -151,7 +153,11 @@ def run_rank(context: RankContext, job: Job) -> Account:
             raise RunError(f"monitor '{monitor}' cannot be told of these outputs and labels: give metrics of your own")
         mean = runner.mean_loss(losses[done:], images[done:])
         runner.updater.end_epoch(mean if monitor in (None, "loss") else found.get(str(monitor)))
-        if job.callbacks and _ended_by(context, job.callbacks, number, mean, found, time.monotonic() - began):
+        told = Epoch(
+            number=number, loss=math.nan if mean is None else mean, accuracy=found.get("accuracy"),
+            seconds=time.monotonic() - began, metrics=dict(found), images=seen, training_seconds=trained,
+        )  # fmt: skip
+        if job.callbacks and _ended_by(context, job.callbacks, told):
             break
     stolen = (stolen_seconds() - stolen) / (usable_cores() * (time.monotonic() - start))
     convolutions = _convolution_times(context, runner, job)
@@ -171,21 +177,10 @@ def run_rank(context: RankContext, job: Job) -> Account:
     )
 
 
-def _ended_by(
-    context: RankContext,
-    callbacks: Sequence[Callback],
-    number: int,
-    loss: float | None,
-    metrics: Mapping[str, float],
-    seconds: float,
-) -> bool:
+def _ended_by(context: RankContext, callbacks: Sequence[Callback], epoch: Epoch) -> bool:
     """Tell the callbacks of the end of an epoch; whether one of them ends the training."""
     stop = torch.zeros(1)
     if context.rank == 0:
-        told = math.nan if loss is None else loss
-        epoch = Epoch(
-            number=number, loss=told, accuracy=metrics.get("accuracy"), seconds=seconds, metrics=dict(metrics)
-        )
         stop += sum(bool(callback.on_epoch(epoch)) for callback in callbacks)
     if context.group is not None:
         dist.broadcast(stop, 0, group=context.group)

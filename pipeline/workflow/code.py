@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
-_NO_EFFECT = ("pipeline.cli.options", "pipeline.cli.progress")
+_NO_EFFECT = ("pipeline.cli.options", "pipeline.progress")
 """Help texts and progress bars change no result, and a study takes hours."""
 
 

@@ -73,6 +73,35 @@ def test_the_allocator_is_set_before_a_worker_starts_and_each_knows_its_threads(
     assert [threads[member.address] for member in discover(client)] == ["1", "2"]
 
 
+def test_a_cluster_without_a_block_lasts_until_it_is_closed() -> None:
+    before = {name: os.environ.get(name) for name in ALLOCATOR}
+    cluster = local_cluster([Device("cpu")], dashboard=False)
+    workers = list(cluster.run(os.getpid).values())
+    assert [member.name for member in discover(cluster)] == ["cpu:0"]
+    assert all(map(is_running, workers))
+    cluster.close()
+    assert not any(map(is_running, workers))
+    assert {name: os.environ.get(name) for name in ALLOCATOR} == before
+    cluster.close()
+
+
+def test_a_cluster_that_nobody_closes_ends_with_its_process(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os\n"
+        "import pipeline\n"
+        "if __name__ == '__main__':\n"
+        "    cluster = pipeline.local_cluster([pipeline.Device('cpu')], dashboard=False)\n"
+        "    print(*cluster.run(os.getpid).values())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(program)], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not any(is_running(int(worker)) for worker in done.stdout.split())
+
+
 def what_is_loaded() -> list[str]:
     return [name for name in ("torch", "torch._dynamo", "sympy") if name in sys.modules]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -11,14 +13,16 @@ import numpy as np
 import pytest
 import xarray as xr
 from PIL import Image
+from typer.main import get_command
 
 from pipeline.cli import app, main
-from pipeline.cli.progress import Progress
 from pipeline.cli.results import figures
 from pipeline.cli.simulate import _emulated_sets, _usual_sets
 from pipeline.datasets import prepare
 from pipeline.errors import InputError
+from pipeline.progress import Progress
 from pipeline.results.stores import write_store, write_zip
+from pipeline.version import package_version
 
 COMMANDS = sorted(command.callback.__name__ for command in app.registered_commands if command.callback)
 
@@ -57,6 +61,26 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().out
     assert f"python -m pipeline {command}" in shown
     assert "\n\n  " in shown, "a sentence on what the command does"
+    assert f"Example:\n    python -m pipeline {command} " in shown
+
+
+def example_of(command: str) -> list[str]:
+    made = get_command(app).commands[command].epilog
+    return shlex.split(made.splitlines()[-1])[3:]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_of_a_command_has_options_that_it_takes(command: str) -> None:
+    name, *arguments = example_of(command)
+    assert name == command
+    with get_command(app).commands[command].make_context(command, arguments):
+        pass
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"pipeline {package_version()}\n"
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", package_version())
 
 
 def test_the_commands_are_those_that_the_study_needs() -> None:

@@ -16,6 +16,7 @@ from pipeline.cluster.devices import (
     default_devices,
     format_device_set,
     parse_device_set,
+    real_devices,
     select,
 )
 from pipeline.errors import InputError
@@ -99,6 +100,24 @@ def test_default_devices_take_every_gpu_first(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(module, "usable_cores", lambda: 4)
     monkeypatch.setattr(module, "visible_gpus", lambda: 2)
     assert format_device_set(default_devices()) == "gpu + gpu1 + 4 x cpu"
+
+
+@pytest.mark.parametrize(
+    ("cores", "gpus", "expected"),
+    [
+        (1, 0, "cpu"),
+        (2, 0, "2 x cpu"),
+        (2, 1, "gpu + 2 x cpu"),
+        (4, 2, "gpu + gpu1 + 4 x cpu"),
+        (10, 0, "2 x cpu*3t + 2 x cpu*2t"),
+    ],
+)
+def test_real_devices_are_all_gpus_and_all_cores_unslowed(
+    monkeypatch: pytest.MonkeyPatch, cores: int, gpus: int, expected: str
+) -> None:
+    monkeypatch.setattr(module, "usable_cores", lambda: cores)
+    monkeypatch.setattr(module, "visible_gpus", lambda: gpus)
+    assert format_device_set(real_devices()) == expected
 
 
 def test_worker_names_are_ordered_as_people_count() -> None:

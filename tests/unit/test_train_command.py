@@ -11,7 +11,7 @@ from torch import nn
 
 from pipeline.cli.epochs import EpochLines
 from pipeline.cli.recipe import optimizer_named, schedule_named, updates_of
-from pipeline.cli.train import plan_headline
+from pipeline.cli.train import _epochs_made, plan_headline
 from pipeline.errors import InputError
 from pipeline.graph.trace import trace
 from pipeline.networks import network
@@ -85,17 +85,23 @@ def test_a_schedule_refuses_what_is_not_its_own() -> None:
         schedule_named("cosine", epochs=1, updates=1, gamma=0.5)
 
 
-def test_every_epoch_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = EpochLines()
-    lines.show(1, 2.5, 0.125, 3.0)
-    lines.show_all([Epoch(number=1, loss=2.5, accuracy=0.125, seconds=3.0)])
+def test_every_epoch_is_told_once_with_its_speed_and_the_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = EpochLines(3)
+    first = Epoch(number=1, loss=2.5, accuracy=0.125, seconds=3.0, images=500, training_seconds=2.0)
+    lines.show(first)
+    lines.show_all([first])
     lines.show_all([Epoch(number=2, loss=2.0, accuracy=None, seconds=2.0)])
     lines.show_all([Epoch(number=3, loss=1.0, accuracy=None, seconds=2.0, metrics={"iou": 0.25})])
     assert capsys.readouterr().out.splitlines() == [
-        "Epoch 1: loss 2.5000, test accuracy 12.5 % (3 s)",
-        "Epoch 2: loss 2.0000 (2 s)",
-        "Epoch 3: loss 1.0000, iou 0.25 (2 s)",
+        "Epoch 1 of 3: loss 2.5000, test accuracy 12.5 %, 250 images/s (3 s, 6 s left)",
+        "Epoch 2 of 3: loss 2.0000 (2 s, 2 s left)",
+        "Epoch 3 of 3: loss 1.0000, iou 0.25 (2 s)",
     ]
+
+
+@pytest.mark.parametrize(("max_steps", "begun"), [(None, 5), (1, 1), (4, 1), (5, 2), (100, 5)])
+def test_epochs_that_the_last_step_leaves_out_are_not_counted(max_steps: int | None, begun: int) -> None:
+    assert _epochs_made(25, 8, 5, max_steps) == begun
 
 
 class Branching(nn.Module):
