@@ -167,7 +167,8 @@ def _difference(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.
     sizes = {name: float(tensor.abs().max()) for name, tensor in wanted.items()}
     least = max(_FLOOR * max(sizes.values(), default=0.0), 1e-30)
     return _largest([
-        float((found[name].detach().double() - tensor).abs().max()) / max(sizes[name], least) for name, tensor in wanted.items()
+        float((found[name].detach().double() - tensor).abs().max()) / max(sizes[name], least)
+        for name, tensor in wanted.items()
     ])  # fmt: skip
 
 

@@ -70,7 +70,8 @@ half speed, by `kernel` and by `batch`, and in a plain loop: SGD with momentum, 
 largest of the losses and of what is in the state dictionary, relative to the tensor's largest entry. Where it is
 beyond {TOLERANCE:g}, the one in brackets is that of the same plain loop from weights moved by one rounding, for the
 same tensor: up to {AMPLIFIED} times that is rounding that the network amplifies. Split is the part of the
-convolutions' FLOPs that ran on both devices; capture is in seconds, beside whatever else ran. Most networks are cut down: small images, and few
+convolutions' FLOPs that ran on both devices; capture is in seconds, beside whatever else ran. Most networks are cut
+down: small images, and few
 equal blocks in a row.
 `make zoo ZOO_ARGS=--fresh` makes this table anew; it was made with {made_with}.
 
