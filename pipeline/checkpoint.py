@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from pipeline.errors import InputError, first_line
+from pipeline.files import written_whole
 from pipeline.version import package_version
 
 SAFETENSORS = ".safetensors"
@@ -98,8 +99,7 @@ def write_weights(weights: Mapping[str, torch.Tensor], path: Path, description: 
     As safetensors where the name ends so, else by torch for ``torch.load(..., weights_only=True)``.
     """
     texts = (description or Description(version=package_version())).texts()
-    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
+    with written_whole(path) as aside:
         if path.suffix == SAFETENSORS:
             from safetensors.torch import save
 
@@ -110,9 +110,6 @@ def write_weights(weights: Mapping[str, torch.Tensor], path: Path, description: 
             described = OrderedDict(weights)
             setattr(described, _ATTRIBUTE, texts)
             torch.save(described, aside)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], Description]:

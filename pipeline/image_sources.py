@@ -8,7 +8,6 @@ Shape suffixes: N images, C channels, H rows, W columns.
 from __future__ import annotations
 
 import math
-import os
 import queue
 import threading
 import urllib.request
@@ -27,6 +26,7 @@ from PIL import Image
 from pipeline._torchvision import make_importable
 from pipeline.data.pictures import check_picture, is_picture, opened_picture
 from pipeline.errors import InputError
+from pipeline.files import written_whole
 from pipeline.processor import usable_cores
 from pipeline.stored_images import Int64, UInt8
 
@@ -325,19 +325,15 @@ def _resized(images_NCHW: UInt8, size_HW: tuple[int, int] | None) -> UInt8:
 def _download(url: str, path: Path, *, progress: bool) -> None:
     """Fetch a file; it appears under its name only when complete. Raises OSError or HTTPException."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with (
-            _answer(url) as response,
-            aside.open("wb") as file,
-            _progress_bar(f"Downloading {path.name}", response.length, shown=progress, in_bytes=True) as advance,
-        ):
-            while piece := response.read(_DOWNLOAD_CHUNK_BYTES):
-                file.write(piece)
-                advance(len(piece))
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with (
+        written_whole(path) as aside,
+        _answer(url) as response,
+        aside.open("wb") as file,
+        _progress_bar(f"Downloading {path.name}", response.length, shown=progress, in_bytes=True) as advance,
+    ):
+        while piece := response.read(_DOWNLOAD_CHUNK_BYTES):
+            file.write(piece)
+            advance(len(piece))
 
 
 def _answer(url: str) -> HTTPResponse:

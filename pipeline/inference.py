@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,23 @@ from pipeline.stored_images import ImageArrays, StoredImages, UInt8
 Split = Literal["test", "train", "all"]
 Advance = Callable[[int, int], None]
 """Takes how many images are done, and of how many."""
+
+
+class Given(TypedDict, total=False):
+    """What may be said of weights, and counts instead of what they say of themselves."""
+
+    model: nn.Module | None
+    """Takes the place of a network by name, and gets the weights."""
+    network: str | None
+    """As `train` takes it: K1:K2, a torchvision name, or package.module:factory."""
+    classes: Sequence[str] | None
+    image_size: int | tuple[int, int] | None
+    """Height and width to which images are resized."""
+    mean: Sequence[float] | None
+    """Per channel, of pixel values taken as 0 to 1."""
+    std: Sequence[float] | None
+    device: str | None
+    """Such as "cpu" or "cuda:0"; a GPU where there is one if not given."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -126,29 +143,19 @@ def predict(
     images: str | Path | Sequence[str | Path],
     weights: str | Path,
     *,
-    model: nn.Module | None = None,
-    network: str | None = None,
-    classes: Sequence[str] | None = None,
-    image_size: int | tuple[int, int] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    device: str | None = None,
     batch_size: int = 64,
     on_progress: Advance | None = None,
+    **given: Unpack[Given],
 ) -> xr.Dataset:
     """Classify image files, or all of a folder: ``probability(image, class)``, and the best one, ``predicted(image)``.
 
-    The weights say how images are prepared, and which network they belong to; what is given here counts instead. A
-    ``model`` takes the place of a network by name, and gets the weights. ``device`` is "cpu" or "cuda:0", say; a GPU
-    where there is one, if not given. Runs in this process, ``batch_size`` images at a time.
+    The weights say how images are prepared, and which network they belong to; what is ``given`` counts instead: see
+    ``Given``. Runs in this process, ``batch_size`` images at a time.
 
     Raises ``InputError`` for files that are no images, folders without any, and weights that do not say enough.
     """
-    if batch_size < 1:
-        raise InputError(f"a batch of {batch_size} images is too small: give at least 1")
-    classifier = load_classifier(
-        weights, model=model, network=network, classes=classes, image_size=image_size, mean=mean, std=std, device=device
-    )
+    _check_batch(batch_size)
+    classifier = load_classifier(weights, **given)
     paths = image_files(images)
     found = []
     with ThreadPoolExecutor(usable_cores()) as pool:
@@ -176,16 +183,10 @@ def evaluate(
     weights: str | Path,
     *,
     split: Split = "test",
-    model: nn.Module | None = None,
-    network: str | None = None,
-    classes: Sequence[str] | None = None,
-    image_size: int | tuple[int, int] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    device: str | None = None,
     batch_size: int = 64,
     root: str | Path | None = None,
     on_progress: Advance | None = None,
+    **given: Unpack[Given],
 ) -> xr.Dataset:
     """How well weights classify data: ``confusion(class, predicted_class)``, ``accuracy``, ``loss`` and more by class.
 
@@ -197,9 +198,8 @@ def evaluate(
     """
     if split not in ("test", "train", "all"):
         raise InputError(f"split '{split}' is unknown: give test, train or all")
-    classifier = load_classifier(
-        weights, model=model, network=network, classes=classes, image_size=image_size, mean=mean, std=std, device=device
-    )
+    _check_batch(batch_size)
+    classifier = load_classifier(weights, **given)
     kinds = len(classifier.classes)
     confusion_KK, losses = np.zeros((kinds, kinds), np.int64), 0.0
     with _prepared(data, classifier, root) as path:
@@ -218,6 +218,11 @@ def evaluate(
                     on_progress(done, total)
         source = parts[0].source_name
     return _evaluated(confusion_KK, losses / total, classifier.classes, source, str(weights))
+
+
+def _check_batch(batch_size: int) -> None:
+    if batch_size < 1:
+        raise InputError(f"a batch of {batch_size} images is too small: give at least 1")
 
 
 def image_files(images: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -272,14 +277,9 @@ def _with_given(
     std: Sequence[float] | None,
 ) -> Description:
     """What the weights say, and instead of it what is given."""
-    if network is not None:
-        said = replace(said, network=network)
-    if classes is not None:
-        said = replace(said, classes=tuple(classes))
-    if mean is not None:
-        said = replace(said, mean=tuple(mean))
-    if std is not None:
-        said = replace(said, std=tuple(std))
+    lists = {"classes": classes, "mean": mean, "std": std}
+    listed: dict[str, Any] = {name: tuple(values) for name, values in lists.items() if values is not None}
+    said = replace(said, network=network or said.network, **listed)
     if image_size is not None:
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         if min(height, width) < 1:

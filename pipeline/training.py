@@ -70,10 +70,8 @@ class FitResult:
 
     def _repr_html_(self) -> str:
         """The result in a notebook: how the training went, and by which plan."""
-        losses, last = (
-            self.history.loss.values,
-            {name: one for name, one in self.history.items() if "epoch" in one.dims},
-        )
+        losses = self.history.loss.values
+        last = {name: one for name, one in self.history.items() if "epoch" in one.dims}
         rows = [
             ("model", type(self.model).__name__),
             ("steps", f"{len(losses)}, {float(self.timing.step_time.median()):.3g} s each (median)"),
@@ -117,6 +115,7 @@ def fit(
     on_progress: OnProgress | None = None,
     progress: bool | Progress | None = None,
     network: str | None = None,
+    graph: Graph | None = None,
 ) -> FitResult:
     """Train ``model`` on ``dataset`` over the devices of ``client``, with the result that one device would give.
 
@@ -142,7 +141,7 @@ def fit(
     dashboard. ``progress`` shows on standard error what is being done, how fast and how long it will take: True in any
     case, False never, None only on a terminal. ``network`` is the name of the model as the command line takes it, which
     the checkpoint then carries, so that ``predict`` can make it again; what the data set says of its classes and its
-    images it carries in any case.
+    images it carries in any case. ``graph`` is that of the model for such images, where it is known.
 
     Raises ``InputError`` for input that cannot work, before anything runs, and ``RunError`` when a run fails.
     """
@@ -176,8 +175,7 @@ def fit(
     example = example_batch(dataset, collate=options.get("collate_fn"), indices=_first(indices, options))
     model = with_all_weights(model, example, seed)
     name = network or label or type(given).__name__
-    with _shown(progress, f"capture {name}"):
-        graph = trace(model, example)
+    graph = graph or _captured(model, example, progress, name)
     for part in graph.opaque:
         _LOG.warning("runs as it is, on one device: %s", part)
     with _cluster(client) as connected, _shown(progress, f"prepare {name}") as shown:
@@ -286,6 +284,11 @@ def _beside_processes(
     held = np.zeros(len(members))
     held[list(used)] = held_memory(client, [members[device] for device in used])
     return room.beside(held)
+
+
+def _captured(model: nn.Module, example: Any, progress: bool | Progress | None, name: str) -> Graph:
+    with _shown(progress, f"capture {name}"):
+        return trace(model, example)
 
 
 @contextmanager

@@ -72,12 +72,12 @@ def plan(
         raise InputError(f"the plan cannot be written to {output}: name a file in a folder that exists")
     with prepared_images(data, image_size, network=network) as (images, _):
         model = build(network, classes=len(images.classes), image_shape=images.image_shape)
+        graph = trace(model, example_batch(images))
         if calibration is not None and devices is None and scheduler is None:
             measured = open_zip(calibration, validate_calibration)  # of devices that need not be here
         else:
             with cluster(devices, scheduler, network) as (client, members):
-                measured = costs_of(calibration, network, model, images, client, members, batch_size)
-        graph = trace(model, example_batch(images))
+                measured = costs_of(calibration, network, model, images, client, members, batch_size, graph)
     labels = [str(label) for label in measured.device_label.values]
     made = plan_graph(graph, measured, batch_size=batch_size, strategy=chosen, labels=labels)
     show(made, summarise(graph, made, Costs.of(measured), all_labels=labels))

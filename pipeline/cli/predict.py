@@ -5,20 +5,22 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-from collections.abc import Callable
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.cli.images import download_folder
 from pipeline.cli.options import BatchSizeOption
 from pipeline.errors import InputError
+from pipeline.files import written_whole
 from pipeline.progress import Progress
 
 if TYPE_CHECKING:
     import xarray as xr
+
+    from pipeline.inference import Given
 
 FORMATS = ("csv", "json")
 _DIGITS = 6
@@ -69,15 +71,15 @@ def predict(
 
     with Progress("predict", shown=None if output is None else True) as progress:
         found = classify(
-            list(images), weights, network=network, classes=_names(classes), image_size=image_size,
-            mean=_numbers("--mean", mean), std=_numbers("--std", std), device=device, batch_size=batch_size,
+            list(images), weights, **_given(network, image_size, classes, mean, std, device), batch_size=batch_size,
             on_progress=lambda done, total: progress(done, {"total": total}),
         )  # fmt: skip
     text = _as_text(found, chosen, top)
     if output is None:
         print(text, end="")
         return
-    _write(output, lambda path: path.write_text(text))
+    with written_whole(output) as aside:
+        aside.write_text(text)
     print(f"{found.sizes['image']} images classified, written to {output}.")
 
 
@@ -107,8 +109,7 @@ def evaluate(
     with Progress(f"evaluate {data}") as progress:
         found = judge(
             data, weights, split=split,  # type: ignore[arg-type]
-            network=network, classes=_names(classes), image_size=image_size,
-            mean=_numbers("--mean", mean), std=_numbers("--std", std), device=device, batch_size=batch_size,
+            **_given(network, image_size, classes, mean, std, device), batch_size=batch_size,
             root=download_folder(), on_progress=lambda done, total: progress(done, {"total": total}),
         )  # fmt: skip
     images = int(found.confusion.sum())
@@ -133,6 +134,21 @@ def _format(form: str | None, output: Path | None) -> str:
 def _check_output(output: Path | None) -> None:
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise InputError(f"output '{output}' cannot be written: give a file in a folder that exists")
+
+
+def _given(
+    network: str | None,
+    image_size: int | None,
+    classes: str | None,
+    mean: str | None,
+    std: str | None,
+    device: str | None,
+) -> Given:
+    """What counts instead of what the weights say."""
+    return {
+        "network": network, "image_size": image_size, "classes": _names(classes),
+        "mean": _numbers("--mean", mean), "std": _numbers("--std", std), "device": device,
+    }  # fmt: skip
 
 
 def _names(text: str | None) -> list[str] | None:
@@ -162,16 +178,6 @@ def _as_text(found: xr.Dataset, form: str, top: int) -> str:
     return text.getvalue()
 
 
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file so that it is whole or not there."""
-    aside = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
-    try:
-        write(aside)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 def _print_confusion(found: xr.Dataset) -> None:
     """The confusion matrix as a table, of not too many classes."""
     from rich.console import Console
@@ -195,14 +201,20 @@ def _write_evaluation(found: xr.Dataset, folder: Path) -> None:
 
     folder.mkdir(exist_ok=True)
     by_class = {
-        str(name): {one: float(found[one].values[place]) for one in ("recall", "precision")}
+        str(name): {one: _known(found[one].values[place]) for one in ("recall", "precision")}
         for place, name in enumerate(found["class"].values)
     }
     metrics = {
         "data": found.attrs["data"], "weights": found.attrs["weights"], "images": int(found.confusion.sum()),
-        "accuracy": float(found.accuracy), "loss": float(found.loss), "classes": by_class,
+        "accuracy": float(found.accuracy), "loss": _known(float(found.loss)), "classes": by_class,
     }  # fmt: skip
-    text = json.dumps(metrics, indent=1, ensure_ascii=False).replace("NaN", "null") + "\n"
-    _write(folder / "metrics.json", lambda path: path.write_text(text))
-    _write(folder / "confusion.csv", lambda path: found.confusion.to_pandas().to_csv(path))
+    with written_whole(folder / "metrics.json") as aside:
+        aside.write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
+    with written_whole(folder / "confusion.csv") as aside:
+        found.confusion.to_pandas().to_csv(aside)
     save(confusion_figure(found), folder / "confusion")
+
+
+def _known(value: float) -> float | None:
+    """A number for JSON, which has none for the recall of a class without images."""
+    return None if math.isnan(value) else float(value)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pipeline.cluster.devices import Member
+    from pipeline.graph.operations import Graph
     from pipeline.plan.plan import Strategy
     from pipeline.stored_images import StoredImages
 
@@ -70,8 +71,9 @@ def costs_of(
     client: Client,
     members: tuple[Member, ...],
     batch_size: int,
+    graph: Graph | None = None,
 ) -> xr.Dataset:
-    """The calibration of the members, read or made."""
+    """The calibration of the members, read or made; ``graph`` is that of the model, where it is known."""
     from pipeline.calibration.cache import cache_folder
     from pipeline.calibration.measure import calibrate
     from pipeline.calibration.subset import of_devices
@@ -85,7 +87,7 @@ def costs_of(
     with Progress(f"calibrate {network}", None) as progress:
         found = calibrate(
             model, example, client, members=members, network=network, batch_size=batch_size, cache=cache_folder(),
-            on_progress=progress,
+            graph=graph, on_progress=progress,
         )  # fmt: skip
     say_if_cached(found)
     return found

@@ -128,7 +128,7 @@ def train(
         ):
             costs = None
             if calibration is not None:
-                costs = costs_of(calibration, network, model, images, client, members, batch_size)
+                costs = costs_of(calibration, network, model, images, client, members, batch_size, graph)
             result = fit(
                 model,
                 images,
@@ -151,6 +151,7 @@ def train(
                 checkpoint=checkpoint,
                 progress=progress,
                 network=network.strip(),
+                graph=graph,
                 **schedule_named(schedule, epochs=epochs, updates=updates, step_size=step_size, gamma=gamma),
             )
             lines.show_all(told for one in result.callbacks if isinstance(one, EpochNews) for told in one.epochs)

@@ -6,7 +6,6 @@ in a call of its own (``torch.no_grad``, ``torch.autocast``) is told by each cal
 
 from __future__ import annotations
 
-import io
 import logging
 import sys
 import threading
@@ -456,14 +455,14 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-class _OfOtherThreads(io.TextIOBase):
-    """Passes on what other threads write: ``sys.stderr`` is theirs, too."""
+class _OfOtherThreads:
+    """A stream in all but what this thread writes: ``sys.stderr`` is that of others, too, such as a progress bar's."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._silent = stream, threading.get_ident()
 
-    def write(self, text: str, /) -> int:
+    def write(self, text: str) -> int:
         return len(text) if threading.get_ident() == self._silent else self._stream.write(text)
 
-    def flush(self) -> None:
-        self._stream.flush()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

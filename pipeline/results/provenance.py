@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.processor import processor_text, usable_cores
+from pipeline.version import package_version
 
 _PACKAGES = ("torch", "torchvision", "dask", "distributed", "xarray", "zarr", "numpy", "snakemake")
 
@@ -73,10 +74,7 @@ def code_version() -> str:
             return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
         except (OSError, subprocess.SubprocessError):
             pass
-    try:
-        return version("pipeline")
-    except PackageNotFoundError:
-        return "unknown"
+    return package_version()
 
 
 def _memory_gib() -> float:

@@ -16,7 +16,9 @@ from distributed import Client
 from torch.utils.data import TensorDataset
 
 import pipeline
+from pipeline import training
 from pipeline.cluster.devices import discover, real_devices, wait_for_members
+from pipeline.graph.trace import trace
 from pipeline.networks import network
 from tests.engine import BATCH, IMAGES, images
 
@@ -65,6 +67,14 @@ def test_the_timeline_lies_within_its_step(client: Client) -> None:
     last = timing.instruction_end.max(("instruction", "device")).values
     assert (last <= timing.step_time.values[timing.kept_step.values] + 1e-3).all()
     assert {"compute", "exchange", "update"} == set(timing.instruction_kind.values)
+
+
+def test_a_graph_that_is_known_is_not_captured_again(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network("6:10")
+    graph = trace(model, images()[0][0][None])
+    monkeypatch.setattr(training, "trace", lambda *_: pytest.fail("captured again"))
+    result = pipeline.fit(model, images(), client, batch_size=BATCH, max_steps=1, strategy="equal", graph=graph)
+    assert result.plan.graph is graph
 
 
 def test_max_steps_ends_a_training_early(client: Client) -> None:

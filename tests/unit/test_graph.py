@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
+import sys
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -282,6 +285,32 @@ def test_channels_that_a_norm_mixes_stay_where_they_were() -> None:
 def test_an_export_that_fails_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     trace(_Model(lambda model, x: model.conv(x) * float(torch.rand(()))), torch.rand(2, *IMAGES))
     assert capfd.readouterr() == ("", "")
+
+
+def test_other_threads_write_on_while_a_model_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A progress bar of another thread, which asks again and again whether it draws on a terminal."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal, asked = Terminal(), list[bool]()
+
+    def body(model: _Model, x: torch.Tensor) -> object:
+        def draw() -> None:
+            asked.append(sys.stderr.isatty())
+            sys.stderr.write("still there")
+
+        thread = threading.Thread(target=draw)
+        thread.start()
+        thread.join()
+        return model.conv(x)
+
+    monkeypatch.setattr(sys, "stderr", terminal)
+    trace(_Model(body), torch.rand(2, *IMAGES))
+    assert asked
+    assert all(asked)
+    assert terminal.getvalue() == "still there" * len(asked)
 
 
 def test_data_of_a_tensor_is_its_values_without_a_gradient() -> None:

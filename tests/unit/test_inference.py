@@ -6,6 +6,8 @@ import csv
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +170,27 @@ def test_an_evaluation_is_written_as_numbers_table_and_picture(
     assert [[int(count) for count in row[1:]] for row in table[1:]] == found.confusion.values.tolist()
     with Image.open(tmp_path / "told" / "confusion.png") as picture:
         assert min(picture.size) > 300
+
+
+def test_a_class_may_be_called_nan_and_one_never_told_has_no_precision(
+    weights: Path, prepared: Path, tmp_path: Path
+) -> None:
+    state, said = read_weights(weights)
+    path = tmp_path / "named.safetensors"
+    names = (*COLOURS, "NaN")
+    model = network("3:5", classes=4, image_shape=(3, SIZE, SIZE), seed=3)
+    bias = next(name for name in reversed(model.state_dict()) if name.endswith("bias"))
+    state = {**model.state_dict(), bias: torch.tensor([0.0, 0.0, 0.0, -1e6])}
+    write_weights(state, path, replace(said, classes=names))
+    assert main(["evaluate", "--data", str(prepared), "--weights", str(path), "--output", str(tmp_path / "told")]) == 0
+    metrics = json.loads((tmp_path / "told" / "metrics.json").read_text())
+    assert metrics["classes"]["NaN"] == {"recall": None, "precision": None}
+
+
+@pytest.mark.parametrize("use", [predict, evaluate])
+def test_a_batch_of_no_images_is_refused(use: Callable[..., object], weights: Path, prepared: Path) -> None:
+    with pytest.raises(InputError, match="a batch of 0 images is too small"):
+        use(prepared, weights, batch_size=0)
 
 
 def test_the_figure_shows_each_count(weights: Path, prepared: Path) -> None:
